@@ -1,0 +1,40 @@
+"""MADiff: motion-aware latent diffusion for video frame interpolation, as a Diffusers pipeline."""
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+__version__ = "0.1.0"
+
+# Where each public name lives; loaded on first use, so that importing the package stays quick.
+_LOCATIONS = {
+    "EventGANModel": "eventgan",
+    "EventHints": "motion_hints",
+    "FlowHints": "motion_hints",
+    "FrameProcessor": "image_processor",
+    "MADiffPipeline": "pipeline_madiff",
+    "MADiffPipelineOutput": "pipeline_madiff",
+    "StackedHints": "motion_hints",
+    "VQMAGANModel": "vq_magan",
+    "build_hint_source": "motion_hints",
+    "convert_eventgan_checkpoint": "convert_eventgan",
+}
+
+__all__ = sorted(_LOCATIONS)
+
+if TYPE_CHECKING:
+    from .convert_eventgan import convert_eventgan_checkpoint
+    from .eventgan import EventGANModel
+    from .image_processor import FrameProcessor
+    from .motion_hints import EventHints, FlowHints, StackedHints, build_hint_source
+    from .pipeline_madiff import MADiffPipeline, MADiffPipelineOutput
+    from .vq_magan import VQMAGANModel
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LOCATIONS[name]}", __name__), name)
+
+
+def __dir__() -> List[str]:
+    return sorted([*globals(), *__all__])

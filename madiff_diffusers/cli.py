@@ -1,0 +1,160 @@
+"""The `madiff` command."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+
+class CommandError(Exception):
+    """Bad input; shown in one line, exit code 2."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="madiff", description="Video frame interpolation by motion-aware latent diffusion (MADiff)."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    interpolate = commands.add_parser(
+        "interpolate",
+        help="make the frames between two frames",
+        description="Make the frame (or frames) in the middle between two image files of the same size.",
+    )
+    interpolate.add_argument("prev", metavar="PREV", help="image file of the first frame")
+    interpolate.add_argument("next", metavar="NEXT", help="image file of the second frame")
+    interpolate.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        required=True,
+        help="image file to write; with more than one frame, OUT.png stands for OUT_1.png, OUT_2.png, …",
+    )
+    interpolate.add_argument(
+        "--num-frames", type=int, default=1, metavar="N", help="frames to make: 1, 3, 7, 15, … (default: 1)"
+    )
+    interpolate.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps per frame (default: the checkpoint's own)"
+    )
+    interpolate.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the noise; same seed, same picture (default: 0)"
+    )
+    interpolate.add_argument(
+        "--checkpoint",
+        default="madiff-compact",
+        metavar="DIR",
+        help="folder of a saved pipeline, or the name of one that comes with the package (default: madiff-compact)",
+    )
+    interpolate.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps, … (default: cpu)")
+    interpolate.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "bfloat16"),
+        metavar="T",
+        help="float32, float16 or bfloat16 (default: float32)",
+    )
+    interpolate.set_defaults(run=run_interpolate)
+
+    convert = commands.add_parser(
+        "convert-eventgan",
+        help="convert a checkpoint of the original EventGAN",
+        description="Convert a checkpoint of the original EventGAN to an EventGANModel folder.",
+    )
+    convert.add_argument("source", metavar="CHECKPOINT", help="the original's .pt or .pth file")
+    convert.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write; must not exist")
+    convert.set_defaults(run=run_convert)
+    return parser
+
+
+def run_interpolate(args: argparse.Namespace) -> None:
+    from .image_io import image_format, read_image, write_image
+
+    # Everything that can be wrong with the input is found before a model is loaded.
+    output = Path(args.output)
+    try:
+        frame_prev, frame_next = read_image(args.prev), read_image(args.next)
+        image_format(output)
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+    if not output.parent.is_dir():
+        raise CommandError(f"--output: no such folder: {output.parent}")
+    if output.is_dir():
+        raise CommandError(f"--output must name an image file, but {output} is a folder")
+    if frame_prev.size != frame_next.size:
+        sizes = [f"{image.size[0]}x{image.size[1]}" for image in (frame_prev, frame_next)]
+        raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
+
+    import torch
+
+    pipeline = load_pipeline(args.checkpoint, args.device, getattr(torch, args.dtype))
+    try:
+        frames = pipeline(
+            frame_prev,
+            frame_next,
+            num_inference_steps=args.steps,
+            num_frames=args.num_frames,
+            generator=torch.Generator().manual_seed(args.seed),
+        ).frames[0]
+    except ValueError as error:
+        raise CommandError(error) from error
+    if len(frames) == 1:
+        paths = [output]
+    else:
+        paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, len(frames) + 1)]
+    try:
+        for path, frame in zip(paths, frames):
+            write_image(frame, path)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error}") from error
+    print("\n".join(str(path) for path in paths))
+
+
+def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiffPipeline":  # noqa: F821
+    """A pipeline on a device.
+
+    Raises:
+        CommandError: if there is no such checkpoint or device.
+    """
+    import torch
+
+    from .pipeline_madiff import CHECKPOINT_FOLDER, MADiffPipeline
+
+    bundled = sorted(path.name for path in CHECKPOINT_FOLDER.glob("*") if path.is_dir())
+    if checkpoint not in bundled and not (Path(checkpoint) / "model_index.json").is_file():
+        raise CommandError(
+            f"--checkpoint must be a folder with a model_index.json or one of {', '.join(bundled)}, "
+            f"but is {checkpoint!r}"
+        )
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    try:
+        return MADiffPipeline.from_pretrained(checkpoint, torch_dtype=dtype).to(place)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--checkpoint {checkpoint!r} cannot be loaded: {error}") from error
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from .convert_eventgan import convert_eventgan_checkpoint
+
+    output = Path(args.output)
+    if output.exists():
+        raise CommandError(f"--output must not exist yet, but {output} does")
+    try:
+        convert_eventgan_checkpoint(args.source).save_pretrained(output)
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+    print(output)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        message = " ".join(str(error).split())
+        print(f"madiff: error: {message}", file=sys.stderr)
+        return 2
+    return 0

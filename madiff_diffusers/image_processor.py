@@ -1,0 +1,120 @@
+"""Frames in and out: load, check and pad pairs of frames for the pipeline; crop and convert what it made."""
+
+from typing import List, Sequence, Tuple, Union
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+
+FrameInput = Union[
+    PIL.Image.Image, np.ndarray, torch.Tensor, List[PIL.Image.Image], List[np.ndarray], List[torch.Tensor]
+]
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class FrameProcessor:
+    """Converts between what users hold and the pipeline's tensors.
+
+    Args:
+        multiple (`int`): height and width are padded to multiples of this.
+    """
+
+    def __init__(self, multiple: int):
+        self.multiple = multiple
+
+    def to_tensor(self, frames: FrameInput, name: str) -> torch.Tensor:
+        """Frames as one `(B, 3, H, W)` float32 tensor in [-1, 1].
+
+        Args:
+            frames: a PIL image; a numpy array `(H, W, 3)` or `(B, H, W, 3)`, uint8, or float in [0, 1]; a tensor
+                `(3, H, W)` or `(B, 3, H, W)`, uint8, or float in [0, 1]; or a list of any one of these.
+            name: what the errors call it.
+
+        Raises:
+            TypeError: for any other type.
+            ValueError: for any other shape or range, frames of different sizes, or an empty list.
+        """
+        items = list(frames) if isinstance(frames, (list, tuple)) else [frames]
+        if not items:
+            raise ValueError(f"`{name}` must hold at least one frame, but is an empty list.")
+        tensors = [self._one_to_tensor(item, name) for item in items]
+        sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
+        if len(sizes) > 1:
+            listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+            raise ValueError(f"`{name}` must hold frames of one size, but holds {listed} (width x height).")
+        return torch.cat(tensors)
+
+    @staticmethod
+    def _one_to_tensor(frame: Union[PIL.Image.Image, np.ndarray, torch.Tensor], name: str) -> torch.Tensor:
+        if isinstance(frame, PIL.Image.Image):
+            frame = np.array(frame.convert("RGB"))
+        if isinstance(frame, np.ndarray):
+            if frame.ndim not in (3, 4) or frame.shape[-1] != 3:
+                raise ValueError(
+                    f"`{name}` as a numpy array must have shape (H, W, 3) or (B, H, W, 3), but has {frame.shape}."
+                )
+            tensor = torch.from_numpy(np.ascontiguousarray(frame)).movedim(-1, -3)
+        elif isinstance(frame, torch.Tensor):
+            if frame.ndim not in (3, 4) or frame.shape[-3] != 3:
+                raise ValueError(
+                    f"`{name}` as a tensor must have shape (3, H, W) or (B, 3, H, W), but has {tuple(frame.shape)}."
+                )
+            tensor = frame
+        else:
+            raise TypeError(
+                f"`{name}` must be a PIL image, a numpy array, a tensor, or a list of these, but holds a "
+                f"{type(frame).__name__}."
+            )
+        tensor = tensor if tensor.ndim == 4 else tensor[None]
+        if 0 in tensor.shape:
+            raise ValueError(f"`{name}` must not be empty, but has shape {tuple(tensor.shape)}.")
+        if tensor.dtype == torch.uint8:
+            return tensor.float() / 127.5 - 1
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}` must be uint8 or floating point, but is {tensor.dtype}.")
+        tensor = tensor.float()
+        low, high = tensor.min().item(), tensor.max().item()
+        if not (low >= 0 and high <= 1):  # also catches NaN
+            raise ValueError(f"`{name}` as floating point must lie in [0, 1], but lies in [{low:.3g}, {high:.3g}].")
+        return tensor * 2 - 1
+
+    def pad(self, frames: torch.Tensor) -> torch.Tensor:
+        """Repeat the last row and column until height and width are multiples of `multiple`."""
+        height, width = frames.shape[-2:]
+        return F.pad(frames, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+
+    def crop(self, frames: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        """Undo `pad`: the upper left `(height, width)`."""
+        return frames[..., : size[0], : size[1]]
+
+    def postprocess(
+        self, frames: torch.Tensor, output_type: str
+    ) -> Union[torch.Tensor, np.ndarray, List[List[PIL.Image.Image]]]:
+        """Frames `(B, F, 3, H, W)` in [-1, 1] as `"pt"` `(B, F, 3, H, W)` or `"np"` `(B, F, H, W, 3)`, both float32 in
+        [0, 1], or `"pil"`, a list of F images for each of B."""
+        frames = (frames.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return frames
+        array = frames.movedim(-3, -1).cpu().numpy()
+        if output_type == "np":
+            return array
+        return [[self._to_pil(frame) for frame in pair] for pair in array]
+
+    @staticmethod
+    def _to_pil(frame: np.ndarray) -> PIL.Image.Image:
+        return PIL.Image.fromarray((frame * 255).round().astype(np.uint8))
+
+
+def check_same_size(frames_prev: torch.Tensor, frames_next: torch.Tensor, names: Sequence[str]) -> None:
+    """Raise a ValueError unless both batches have as many frames, of one size."""
+    if frames_prev.shape[0] != frames_next.shape[0]:
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` must hold as many frames, but hold "
+            f"{frames_prev.shape[0]} and {frames_next.shape[0]}."
+        )
+    if frames_prev.shape[-2:] != frames_next.shape[-2:]:
+        sizes = [f"{frames.shape[-1]}x{frames.shape[-2]}" for frames in (frames_prev, frames_next)]
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` must have the same size, but are {sizes[0]} and {sizes[1]} (width x height)."
+        )

@@ -1,0 +1,150 @@
+"""Motion hints: what is known of how pixels move between the neighbours and the middle frame.
+
+A hint source answers three questions, each with a pair `(hints_prev, hints_next)` of `(B, C, H, W)` float32 tensors:
+`from_guess`, what a guess of the middle frame tells; `start`, what can be said before there is a guess; and
+`from_neighbours`, what the two neighbours alone tell (for ablations). Frames are RGB, `(B, 3, H, W)` in `[-1, 1]`.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import List, Optional, Protocol, Sequence, Tuple
+
+import cv2
+import numpy as np
+import torch
+
+HINT_SOURCES = ("events", "flow", "events+flow")
+
+HintPair = Tuple[torch.Tensor, torch.Tensor]
+
+
+class HintSource(Protocol):
+    """What the pipeline and the training scripts ask of a hint source."""
+
+    hint_channels: int
+
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair: ...
+
+    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair: ...
+
+    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair: ...
+
+
+def to_grey(frames: torch.Tensor) -> torch.Tensor:
+    """RGB `(B, 3, H, W)` to luma `(B, 1, H, W)` (BT.601), in the range of the input."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device, dtype=frames.dtype)
+    return (frames * weights.view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+class EventHints:
+    """Event volumes from an [`EventGANModel`]: `m_prev = f_I2E(prev, mid)`, `m_next = f_I2E(mid, next)` (MADiff)."""
+
+    def __init__(self, i2e: torch.nn.Module):
+        self.i2e = i2e
+        self.hint_channels = 2 * i2e.config.num_bins
+
+    def _events(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> HintPair:
+        first, second = to_grey(torch.cat(list(first))), to_grey(torch.cat(list(second)))
+        events = self.i2e(first.to(self.i2e.dtype), second.to(self.i2e.dtype)).events.float()
+        hints_prev, hints_next = events.chunk(2)
+        return hints_prev, hints_next
+
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        """Null hints: there is no middle frame to see events towards yet."""
+        batch, _, height, width = frame_prev.shape
+        null = frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32)
+        return null, null.clone()
+
+    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self._events((frame_prev, frame_mid), (frame_mid, frame_next))
+
+    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self._events((frame_prev, frame_prev), (frame_next, frame_next))
+
+
+class FlowHints:
+    """Optical flow by OpenCV's DIS: backward flow from the middle frame to each neighbour, (x, y) in pixels.
+
+    A backward flow is the very offset that a warp needs. Runs on the CPU wherever the frames are, in threads.
+    """
+
+    hint_channels = 2
+
+    def __init__(self, preset: int = cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
+        self.preset = preset
+
+    def _flows(self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Flow `(B, 2, H, W)` such that `from(p) = to(p + flow(p))`."""
+        reference = frames_from[0]
+        from_images = [self._to_uint8(frame) for frame in frames_from]
+        to_images = [self._to_uint8(frame) for frame in frames_to]
+
+        def one(pair: Tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+            # A DIS object keeps buffers, so each thread needs its own.
+            return cv2.DISOpticalFlow_create(self.preset).calc(pair[0], pair[1], None)
+
+        # DIS cuts the image into as many stripes as OpenCV has threads, and its result depends on the cut: with one
+        # stripe the same frames give the same flow on every machine. Parallelism comes from the pairs instead.
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        try:
+            with ThreadPoolExecutor(max_workers=min(len(from_images), max(threads, 1))) as pool:
+                flows = list(pool.map(one, zip(from_images, to_images)))
+        finally:
+            cv2.setNumThreads(threads)
+        flow = torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2).contiguous()
+        return flow.to(reference.device)
+
+    @staticmethod
+    def _to_uint8(frame: torch.Tensor) -> np.ndarray:
+        grey = to_grey(frame[None].detach().float())[0, 0]
+        return ((grey.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        """Half of the flow between the neighbours, each seen from the other."""
+        flow = self._flows([*frame_next, *frame_prev], [*frame_prev, *frame_next])
+        hints_prev, hints_next = (0.5 * flow).chunk(2)
+        return hints_prev, hints_next
+
+    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        hints_prev, hints_next = self._flows([*frame_mid, *frame_mid], [*frame_prev, *frame_next]).chunk(2)
+        return hints_prev, hints_next
+
+    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self.start(frame_prev, frame_next)
+
+
+class StackedHints:
+    """Several sources' hints side by side, in the order given."""
+
+    def __init__(self, sources: Sequence[HintSource]):
+        self.sources = list(sources)
+        self.hint_channels = sum(source.hint_channels for source in self.sources)
+
+    @staticmethod
+    def _stack(pairs: List[HintPair]) -> HintPair:
+        hints_prev, hints_next = zip(*pairs)
+        return torch.cat(hints_prev, dim=1), torch.cat(hints_next, dim=1)
+
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self._stack([source.start(frame_prev, frame_next) for source in self.sources])
+
+    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self._stack([source.from_guess(frame_prev, frame_mid, frame_next) for source in self.sources])
+
+    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self._stack([source.from_neighbours(frame_prev, frame_next) for source in self.sources])
+
+
+def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None) -> HintSource:
+    """The hint source of a name in `HINT_SOURCES`; flow stands last in a stack, where decoders look for offsets.
+
+    Raises:
+        ValueError: if the name is unknown, or events are asked for without an `i2e` model.
+    """
+    if name not in HINT_SOURCES:
+        raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, but is {name!r}.")
+    if "events" in name and i2e is None:
+        raise ValueError(f"`hint_source={name!r}` needs an `i2e` model, but `i2e` is None.")
+    sources = {"events": lambda: EventHints(i2e), "flow": FlowHints}
+    stack = [sources[part]() for part in name.split("+")]
+    return stack[0] if len(stack) == 1 else StackedHints(stack)

@@ -1,0 +1,360 @@
+"""MA-Sampling: latent diffusion that re-reads the motion from its own guess at every step (MADiff, arXiv 2404.13534)."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size
+from .motion_hints import build_hint_source
+
+HINT_POLICIES = ("sampling", "start", "neighbours", "none")
+
+# Checkpoints inside the package, by name.
+CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
+
+
+@dataclass
+class MADiffPipelineOutput(BaseOutput):
+    """
+    Args:
+        frames: the frames between the neighbours, in the order of time. For `output_type="pil"` a list of PIL images
+            for each pair; for `"np"` an array `(B, F, H, W, 3)` and for `"pt"` a tensor `(B, F, 3, H, W)`, float32 in
+            [0, 1].
+    """
+
+    frames: Union[List[List[PIL.Image.Image]], np.ndarray, torch.Tensor]
+
+
+class MADiffPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for video frame interpolation: the frames in the middle between two neighbouring frames.
+
+    Args:
+        vqvae ([`VQMAGANModel`]): encodes frames, and decodes latents beside the neighbours and motion hints.
+        unet ([`UNet2DModel`]): predicts the noise in the middle frame's latents; its input channels are those latents,
+            both neighbours' latents, and the hints towards both neighbours at the latents' size.
+        scheduler ([`SchedulerMixin`]): any of Diffusers'.
+        i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is `"flow"`.
+        hint_source (`str`): `"events"` (the paper's), `"flow"` or `"events+flow"`.
+        default_num_inference_steps (`int`): what `num_inference_steps=None` stands for.
+        default_hint_interval (`int`): what `hint_interval=None` stands for.
+    """
+
+    model_cpu_offload_seq = "vqvae->unet->i2e"
+    _optional_components = ["i2e"]
+    _callback_tensor_inputs = ["latents", "hints_prev", "hints_next"]
+
+    def __init__(
+        self,
+        vqvae: ModelMixin,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        i2e: Optional[ModelMixin] = None,
+        hint_source: str = "events",
+        default_num_inference_steps: int = 10,
+        default_hint_interval: int = 1,
+    ):
+        super().__init__()
+        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e)
+        self.register_to_config(
+            hint_source=hint_source,
+            default_num_inference_steps=default_num_inference_steps,
+            default_hint_interval=default_hint_interval,
+        )
+        self.hints = build_hint_source(hint_source, i2e)
+        latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
+        expected = 3 * latent_channels + 2 * self.hints.hint_channels
+        if vqvae.config.hint_channels != self.hints.hint_channels or unet.config.in_channels != expected:
+            raise ValueError(
+                f"`hint_source={hint_source!r}` gives {self.hints.hint_channels} channels towards each neighbour, so "
+                f"`vqvae` must have as many `hint_channels` (it has {vqvae.config.hint_channels}) and `unet` "
+                f"{expected} `in_channels` (it has {unet.config.in_channels})."
+            )
+        # The U-Net halves the latents' size between its blocks; frames are padded so that it always can.
+        unet_factor = 2 ** (len(unet.config.block_out_channels) - 1)
+        self.frame_processor = FrameProcessor(vqvae.downsample_factor * unet_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **kwargs) -> "MADiffPipeline":
+        """As [`~DiffusionPipeline.from_pretrained`]; the names of the package's own checkpoints load without a network."""
+        bundled = CHECKPOINT_FOLDER / str(pretrained_model_name_or_path)
+        if bundled.parent == CHECKPOINT_FOLDER and (bundled / "model_index.json").is_file():
+            pretrained_model_name_or_path = bundled
+            # Bundled weights are stored in half precision, to keep the package small.
+            kwargs.setdefault("torch_dtype", torch.float32)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        num_inference_steps: Any,
+        num_frames: Any,
+        hint_policy: str,
+        hint_interval: Any,
+        output_type: str,
+        generator: Any,
+        batch_size: int,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        for name, value in (("num_inference_steps", num_inference_steps), ("hint_interval", hint_interval)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, but is {value!r}.")
+        if not isinstance(num_frames, int) or num_frames < 1 or num_frames & (num_frames + 1):
+            raise ValueError(f"`num_frames` must be 1, 3, 7, 15, … (2^k - 1), but is {num_frames!r}.")
+        if hint_policy not in HINT_POLICIES:
+            raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {hint_policy!r}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` as a list must hold one generator per pair ({batch_size}), but holds {len(generator)}."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image_prev: FrameInput,
+        image_next: FrameInput,
+        num_inference_steps: Optional[int] = None,
+        num_frames: int = 1,
+        hint_policy: str = "sampling",
+        hint_interval: Optional[int] = None,
+        generator: Optional[Union[torch.Generator, List[torch.Generator]]] = None,
+        latents: Optional[torch.Tensor] = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, Dict], Dict]] = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Union[MADiffPipelineOutput, Tuple]:
+        r"""
+        Interpolate between two frames, or between the frames of several pairs.
+
+        Args:
+            image_prev, image_next: the neighbouring frames, of any size but the same: PIL images, numpy arrays
+                `(H, W, 3)`, tensors `(3, H, W)`, batches `(B, …)` or lists of these; arrays and tensors are uint8, or
+                floating point in [0, 1].
+            num_inference_steps (`int`, *optional*): sampling steps per frame; the checkpoint's default if not given.
+            num_frames (`int`, defaults to 1): evenly spaced frames to make between each pair: 1, 3, 7, 15, …; more than
+                one by recursion.
+            hint_policy (`str`, defaults to `"sampling"`): where motion hints come from. `"sampling"`: start hints at the
+                first step, then re-extracted from the current guess of the middle frame (MA-Sampling). For ablations:
+                `"start"`, start hints all along; `"neighbours"`, what the two neighbours tell without a guess;
+                `"none"`, zeros.
+            hint_interval (`int`, *optional*): with `"sampling"`, re-extract the hints after the first step and every
+                `hint_interval` steps from there; the checkpoint's default if not given.
+            generator (`torch.Generator` or one per pair, *optional*): makes the result repeatable.
+            latents (`torch.Tensor` of shape `(B, num_frames, C, h, w)`, or `(B, C, h, w)` for one frame, *optional*):
+                noise to start from, of variance 1, for each frame in the order of time; h and w are those of the
+                padded frames' latents. Drawn from `generator` if not given.
+            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
+            return_dict (`bool`): whether to return a [`MADiffPipelineOutput`] or a plain tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
+                step of each frame; returns a dict whose tensors replace the pipeline's.
+            callback_on_step_end_tensor_inputs: tensors to hand to it: `"latents"`, `"hints_prev"`, `"hints_next"`.
+
+        Returns:
+            [`MADiffPipelineOutput`], or a tuple of its `frames`.
+
+        Raises:
+            ValueError, TypeError: for an argument out of its range; the message names it.
+        """
+        # 0. Resolve defaults from the checkpoint.
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if hint_interval is None:
+            hint_interval = self.config.default_hint_interval
+
+        # 1. Check inputs.
+        frames_prev = self.frame_processor.to_tensor(image_prev, "image_prev")  # [B,3,H,W]
+        frames_next = self.frame_processor.to_tensor(image_next, "image_next")
+        check_same_size(frames_prev, frames_next, ("image_prev", "image_next"))
+        batch_size, _, *size = frames_prev.shape
+        self.check_inputs(
+            num_inference_steps,
+            num_frames,
+            hint_policy,
+            hint_interval,
+            output_type,
+            generator,
+            batch_size,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 2. Pad, and move to the device.
+        device = self._execution_device
+        frames_prev = self.frame_processor.pad(frames_prev).to(device)  # [B,3,H',W']
+        frames_next = self.frame_processor.pad(frames_next).to(device)
+        noise = self._check_latents(latents, num_frames, frames_prev)  # [B,F,C,h,w] or None
+
+        # 3. Make the middle of the widest gap first, then the middles of its halves.
+        self._interrupt = False
+        self._num_timesteps = num_inference_steps * num_frames
+        frames: List[Optional[torch.Tensor]] = [frames_prev] + [None] * num_frames + [frames_next]
+        gap = num_frames + 1
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            while gap > 1:
+                for left in range(0, num_frames + 1, gap):
+                    middle = left + gap // 2
+                    frames[middle] = self._interpolate(
+                        frames[left],
+                        frames[left + gap],
+                        num_inference_steps,
+                        hint_policy,
+                        hint_interval,
+                        generator,
+                        None if noise is None else noise[:, middle - 1],
+                        callback_on_step_end,
+                        callback_on_step_end_tensor_inputs,
+                        progress_bar,
+                    )
+                gap //= 2
+
+        # 4. Crop and convert.
+        result = self.frame_processor.crop(torch.stack(frames[1:-1], dim=1), tuple(size))  # [B,F,3,H,W]
+        result = self.frame_processor.postprocess(result, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (result,)
+        return MADiffPipelineOutput(frames=result)
+
+    def _interpolate(
+        self,
+        frames_prev: torch.Tensor,
+        frames_next: torch.Tensor,
+        num_inference_steps: int,
+        hint_policy: str,
+        hint_interval: int,
+        generator: Optional[Union[torch.Generator, List[torch.Generator]]],
+        noise: Optional[torch.Tensor],
+        callback: Optional[Callable],
+        callback_inputs: Sequence[str],
+        progress_bar: Any,
+    ) -> torch.Tensor:
+        """MA-Sampling of one middle frame per pair: `(B, 3, H, W)` in [-1, 1] from two such."""
+        batch_size, device, dtype = frames_prev.shape[0], frames_prev.device, self.vqvae.dtype
+
+        # 1. Encode the neighbours, once for all steps.
+        encoded = self.vqvae.encode(torch.cat([frames_prev, frames_next]).to(dtype))
+        scaling_factor = self.vqvae.config.scaling_factor
+        condition = torch.cat(encoded.latents.chunk(2), dim=1) * scaling_factor  # [B,2C,h,w]
+        features_prev, features_next = zip(*(feature.chunk(2) for feature in encoded.features))
+
+        # 2. Hints to begin with: nothing is known of the middle frame yet.
+        if hint_policy == "neighbours":
+            hints_prev, hints_next = self.hints.from_neighbours(frames_prev, frames_next)
+        else:
+            hints_prev, hints_next = self.hints.start(frames_prev, frames_next)  # [B,K,H,W]
+        if hint_policy == "none":
+            hints_prev, hints_next = torch.zeros_like(hints_prev), torch.zeros_like(hints_next)
+
+        # 3. Noise, at the end of the schedule.
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if noise is None:
+            shape = (batch_size, condition.shape[1] // 2, *condition.shape[-2:])
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = noise * self.scheduler.init_noise_sigma  # [B,C,h,w]
+        step_arguments = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if "generator" in step_arguments else {}
+
+        # 4. Denoise. Latents stay in float32 whatever the networks' dtype.
+        for i, t in enumerate(self.scheduler.timesteps):
+            if self.interrupt:
+                continue
+            # 4.1 one step of the scheduler
+            model_input = self.scheduler.scale_model_input(latents, t)
+            hints = torch.cat(
+                [self.vqvae.resize_hints(hints, latents.shape[-2:]) for hints in (hints_prev, hints_next)], dim=1
+            )  # [B,2K,h,w]
+            unet_input = torch.cat([model_input.to(dtype), condition, hints.to(dtype)], dim=1)
+            model_output = self.unet(unet_input.to(self.unet.dtype), t, return_dict=False)[0].float()
+            step = self.scheduler.step(model_output, t, latents, **step_kwargs)
+            clean_latents = self._clean_latents(step, model_output, model_input, t)  # ẑ_0, [B,C,h,w]
+            latents = step.prev_sample
+
+            # 4.2 hints from the frame that these latents stand for
+            if hint_policy == "sampling" and i % hint_interval == 0:
+                guess = self._decode(clean_latents, features_prev, features_next, hints_prev, hints_next)
+                hints_prev, hints_next = self.hints.from_guess(frames_prev, guess, frames_next)
+
+            # 4.3 the caller's turn
+            if callback is not None:
+                available = {"latents": latents, "hints_prev": hints_prev, "hints_next": hints_next}
+                returned = callback(self, i, t, {name: available[name] for name in callback_inputs})
+                latents = returned.pop("latents", latents)
+                hints_prev = returned.pop("hints_prev", hints_prev)
+                hints_next = returned.pop("hints_next", hints_next)
+                if i == len(self.scheduler.timesteps) - 1:
+                    clean_latents = latents if "latents" in callback_inputs else clean_latents
+            progress_bar.update()
+
+        # 5. The middle frame.
+        return self._decode(clean_latents, features_prev, features_next, hints_prev, hints_next)
+
+    def _decode(
+        self,
+        latents: torch.Tensor,
+        features_prev: Tuple[torch.Tensor, ...],
+        features_next: Tuple[torch.Tensor, ...],
+        hints_prev: torch.Tensor,
+        hints_next: torch.Tensor,
+    ) -> torch.Tensor:
+        dtype = self.vqvae.dtype
+        decoded = self.vqvae.decode(
+            (latents / self.vqvae.config.scaling_factor).to(dtype),
+            features_prev,
+            features_next,
+            hints_prev.to(dtype),
+            hints_next.to(dtype),
+        )
+        return decoded.sample.float().clamp(-1, 1)
+
+    def _clean_latents(
+        self, step: BaseOutput, model_output: torch.Tensor, model_input: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """ẑ_0 of a step: the scheduler's own where it gives one, else ẑ_0 = (z_t − √(1−ᾱ_t)·ε̂) / √ᾱ_t."""
+        for name in ("denoised", "pred_original_sample"):
+            if getattr(step, name, None) is not None:
+                return getattr(step, name)
+        # Schedulers that work on scaled latents (Euler's family) still hand the network variance-preserving ones.
+        alpha_bar = self.scheduler.alphas_cumprod.to(model_input.device)[t.long()].float()
+        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            return (model_input - sigma * model_output) / signal
+        if prediction_type == "v_prediction":
+            return signal * model_input - sigma * model_output
+        return model_output
+
+    def _check_latents(
+        self, latents: Optional[torch.Tensor], num_frames: int, frames: torch.Tensor
+    ) -> Optional[torch.Tensor]:
+        if latents is None:
+            return None
+        f = self.vqvae.downsample_factor
+        channels = self.vqvae.config.vq_embed_dim or self.vqvae.config.latent_channels
+        shape = (frames.shape[0], num_frames, channels, frames.shape[-2] // f, frames.shape[-1] // f)
+        if num_frames == 1 and latents.ndim == 4:
+            latents = latents[:, None]
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+        return latents.to(device=frames.device, dtype=torch.float32)

@@ -1,0 +1,641 @@
+"""VQ-MAGAN: the vector-quantised autoencoder whose decoder is conditioned on motion.
+
+The middle frame is encoded to a small latent; the decoder rebuilds it from that latent and from the two neighbouring
+frames, whose features it warps along offsets that it estimates from motion hints (MA-WARP, MADiff, arXiv 2404.13534).
+This file imports nothing else from the package, so that it can travel with a checkpoint.
+"""
+
+from dataclasses import dataclass
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput, VQModel
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+@dataclass
+class VQMAGANEncoderOutput(VQEncoderOutput):
+    """
+    Args:
+        latents (`torch.Tensor` of shape `(B, latent_channels, H / f, W / f)`): latents before quantisation.
+        features (`tuple` of `torch.Tensor`):
+            The frame itself, then one feature map per scale from the finest (stride `stem_stride`) to the coarsest
+            (stride `f`). They depend on the frame alone: compute them once and hand them to every `decode`.
+    """
+
+    features: Tuple[torch.Tensor, ...] = ()
+
+
+@dataclass
+class VQMAGANDecoderOutput(DecoderOutput):
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, H, W)`): the middle frame, nominally in `[-1, 1]`, not clamped.
+        commit_loss (`torch.Tensor` of shape `(B,)`): vector quantisation loss; zeros where nothing was quantised.
+        offsets (`tuple` of `torch.Tensor` of shape `(B, 4, U, V)`):
+            Offsets of each warp from the coarsest to the finest scale, in pixels of that scale: (x, y) from the
+            middle frame to the previous frame, then (x, y) to the next.
+        gates (`tuple` of `torch.Tensor` of shape `(B, 1, U, V)`):
+            Share in `[0, 1]` that the previous frame has in each warp, in the same order.
+        code_indices (`torch.Tensor`, *optional*): the codes that the latents were quantised to, flat.
+    """
+
+    offsets: Tuple[torch.Tensor, ...] = ()
+    gates: Tuple[torch.Tensor, ...] = ()
+    code_indices: Optional[torch.Tensor] = None
+
+
+def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Backward warp: `out(p) = image(p + offsets(p))`.
+
+    Convention: `image` is `(B, C, H, W)`; `offsets` is `(B, 2, H, W)`, (x, y) in pixels, x to the right and y down.
+    Bilinear, border padding, pixel centres at half-integers (`align_corners=False`). Coordinates are computed in
+    float32 whatever the dtype of `image`, since half precision cannot address pixels of a large frame.
+    """
+    height, width = image.shape[-2:]
+    x = torch.arange(width, device=image.device, dtype=torch.float32) + 0.5
+    y = torch.arange(height, device=image.device, dtype=torch.float32) + 0.5
+    offsets = offsets.float()
+    grid_x = (x[None, None, :] + offsets[:, 0]) * (2 / width) - 1
+    grid_y = (y[None, :, None] + offsets[:, 1]) * (2 / height) - 1
+    grid = torch.stack([grid_x, grid_y], dim=-1)
+    warped = F.grid_sample(image.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return warped.to(image.dtype)
+
+
+def _upsample_offsets(offsets: torch.Tensor, factor: int = 2) -> torch.Tensor:
+    """Offsets of one scale expressed at a `factor` times finer one: resized, and `factor` times as many pixels."""
+    return factor * F.interpolate(offsets, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def _activation(act_fn: str, channels: int) -> nn.Module:
+    if act_fn == "prelu":
+        return nn.PReLU(channels, init=0.1)
+    if act_fn == "silu":
+        return nn.SiLU()
+    raise ValueError(f"`act_fn` must be 'silu' or 'prelu', but is {act_fn!r}.")
+
+
+def _zero_init(module: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+class ResBlock(nn.Module):
+    """(norm, activation, 3×3 convolution) twice around a skip connection; no norm where `norm_num_groups` is None."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: Optional[int], act_fn: str):
+        super().__init__()
+
+        def norm(channels: int) -> nn.Module:
+            return nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+
+        self.norm1, self.norm2 = norm(in_channels), norm(out_channels)
+        self.act1, self.act2 = _activation(act_fn, in_channels), _activation(act_fn, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(self.act1(self.norm1(hidden_states)))
+        residual = self.conv2(self.act2(self.norm2(residual)))
+        return self.skip(hidden_states) + residual
+
+
+class MidBlock(nn.Module):
+    """Residual block, optional self-attention, residual block, at the coarsest scale."""
+
+    def __init__(self, channels: int, norm_num_groups: Optional[int], act_fn: str, add_attention: bool):
+        super().__init__()
+        self.resnet_in = ResBlock(channels, channels, norm_num_groups, act_fn)
+        self.attention = None
+        if add_attention:
+            self.attention = Attention(
+                channels,
+                heads=1,
+                dim_head=channels,
+                bias=True,
+                norm_num_groups=norm_num_groups,
+                residual_connection=True,
+                eps=1e-6,
+            )
+        self.resnet_out = ResBlock(channels, channels, norm_num_groups, act_fn)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.resnet_in(hidden_states)
+        if self.attention is not None:
+            hidden_states = self.attention(hidden_states)
+        return self.resnet_out(hidden_states)
+
+
+class MotionEncoder(nn.Module):
+    """Frame → latents and a feature pyramid; one map per scale, at strides `stem_stride`, …, `f`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        block_out_channels: Sequence[int],
+        layers_per_block: int,
+        norm_num_groups: Optional[int],
+        act_fn: str,
+        stem_stride: int,
+        add_attention: bool,
+    ):
+        super().__init__()
+        channels = block_out_channels[0]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, stride=stem_stride, padding=1)
+        self.levels = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
+        for i, out_channels in enumerate(block_out_channels):
+            widths = [channels] + [out_channels] * layers_per_block
+            self.levels.append(
+                nn.Sequential(*(ResBlock(a, b, norm_num_groups, act_fn) for a, b in zip(widths[:-1], widths[1:])))
+            )
+            channels = block_out_channels[min(i + 1, len(block_out_channels) - 1)]
+            self.downsamplers.append(nn.Conv2d(out_channels, channels, 3, stride=2, padding=1))
+        self.mid_block = MidBlock(channels, norm_num_groups, act_fn, add_attention)
+        self.conv_norm_out = (
+            nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+        )
+        self.act_out = _activation(act_fn, channels)
+        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def forward(self, frame: torch.Tensor) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...]]:
+        features = []
+        hidden_states = self.conv_in(frame)  # [B,C0,H/s,W/s]
+        for level, downsample in zip(self.levels, self.downsamplers):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(level, hidden_states)
+            else:
+                hidden_states = level(hidden_states)
+            features.append(hidden_states)
+            hidden_states = downsample(hidden_states)
+        hidden_states = self.mid_block(hidden_states)  # [B,CL,H/f,W/f]
+        features.append(hidden_states)
+        latents = self.conv_out(self.act_out(self.conv_norm_out(hidden_states)))  # [B,latent_channels,H/f,W/f]
+        return latents, tuple(features)
+
+
+class MAWarpBlock(nn.Module):
+    r"""
+    Motion-aware warp of the neighbours' features into the decoder (MA-WARP).
+
+        Ω_prev = f_Ω(h, m_prev, φ_prev)        Ω_next = f_Ω(h, m_next, φ_next)        one f_Ω for both
+        w_prev = warp(φ_prev, Ω_prev)          w_next = warp(φ_next, Ω_next)
+        g = σ(f_g(w_prev, w_next))             h̃ = g·w_prev + (1 − g)·w_next + f_δ(h)
+
+    With `coarse_to_fine`, `f_Ω` estimates a correction to offsets carried from the coarser scale (and to the offset
+    channels of the hints, where `offset_hints`), and looks at features already warped along them. With
+    `match_neighbours` it sees the other neighbour's features beside its own, so that it can compare the two.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hint_channels: int,
+        act_fn: str,
+        coarse_to_fine: bool,
+        offset_hints: bool,
+        match_neighbours: bool,
+    ):
+        super().__init__()
+        self.coarse_to_fine, self.offset_hints = coarse_to_fine, offset_hints
+        self.match_neighbours = match_neighbours
+        in_channels = channels * (3 if match_neighbours else 2) + hint_channels + (2 if coarse_to_fine else 0)
+        self.offset_net = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1),
+            _activation(act_fn, channels),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            _activation(act_fn, channels),
+            # Zero at the start: the first offsets are those of the hints, or none.
+            _zero_init(nn.Conv2d(channels, 2, 3, padding=1)),
+        )
+        self.gate_net = nn.Sequential(
+            nn.Conv2d(2 * channels, channels, 1),
+            _activation(act_fn, channels),
+            nn.Conv2d(channels, 1, 3, padding=1),
+        )
+        self.residual_net = nn.Sequential(_activation(act_fn, channels), nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        features: torch.Tensor,
+        hints: torch.Tensor,
+        corrections: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Both directions run in one batch: the first half of each `2B` tensor is for the previous frame.
+
+        Args:
+            hidden_states (`(B, C, U, V)`): decoder features h.
+            features (`(2B, C, U, V)`): φ_prev and φ_next at this scale.
+            hints (`(2B, K, U, V)`): m_prev and m_next at this scale.
+            corrections (`(2B, 2, U, V)`, *optional*): what coarser scales added to the hints' own offsets.
+
+        Returns:
+            `(h̃, corrections, offsets, gate)`, of shapes `(B, C, U, V)`, `(2B, 2, U, V)` twice and `(B, 1, U, V)`.
+        """
+        # 1. where the search starts  # [2B,2,U,V]
+        start = hints[:, -2:].float() if self.offset_hints else torch.zeros_like(hints[:, :2], dtype=torch.float32)
+        if corrections is None:
+            corrections = torch.zeros_like(start)
+        start = start + corrections
+
+        # 2. offsets, for both neighbours in one batch
+        looked_at = warp(features, start) if self.coarse_to_fine else features
+        inputs = [torch.cat([hidden_states, hidden_states]), looked_at, hints]
+        if self.match_neighbours:
+            inputs.append(torch.cat(looked_at.chunk(2)[::-1]))
+        if self.coarse_to_fine:
+            inputs.append(start.to(hints.dtype))
+        estimate = self.offset_net(torch.cat(inputs, dim=1)).float()
+        offsets = start + estimate
+
+        # 3. warp, blend, add
+        warped_prev, warped_next = warp(features, offsets).chunk(2)  # [B,C,U,V]
+        gate = torch.sigmoid(self.gate_net(torch.cat([warped_prev, warped_next], dim=1)))  # [B,1,U,V]
+        blended = gate * warped_prev + (1 - gate) * warped_next + self.residual_net(hidden_states)
+        return blended, corrections + estimate, offsets, gate
+
+
+class FrameHead(nn.Module):
+    r"""
+    From the decoder's finest features to the image.
+
+    With `warp_frames` the frames themselves pass a last MA-WARP at image resolution, so that texture is copied and not
+    repainted: offsets, gate and residual are predicted at the decoder's finest stride and unfolded to pixels, and
+    `refine_channels` (0: none) sets the width of a small network that touches up the blend at full resolution.
+    Without it, the image is painted from the features alone, as in the paper.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        stride: int,
+        norm_num_groups: Optional[int],
+        act_fn: str,
+        warp_frames: bool,
+        refine_channels: int,
+    ):
+        super().__init__()
+        self.stride, self.warp_frames = stride, warp_frames
+        self.conv_norm = (
+            nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+        )
+        self.act = _activation(act_fn, channels)
+        # A pixel's outputs: residual, and with `warp_frames` also 2 + 2 offsets and the gate's logit.
+        pixel_channels = out_channels + 5 if warp_frames else out_channels
+        self.conv_out = nn.Conv2d(channels, pixel_channels * stride**2, 3, padding=1)
+        if warp_frames:
+            _zero_init(self.conv_out)
+        self.refine = None
+        if warp_frames and refine_channels:
+            self.refine = nn.Sequential(
+                nn.Conv2d(3 * out_channels + 1, refine_channels, 3, padding=1),
+                _activation(act_fn, refine_channels),
+                nn.Conv2d(refine_channels, refine_channels, 3, padding=1),
+                _activation(act_fn, refine_channels),
+                _zero_init(nn.Conv2d(refine_channels, out_channels, 3, padding=1)),
+            )
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.conv_out.weight if self.refine is None else self.refine[-1].weight
+
+    def forward(
+        self, hidden_states: torch.Tensor, frames: torch.Tensor, start: torch.Tensor
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """
+        Args:
+            hidden_states (`(B, C, H / stride, W / stride)`): the decoder's finest features.
+            frames (`(2B, 3, H, W)`): the previous and the next frames.
+            start (`(2B, 2, H, W)`): offsets to start from, in pixels.
+
+        Returns:
+            `(image, offsets, gate)`; the last two are None without `warp_frames`.
+        """
+        pixels = F.pixel_shuffle(self.conv_out(self.act(self.conv_norm(hidden_states))), self.stride)
+        if not self.warp_frames:
+            return pixels, None, None
+        offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
+        gate = torch.sigmoid(pixels[:, 4:5])
+        warped_prev, warped_next = warp(frames, offsets).chunk(2)  # [B,3,H,W]
+        image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
+        if self.refine is not None:
+            image = image + self.refine(torch.cat([warped_prev, warped_next, image, gate], dim=1))
+        return image, offsets, gate
+
+
+class MotionDecoder(nn.Module):
+    """Latents, feature pyramids and hints → the middle frame, with an MA-WARP block after every scale."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        block_out_channels: Sequence[int],
+        layers_per_block: int,
+        norm_num_groups: Optional[int],
+        act_fn: str,
+        stem_stride: int,
+        add_attention: bool,
+        hint_channels: int,
+        coarse_to_fine: bool,
+        offset_hints: bool,
+        match_neighbours: bool,
+        warp_frames: bool,
+        refine_channels: int,
+    ):
+        super().__init__()
+        self.coarse_to_fine, self.offset_hints, self.stem_stride = coarse_to_fine, offset_hints, stem_stride
+        widths = [*reversed(block_out_channels)]
+
+        def warp_block(channels: int) -> MAWarpBlock:
+            return MAWarpBlock(channels, hint_channels, act_fn, coarse_to_fine, offset_hints, match_neighbours)
+
+        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], norm_num_groups, act_fn, add_attention)
+        self.mid_warp = warp_block(widths[0])
+        self.levels, self.warps = nn.ModuleList(), nn.ModuleList()
+        channels = widths[0]
+        for out_channels_level in widths:
+            blocks = [channels] + [out_channels_level] * layers_per_block
+            self.levels.append(
+                nn.Sequential(*(ResBlock(a, b, norm_num_groups, act_fn) for a, b in zip(blocks[:-1], blocks[1:])))
+            )
+            self.warps.append(warp_block(out_channels_level))
+            channels = out_channels_level
+        self.head = FrameHead(
+            channels, out_channels, stem_stride, norm_num_groups, act_fn, warp_frames, refine_channels
+        )
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        features_prev: Sequence[torch.Tensor],
+        features_next: Sequence[torch.Tensor],
+        hints: Sequence[torch.Tensor],
+    ) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], Tuple[torch.Tensor, ...]]:
+        """
+        Args:
+            latents (`(B, C, H / f, W / f)`): quantised latents.
+            features_prev, features_next: what `MotionEncoder` gave, with the frame in front; finest first.
+            hints: m_prev and m_next in one batch of `2B`, one tensor per scale in the order of the features.
+
+        Returns:
+            `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`].
+        """
+        run = self._gradient_checkpointing_func if torch.is_grad_enabled() and self.gradient_checkpointing else None
+        all_offsets, all_gates = [], []
+
+        # 1. the coarsest scale
+        hidden_states = self.mid_block(self.conv_in(latents))  # [B,C,H/f,W/f]
+        features = [torch.cat(pair) for pair in zip(features_prev, features_next)]
+        blocks = [(self.mid_warp, features[-1], hints[-1])]
+        blocks += list(zip(self.warps, features[-2:0:-1], hints[-2:0:-1]))
+        corrections = None
+
+        # 2. up the scales, a warp after each
+        for i, (warp_block, feature, hint) in enumerate(blocks):
+            if i > 0:
+                hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+                level = self.levels[i - 1]
+                hidden_states = level(hidden_states) if run is None else run(level, hidden_states)
+            arguments = (hidden_states, feature, hint, corrections)
+            hidden_states, corrections, offsets, gate = (
+                warp_block(*arguments) if run is None else run(warp_block, *arguments)
+            )
+            corrections = _upsample_offsets(corrections) if self.coarse_to_fine and i < len(self.levels) else None
+            all_offsets.append(torch.cat(offsets.chunk(2), dim=1))
+            all_gates.append(gate)
+
+        # 3. the frames themselves; what the last warp found is where they start
+        start = torch.cat(all_offsets[-1].chunk(2, dim=1))
+        if self.offset_hints:  # only the corrections are resized: the hints are known at full resolution
+            start = start - hints[1][:, -2:].float()
+        if self.stem_stride > 1:
+            start = _upsample_offsets(start, self.stem_stride)
+        if self.offset_hints:
+            start = start + hints[0][:, -2:].float()
+        image, offsets, gate = self.head(hidden_states, features[0], start)
+        if offsets is not None:
+            all_offsets.append(torch.cat(offsets.chunk(2), dim=1))
+            all_gates.append(gate)
+        return image, tuple(all_offsets), tuple(all_gates)
+
+
+class VQMAGANModel(VQModel):
+    r"""
+    Motion-aware autoencoder of MADiff (VQ-MAGAN): a [`~diffusers.VQModel`] whose decoder sees the two neighbouring
+    frames and motion hints.
+
+    The downsampling factor is `f = stem_stride * 2 ** len(block_out_channels)`; frame sizes must be multiples of it.
+    The defaults are the paper's behaviour; the flags below it are this implementation's options.
+
+    Args:
+        in_channels, out_channels (`int`, defaults to 3): channels of a frame.
+        block_out_channels (`tuple` of `int`): widths from the finest scale to the coarsest; the bottleneck has the last.
+        layers_per_block (`int`): residual blocks per scale.
+        latent_channels (`int`): channels of the latents.
+        num_vq_embeddings (`int`): codes in the codebook.
+        vq_embed_dim (`int`, *optional*): dimensions of a code; `latent_channels` if not given.
+        norm_num_groups (`int`, *optional*): groups of the GroupNorms; None builds the network without norms.
+        act_fn (`str`): `"silu"` or `"prelu"`.
+        mid_block_add_attention (`bool`): self-attention in the two bottlenecks.
+        scaling_factor (`float`): the latents' standard deviation times this is 1; see [`~diffusers.AutoencoderKL`].
+        hint_channels (`int`): channels of the hints towards one neighbour.
+        stem_stride (`int`, 1 or 2): stride of the first convolution. 2 leaves full resolution to the last warp.
+        coarse_to_fine (`bool`): carry offsets from scale to scale, instead of estimating each from nothing.
+        offset_hints (`bool`): whether the last two channels of the hints are offsets in pixels (optical flow), to which
+            estimates are added. Needs `coarse_to_fine`.
+        match_neighbours (`bool`): let the offset network see both neighbours' features.
+        warp_frames (`bool`): a last warp of the frames themselves at image resolution.
+        refine_channels (`int`): width of the full-resolution refinement after the last warp; 0 for none.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["quantize"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Tuple[int, ...] = (64, 128, 128, 128, 256),
+        layers_per_block: int = 1,
+        latent_channels: int = 3,
+        num_vq_embeddings: int = 8192,
+        vq_embed_dim: Optional[int] = None,
+        norm_num_groups: Optional[int] = 32,
+        act_fn: str = "silu",
+        mid_block_add_attention: bool = True,
+        scaling_factor: float = 1.0,
+        hint_channels: int = 18,
+        stem_stride: int = 1,
+        coarse_to_fine: bool = False,
+        offset_hints: bool = False,
+        match_neighbours: bool = False,
+        warp_frames: bool = False,
+        refine_channels: int = 0,
+    ):
+        # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
+        ModelMixin.__init__(self)
+        if stem_stride not in (1, 2):
+            raise ValueError(f"`stem_stride` must be 1 or 2, but is {stem_stride}.")
+        if offset_hints and not coarse_to_fine:
+            raise ValueError("`offset_hints=True` needs `coarse_to_fine=True`: estimates are added to the hints.")
+        vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
+        shared = {
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+            "act_fn": act_fn,
+            "stem_stride": stem_stride,
+            "add_attention": mid_block_add_attention,
+        }
+        self.encoder = MotionEncoder(in_channels, latent_channels, **shared)
+        self.quant_conv = nn.Conv2d(latent_channels, vq_embed_dim, 1)
+        self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, remap=None, sane_index_shape=False)
+        self.quantize.legacy = False  # beta weighs the commitment, not the codebook
+        self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
+        self.decoder = MotionDecoder(
+            latent_channels,
+            out_channels,
+            **shared,
+            hint_channels=hint_channels,
+            coarse_to_fine=coarse_to_fine,
+            offset_hints=offset_hints,
+            match_neighbours=match_neighbours,
+            warp_frames=warp_frames,
+            refine_channels=refine_channels,
+        )
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent along each side."""
+        return self.config.stem_stride * 2 ** len(self.config.block_out_channels)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer, at which the adversarial loss is balanced (Esser et al., 2021, eq. 7)."""
+        return self.decoder.head.last_layer
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> Union[VQMAGANEncoderOutput, Tuple[torch.Tensor, Tuple[torch.Tensor, ...]]]:
+        """
+        Args:
+            x (`torch.Tensor` of shape `(B, 3, H, W)`): frames in `[-1, 1]`; H and W multiples of `downsample_factor`.
+
+        Returns:
+            [`VQMAGANEncoderOutput`]: latents before quantisation, and the feature pyramid.
+        """
+        if any(side % self.downsample_factor for side in x.shape[-2:]):
+            raise ValueError(
+                f"`x` must have a height and width that are multiples of {self.downsample_factor}, "
+                f"but is {x.shape[-2]}x{x.shape[-1]}."
+            )
+        latents, features = self.encoder(x)
+        latents = self.quant_conv(latents)
+        features = (x, *features)
+        if not return_dict:
+            return latents, features
+        return VQMAGANEncoderOutput(latents=latents, features=features)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        h: torch.Tensor,
+        features_prev: Tuple[torch.Tensor, ...],
+        features_next: Tuple[torch.Tensor, ...],
+        hints_prev: torch.Tensor,
+        hints_next: torch.Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+    ) -> Union[VQMAGANDecoderOutput, Tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Args:
+            h (`torch.Tensor` of shape `(B, vq_embed_dim, H / f, W / f)`): latents of the middle frame, unscaled.
+            features_prev, features_next: `encode(frame).features` of the two neighbours.
+            hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H, W)`): motion between the middle frame
+                and each neighbour; resized here to every scale.
+            force_not_quantize (`bool`): decode the latents as they are.
+
+        Returns:
+            [`VQMAGANDecoderOutput`], or `(sample, commit_loss)`.
+        """
+        for name, hints in (("hints_prev", hints_prev), ("hints_next", hints_next)):
+            if hints.shape[1] != self.config.hint_channels or hints.shape[-2:] != features_prev[0].shape[-2:]:
+                raise ValueError(
+                    f"`{name}` must have {self.config.hint_channels} channels at the frames' size "
+                    f"{tuple(features_prev[0].shape[-2:])}, but has shape {tuple(hints.shape)}."
+                )
+        if force_not_quantize:
+            quantised, commit_loss, code_indices = h, h.new_zeros(h.shape[0]), None
+        else:
+            quantised, commit_loss, (_, _, code_indices) = self.quantize(h)
+            commit_loss = commit_loss.expand(h.shape[0])
+        hints = torch.cat([hints_prev, hints_next])  # [2B,K,H,W]
+        pyramid = [hints] + [
+            self.resize_hints(hints, feature.shape[-2:]) for feature in features_prev[1:]
+        ]
+        sample, offsets, gates = self.decoder(
+            self.post_quant_conv(quantised), features_prev, features_next, pyramid
+        )
+        if not return_dict:
+            return sample, commit_loss
+        return VQMAGANDecoderOutput(
+            sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
+        )
+
+    def resize_hints(self, hints: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        """Hints `(B, K, H, W)` averaged to a smaller `size`; offset channels become pixels of that size."""
+        ratio = (hints.shape[-2] // size[0], hints.shape[-1] // size[1])
+        if ratio == (1, 1):
+            return hints
+        resized = F.avg_pool2d(hints, ratio)
+        if not self.config.offset_hints:
+            return resized
+        scale = torch.tensor([1 / ratio[1], 1 / ratio[0]], device=hints.device, dtype=hints.dtype).view(1, 2, 1, 1)
+        return torch.cat([resized[:, :-2], resized[:, -2:] * scale], dim=1)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        frame_prev: torch.Tensor,
+        frame_next: torch.Tensor,
+        hints_prev: torch.Tensor,
+        hints_next: torch.Tensor,
+        latent_noise: Optional[torch.Tensor] = None,
+        return_dict: bool = True,
+    ) -> Union[VQMAGANDecoderOutput, Tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Encode the middle frame and decode it again beside its neighbours.
+
+        Args:
+            sample, frame_prev, frame_next (`torch.Tensor` of shape `(B, 3, H, W)`): frames in `[-1, 1]`.
+            hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H, W)`): motion hints.
+            latent_noise (`torch.Tensor`, *optional*): added to the latents in units of their standard deviation over
+                the batch, before they are quantised.
+        """
+        encoded = self.encode(torch.cat([sample, frame_prev, frame_next]))
+        batch = sample.shape[0]
+        latents = encoded.latents[:batch]
+        if latent_noise is not None:
+            latents = latents + latent_noise * latents.detach().std()
+        features_prev = tuple(feature[batch : 2 * batch] for feature in encoded.features)
+        features_next = tuple(feature[2 * batch :] for feature in encoded.features)
+        return self.decode(latents, features_prev, features_next, hints_prev, hints_next, return_dict=return_dict)

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["transformers>=4.44", "datasets>=3.0", "lpips>=0.1.4", "torchvision", "PyYAML>=6.0", "tensorboard>=2.14"]
+EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22"]
+VIDEO = ["av>=12.0"]
+TEST = ["pytest>=8.0", *TRAIN, *EVAL, *VIDEO]
+
+setup(
+    name="madiff_diffusers",
+    version="0.1.0",
+    description="MADiff: motion-aware latent diffusion for video frame interpolation, as a Diffusers pipeline",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["madiff_diffusers", "madiff_diffusers.*"]),
+    package_data={"madiff_diffusers": ["checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors"]},
+    install_requires=[
+        "torch>=2.4",
+        "diffusers>=0.35",
+        "accelerate>=1.0",
+        "safetensors>=0.4",
+        "einops>=0.8",
+        "numpy>=1.26",
+        "Pillow>=10.0",
+        "opencv-python-headless>=4.9",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "video": VIDEO,
+        "test": TEST,
+        "all": sorted({*TRAIN, *EVAL, *VIDEO, *TEST}),
+    },
+    entry_points={"console_scripts": ["madiff=madiff_diffusers.cli:main"]},
+)

@@ -1,0 +1,68 @@
+"""Losses of the training stages: LPIPS from a local backbone, and a patch discriminator with its hinge losses."""
+
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+
+def build_lpips(net: str = "alex", backbone: Optional[str] = None) -> nn.Module:
+    """The LPIPS metric of the `lpips` package as a frozen module; takes frames in [-1, 1].
+
+    Args:
+        net: `"alex"` or `"vgg"`.
+        backbone: safetensors file with the ImageNet weights of torchvision's feature layers (`features.N.weight`). If
+            not given, torchvision downloads them on first use.
+    """
+    import lpips
+
+    metric = lpips.LPIPS(net=net, pnet_rand=backbone is not None, verbose=False)
+    if backbone is not None:
+        state = load_file(backbone)
+        # lpips keeps each layer under its torchvision index, inside the slice whose output it compares.
+        own = {
+            name: state[f"features.{name.split('.')[1]}.{name.split('.')[2]}"]
+            for name in metric.net.state_dict()
+            if name.startswith("slice")
+        }
+        metric.net.load_state_dict(own, strict=True)
+    return metric.requires_grad_(False).eval()
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al., 2017): a map of logits, one per overlapping patch.
+
+    GroupNorm takes the place of BatchNorm, so that a sample's logits do not depend on its batch.
+    """
+
+    def __init__(self, in_channels: int, base_channels: int = 64, num_layers: int = 3):
+        super().__init__()
+        layers = [nn.Conv2d(in_channels, base_channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        channels = base_channels
+        for i in range(1, num_layers + 1):
+            out_channels = base_channels * min(2**i, 8)
+            stride = 2 if i < num_layers else 1
+            layers += [
+                nn.Conv2d(channels, out_channels, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(8, out_channels),
+                nn.LeakyReLU(0.2),
+            ]
+            channels = out_channels
+        layers.append(nn.Conv2d(channels, 1, 4, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+def discriminator_hinge_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+    """λ = ‖∇ reconstruction‖ / (‖∇ adversarial‖ + 1e-4) at the last layer (Esser et al., 2021, eq. 7), at most 1e4."""
+    reconstruction_grad = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
+    adversarial_grad = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
+    return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
