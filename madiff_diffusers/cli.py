@@ -55,6 +55,42 @@ def build_parser() -> argparse.ArgumentParser:
     )
     interpolate.set_defaults(run=run_interpolate)
 
+    for name, run, text in (
+        ("evaluate", run_evaluate, "Interpolate the triplets of a benchmark folder and print the mean scores."),
+        ("ablate", run_ablate, "Print a table of scores: where motion hints come from, by the number of sampling steps."),
+    ):
+        command = commands.add_parser(name, help=text[0].lower() + text[1:-1], description=text)
+        command.add_argument(
+            "--root",
+            required=True,
+            metavar="DIR",
+            help="input/NAME/frame10.png, frame11.png with gt/NAME/frame10i11.png, "
+            "or NAME/frame_00.png, frame_02.png, frame_01_gt.png",
+        )
+        command.add_argument("--checkpoint", default="madiff-compact", metavar="DIR", help="as for interpolate")
+        command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise (default: 0)")
+        command.add_argument("--device", default="cpu", metavar="D", help="as for interpolate")
+        command.add_argument(
+            "--lpips-backbone",
+            metavar="FILE",
+            help="safetensors file of AlexNet's feature layers; downloaded by torchvision if not given",
+        )
+        if name == "evaluate":
+            command.add_argument("-o", "--output", metavar="DIR", help="folder to write the frames to, as NAME.png")
+            command.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the checkpoint's own)")
+        else:
+            command.add_argument(
+                "--steps", type=int, nargs="+", default=[1, 2, 5, 10, 25, 50], metavar="N", help="default: 1 2 5 10 25 50"
+            )
+            command.add_argument(
+                "--policies",
+                nargs="+",
+                default=["none", "neighbours", "sampling"],
+                metavar="P",
+                help="none, start, neighbours or sampling (default: none neighbours sampling)",
+            )
+        command.set_defaults(run=run)
+
     convert = commands.add_parser(
         "convert-eventgan",
         help="convert a checkpoint of the original EventGAN",
@@ -107,6 +143,41 @@ def run_interpolate(args: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error}") from error
     print("\n".join(str(path) for path in paths))
+
+
+def build_evaluator(args: argparse.Namespace) -> "Evaluator":  # noqa: F821
+    import torch
+
+    try:
+        from .evaluation import Evaluator, find_triplets
+
+        triplets = find_triplets(args.root)
+        pipeline = load_pipeline(args.checkpoint, args.device, torch.float32)
+        return Evaluator(pipeline, triplets, args.lpips_backbone, args.seed)
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is missing; pip install 'madiff_diffusers[eval]'") from error
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from .evaluation import summary
+
+    evaluator = build_evaluator(args)
+    output = None if args.output is None else Path(args.output)
+    try:
+        means = evaluator.score(output, num_inference_steps=args.steps)
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+    print(summary(Path(args.root).name, len(evaluator.triplets), means))
+
+
+def run_ablate(args: argparse.Namespace) -> None:
+    try:
+        for row in build_evaluator(args).ablate(args.policies, args.steps):
+            print(row, flush=True)
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
 
 
 def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiffPipeline":  # noqa: F821

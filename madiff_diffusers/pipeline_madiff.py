@@ -208,7 +208,9 @@ class MADiffPipeline(DiffusionPipeline):
 
         # 3. Make the middle of the widest gap first, then the middles of its halves.
         self._interrupt = False
-        self._num_timesteps = num_inference_steps * num_frames
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # Some schedulers (Heun's) call the network more than once a step.
+        self._num_timesteps = len(self.scheduler.timesteps) * num_frames
         frames: List[Optional[torch.Tensor]] = [frames_prev] + [None] * num_frames + [frames_next]
         gap = num_frames + 1
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -272,6 +274,7 @@ class MADiffPipeline(DiffusionPipeline):
         if noise is None:
             shape = (batch_size, condition.shape[1] // 2, *condition.shape[-2:])
             noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        clean_latents = noise
         latents = noise * self.scheduler.init_noise_sigma  # [B,C,h,w]
         step_arguments = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if "generator" in step_arguments else {}
@@ -300,11 +303,12 @@ class MADiffPipeline(DiffusionPipeline):
             if callback is not None:
                 available = {"latents": latents, "hints_prev": hints_prev, "hints_next": hints_next}
                 returned = callback(self, i, t, {name: available[name] for name in callback_inputs})
-                latents = returned.pop("latents", latents)
                 hints_prev = returned.pop("hints_prev", hints_prev)
                 hints_next = returned.pop("hints_next", hints_next)
-                if i == len(self.scheduler.timesteps) - 1:
-                    clean_latents = latents if "latents" in callback_inputs else clean_latents
+                replaced = returned.pop("latents", latents)
+                if replaced is not latents and i == len(self.scheduler.timesteps) - 1:
+                    clean_latents = replaced
+                latents = replaced
             progress_bar.update()
 
         # 5. The middle frame.

@@ -1,34 +1,8 @@
-"""Losses of the training stages: LPIPS from a local backbone, and a patch discriminator with its hinge losses."""
-
-from typing import Optional
+"""Adversarial losses of the training stages: a patch discriminator and how it is balanced."""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
-
-
-def build_lpips(net: str = "alex", backbone: Optional[str] = None) -> nn.Module:
-    """The LPIPS metric of the `lpips` package as a frozen module; takes frames in [-1, 1].
-
-    Args:
-        net: `"alex"` or `"vgg"`.
-        backbone: safetensors file with the ImageNet weights of torchvision's feature layers (`features.N.weight`). If
-            not given, torchvision downloads them on first use.
-    """
-    import lpips
-
-    metric = lpips.LPIPS(net=net, pnet_rand=backbone is not None, verbose=False)
-    if backbone is not None:
-        state = load_file(backbone)
-        # lpips keeps each layer under its torchvision index, inside the slice whose output it compares.
-        own = {
-            name: state[f"features.{name.split('.')[1]}.{name.split('.')[2]}"]
-            for name in metric.net.state_dict()
-            if name.startswith("slice")
-        }
-        metric.net.load_state_dict(own, strict=True)
-    return metric.requires_grad_(False).eval()
 
 
 class PatchDiscriminator(nn.Module):

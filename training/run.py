@@ -166,6 +166,19 @@ class Run:
     def _saved(self) -> List[Path]:
         return sorted(self.checkpoints.glob("step_*"))
 
+    def clip_gradients(self, model: torch.nn.Module) -> None:
+        """Clip the gradients of a whole step to `max_grad_norm`.
+
+        Raises:
+            FloatingPointError: if they are not finite; the last checkpoint is from before.
+        """
+        if not self.accelerator.sync_gradients:
+            return
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
+        # In fp16 the loss scaler expects infinities now and then, and skips their steps.
+        if self.options.mixed_precision != "fp16" and not torch.isfinite(norm):
+            raise FloatingPointError(f"The gradient's norm is {norm.item()} at step {self.progress.step}.")
+
     def log(self, values: Dict[str, torch.Tensor]) -> None:
         """Append a row to `summary.csv`, where this step is one to log. Values are averaged over the processes."""
         if self.progress.step % self.options.log_every and self.progress.step != self.options.steps:

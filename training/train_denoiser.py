@@ -110,8 +110,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             prediction = unet(torch.cat([noisy, prev, next_, *hints], dim=1), timesteps, return_dict=False)[0]
             loss = F.mse_loss(prediction.float(), target.float())
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), options.max_grad_norm)
+            run.clip_gradients(unet)
             optimizer.step()
             optimizer.zero_grad()
 

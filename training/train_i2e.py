@@ -26,23 +26,20 @@ class I2EOptions(RunOptions):
     upsampling: int = 4  # frames made per source frame before events are simulated
     moved_still_share: float = 0.0  # share of samples that are one frame moved along an exactly known path
     spectral_norm: bool = True  # as EventGAN: on the residual blocks and decoders, folded into the weights at the end
-    timing_weight: float = 0.1  # of the L1 on running counts, see volume_loss
+    squared_weight: float = 1.0  # of the squared error at the start; falls linearly to 0 at squared_until of the steps
+    squared_until: float = 0.7
     adversarial_weight: float = 0.01
     disc_start: int = 0  # step at which the discriminator starts
     disc_channels: int = 32
 
 
-def volume_loss(events: torch.Tensor, truth: torch.Tensor, num_bins: int, timing_weight: float) -> torch.Tensor:
-    """L1 on the volume, plus `timing_weight` times the L1 on the events counted up to each time bin.
+def volume_loss(events: torch.Tensor, truth: torch.Tensor, squared_weight: float) -> torch.Tensor:
+    """L1 on the volume plus `squared_weight` times the squared error.
 
-    Events are sparse and an L1 is least at the median, so that on the volume alone predicting no event anywhere is a
-    minimum that a network does not leave. The running count of a pixel that an edge has passed is not zero, and the
-    distance between running counts (the earth mover's distance in time) falls as events move towards their moment.
+    Events are sparse and an L1 is least at the median, so that on its own, predicting no event anywhere is a minimum
+    that a network hardly leaves. A squared error is least at the mean, and teaches where events are to be expected.
     """
-    running_events, running_truth = (
-        volume.unflatten(1, (2, num_bins)).cumsum(dim=2) for volume in (events, truth)
-    )  # [B,2,num_bins,H,W]
-    return F.l1_loss(events, truth) + timing_weight * F.l1_loss(running_events, running_truth)
+    return F.l1_loss(events, truth) + squared_weight * F.mse_loss(events, truth)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -97,7 +94,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     run.resume()
 
     # 4. loop
-    num_bins = data.num_bins
     model.train()
     for batch in run.loader(data):
         adversarial = run.progress.step >= options.disc_start and options.adversarial_weight > 0
@@ -107,15 +103,15 @@ def main(argv: Optional[List[str]] = None) -> None:
             # 4.1 generator
             events = model(batch["frame_first"], batch["frame_second"]).events
             l1 = F.l1_loss(events, truth)
-            loss, gan = volume_loss(events, truth, num_bins, options.timing_weight), torch.zeros_like(l1)
+            squared_weight = options.squared_weight * max(1 - run.progress.step / options.steps / options.squared_until, 0)
+            loss, gan = volume_loss(events, truth, squared_weight), torch.zeros_like(l1)
             if adversarial:
                 discriminator.requires_grad_(False)
                 gan = -discriminator(torch.cat([frames, events], dim=1)).mean()
                 discriminator.requires_grad_(True)
                 loss = loss + options.adversarial_weight * gan
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            run.clip_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -136,7 +132,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             if adversarial:
                 schedules[1].step()
             run.progress.step += 1
-            run.log({"l1": l1, "l1_of_zeros": truth.abs().mean(), "gan": gan, "disc": disc_loss})
+            run.log({"l1": l1, "l1_of_zeros": truth.abs().mean(), "mse": F.mse_loss(events, truth), "mse_of_zeros": truth.square().mean(), "gan": gan, "disc": disc_loss})
             if run.progress.step % options.save_every == 0 or run.progress.step == options.steps:
                 run.save()
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
 
 from madiff_diffusers.eventgan import EventGANModel
+from madiff_diffusers.metrics import build_lpips
 from madiff_diffusers.motion_hints import FlowHints, HintSource, build_hint_source
 from madiff_diffusers.vq_magan import VQMAGANModel
 from training.data import TripletSamples, read_clips
-from training.losses import PatchDiscriminator, adaptive_weight, build_lpips, discriminator_hinge_loss
+from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
 from training.run import Run, RunOptions, parse_options
 
 
@@ -84,6 +85,13 @@ def latent_noise(
     f = model.downsample_factor
     noise = torch.randn(batch, model.quantize.vq_embed_dim, height // f, width // f, generator=generator)
     return (noise * level * torch.rand(batch, 1, 1, 1, generator=generator)).to(frames.device)
+
+
+def softened_l1(sample: torch.Tensor, truth: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Mean of √(d² + ε²), the Charbonnier loss; plain L1 for ε = 0, where the root would have no gradient at d = 0."""
+    if epsilon == 0:
+        return F.l1_loss(sample, truth)
+    return ((sample - truth) ** 2 + epsilon**2).sqrt().mean()
 
 
 def offset_loss(
@@ -190,7 +198,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         with accelerator.accumulate(model, discriminator):
             # 4.1 autoencoder
             decoded = model(truth, batch["frame_prev"], batch["frame_next"], hints_prev, hints_next, noise)
-            l1 = ((decoded.sample - truth) ** 2 + options.l1_epsilon**2).sqrt().mean()
+            l1 = softened_l1(decoded.sample, truth, options.l1_epsilon)
             perceptual = torch.zeros_like(l1)
             if lpips is not None and step >= options.lpips_start:
                 perceptual = lpips(decoded.sample, truth).mean()
@@ -215,8 +223,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 weight = adaptive_weight(reconstruction, gan, bare_model.last_layer)
                 loss = loss + options.disc_weight * weight * gan
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            run.clip_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
             codes_used[decoded.code_indices] = True

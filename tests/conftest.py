@@ -1,0 +1,92 @@
+"""Fixtures: the networks of the `tiny` configuration, pictures, and video clips made from CC0 photographs."""
+
+import os
+from pathlib import Path
+
+import cv2
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DModel
+from skimage import data
+
+from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def load_config(name: str) -> dict:
+    return yaml.safe_load((REPOSITORY / "training" / "configs" / f"{name}.yaml").read_text())
+
+
+def excite(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter a little from where it starts, so that layers which start at zero take part."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def tiny() -> dict:
+    return load_config("tiny")
+
+
+def build_pipeline(config: dict) -> MADiffPipeline:
+    torch.manual_seed(0)
+    settings = dict(config["scheduler"])
+    scheduler = getattr(diffusers, settings.pop("class"))(**settings)
+    i2e = EventGANModel(**config["i2e"]) if "events" in config["hint_source"] else None
+    pipeline = MADiffPipeline(
+        vqvae=excite(VQMAGANModel(**config["vqvae"])).eval(),
+        unet=UNet2DModel(**config["unet"]).eval(),
+        scheduler=scheduler,
+        i2e=None if i2e is None else i2e.eval(),
+        hint_source=config["hint_source"],
+        **config["pipeline"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline(tiny: dict) -> MADiffPipeline:
+    return build_pipeline(tiny)
+
+
+def moving_picture(time: float, height: int = 64, width: int = 96) -> np.ndarray:
+    """RGB uint8 view of a photograph that drifts by (3, 1) pixels per unit of time."""
+    matrix = np.float32([[0.5, 0, -60 + 3 * time], [0, 0.5, -40 + time]])
+    return cv2.warpAffine(data.coffee(), matrix, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
+
+
+@pytest.fixture
+def pair() -> tuple:
+    """Two batches `(2, 3, 51, 67)` in [0, 1]: a size that no network divides."""
+    frames = [
+        torch.stack([torch.from_numpy(moving_picture(time + shift, 51, 67)) for shift in (0, 9)]) for time in (-1, 1)
+    ]
+    return tuple(frame.permute(0, 3, 1, 2).float() / 255 for frame in frames)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder of two short video files."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name, direction in (("right", 1), ("left", -1)):
+        writer = cv2.VideoWriter(str(folder / f"{name}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (96, 64))
+        for i in range(12):
+            writer.write(cv2.cvtColor(moving_picture(direction * i), cv2.COLOR_RGB2BGR))
+        writer.release()
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of benchmark sets and clips, where there is one."""
+    if "MADIFF_DATA" not in os.environ:
+        pytest.skip("MADIFF_DATA is not set")
+    return Path(os.environ["MADIFF_DATA"])

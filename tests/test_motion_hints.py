@@ -1,0 +1,86 @@
+import cv2
+import pytest
+import torch
+
+from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints, build_hint_source
+from tests.conftest import moving_picture
+
+
+def frames(*times: float) -> list:
+    return [
+        torch.from_numpy(moving_picture(time, 96, 128)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in times
+    ]
+
+
+@pytest.fixture
+def i2e() -> EventGANModel:
+    torch.manual_seed(0)
+    return EventGANModel(num_bins=5, base_channels=4, num_encoders=2, num_residual_blocks=1).eval()
+
+
+def test_flow_hints_are_offsets_from_the_middle_frame_to_the_neighbours():
+    # The picture drifts by (3, 1) pixels per unit of time, so that what is at p in the middle was at p - (3, 1).
+    prev, mid, next_ = frames(-1, 0, 1)
+    hints_prev, hints_next = FlowHints().from_guess(prev, mid, next_)
+    assert hints_prev.shape == (1, 2, 96, 128) and hints_prev.dtype == torch.float32
+    inner = (slice(None), slice(None), slice(16, -16), slice(16, -16))
+    expected = torch.tensor([3.0, 1.0])
+    assert torch.allclose(hints_prev[inner].flatten(2).median(-1).values[0], -expected, atol=0.15)
+    assert torch.allclose(hints_next[inner].flatten(2).median(-1).values[0], expected, atol=0.15)
+
+
+def test_flow_starts_from_half_of_the_flow_between_the_neighbours():
+    prev, next_ = frames(-1, 1)
+    start_prev, start_next = FlowHints().start(prev, next_)
+    assert torch.equal(start_next, 0.5 * FlowHints().from_guess(prev, prev, next_)[1])
+    assert torch.equal(start_prev, 0.5 * FlowHints().from_guess(prev, next_, next_)[0])
+
+
+def test_flow_does_not_depend_on_threads_or_batch():
+    prev, mid, next_ = frames(-1, 0, 1)
+    alone = FlowHints().from_guess(prev, mid, next_)[0]
+    threads = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(7)
+        assert torch.equal(alone, FlowHints().from_guess(prev, mid, next_)[0])
+        assert cv2.getNumThreads() == 7
+    finally:
+        cv2.setNumThreads(threads)
+    batched = FlowHints().from_guess(*(torch.cat([frame, frame.flip(-1)]) for frame in (prev, mid, next_)))[0]
+    assert torch.equal(alone[0], batched[0])
+
+
+def test_event_hints_start_from_nothing_and_run_towards_the_future(i2e):
+    prev, mid, next_ = frames(-1, 0, 1)
+    source = EventHints(i2e)
+    assert source.hint_channels == 10
+    assert not any(hints.any() for hints in source.start(prev, next_))
+    grey = [
+        (frame * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True) for frame in (prev, mid, next_)
+    ]
+    with torch.no_grad():
+        hints_prev, hints_next = source.from_guess(prev, mid, next_)
+        assert torch.allclose(hints_prev, i2e(grey[0], grey[1]).events, atol=1e-5)
+        assert torch.allclose(hints_next, i2e(grey[1], grey[2]).events, atol=1e-5)
+        for hints in source.from_neighbours(prev, next_):
+            assert torch.allclose(hints, i2e(grey[0], grey[2]).events, atol=1e-5)
+
+
+def test_a_stack_holds_its_sources_side_by_side_with_flow_last(i2e):
+    prev, mid, next_ = frames(-1, 0, 1)
+    source = build_hint_source("events+flow", i2e)
+    assert isinstance(source, StackedHints) and source.hint_channels == 12
+    with torch.no_grad():
+        for stacked, events, flow in zip(
+            source.from_guess(prev, mid, next_),
+            EventHints(i2e).from_guess(prev, mid, next_),
+            FlowHints().from_guess(prev, mid, next_),
+        ):
+            assert torch.equal(stacked, torch.cat([events, flow], dim=1))
+
+
+def test_unknown_or_impossible_sources_are_named():
+    with pytest.raises(ValueError, match="'sound'.*|events, flow"):
+        build_hint_source("sound")
+    with pytest.raises(ValueError, match="`i2e` is None"):
+        build_hint_source("events")

@@ -1,0 +1,337 @@
+import inspect
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from madiff_diffusers import MADiffPipeline, VQMAGANModel
+from tests.conftest import build_pipeline, moving_picture
+
+
+def generators(*seeds: int) -> list:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def run(pipeline: MADiffPipeline, pair: tuple, **arguments) -> torch.Tensor:
+    arguments = {"generator": generators(0, 1), "output_type": "pt", **arguments}
+    return pipeline(*pair, **arguments).frames
+
+
+def test_same_seed_same_frames_bit_for_bit(pipeline, pair):
+    first = run(pipeline, pair)
+    assert first.shape == (2, 1, 3, 51, 67) and first.dtype == torch.float32
+    assert 0 <= first.min() and first.max() <= 1
+    assert torch.equal(first, run(pipeline, pair))
+    assert not torch.equal(first, run(pipeline, pair, generator=generators(2, 3)))
+
+
+def test_batch_of_two_equals_two_singles(pipeline, pair):
+    both = run(pipeline, pair, num_frames=3)
+    singles = [
+        run(pipeline, tuple(frame[i : i + 1] for frame in pair), num_frames=3, generator=generators(i)) for i in (0, 1)
+    ]
+    assert (both - torch.cat(singles)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("size", [(16, 16), (33, 100), (64, 64)])
+def test_any_size_is_padded_and_cropped_back(pipeline, size):
+    frames = [torch.from_numpy(moving_picture(time, *size)).permute(2, 0, 1) for time in (-1, 1)]
+    assert run(pipeline, frames, generator=None).shape == (1, 1, 3, *size)
+
+
+def test_input_and_output_types_agree(pipeline, pair):
+    expected = run(pipeline, pair)
+    as_uint8 = [(frame * 255).round().to(torch.uint8) for frame in pair]
+    as_arrays = [frame.permute(0, 2, 3, 1).numpy() for frame in as_uint8]
+    as_images = [[PIL.Image.fromarray(image) for image in array] for array in as_arrays]
+    as_floats = [list(array.astype(np.float32) / 255) for array in as_arrays]
+    for given in (as_uint8, as_arrays, as_images, as_floats, [list(frame) for frame in pair]):
+        assert torch.allclose(run(pipeline, given), expected, atol=1e-5)
+    array = run(pipeline, pair, output_type="np")
+    assert array.shape == (2, 1, 51, 67, 3) and np.allclose(array, expected.permute(0, 1, 3, 4, 2).numpy())
+    images = run(pipeline, pair, output_type="pil")
+    assert len(images) == 2 and len(images[0]) == 1 and images[0][0].size == (67, 51)
+    assert np.array_equal(np.array(images[1][0]), (array[1, 0] * 255).round().astype(np.uint8))
+    assert torch.equal(pipeline(*pair, generator=generators(0, 1), output_type="pt", return_dict=False)[0], expected)
+
+
+def test_more_frames_are_the_middles_of_the_middles(pipeline, pair):
+    # With the noise given, each frame of three can be made on its own.
+    noise = torch.randn(2, 3, 3, 8, 10, generator=torch.Generator().manual_seed(5))
+    three = run(pipeline, pair, num_frames=3, latents=noise)
+    assert three.shape == (2, 3, 3, 51, 67)
+    middle = run(pipeline, pair, latents=noise[:, 1])
+    assert torch.allclose(three[:, 1:2], middle, atol=1e-6)
+    assert run(pipeline, pair, num_frames=7).shape[1] == 7
+
+
+def test_follows_the_published_algorithm(pipeline, pair):
+    """MA-Sampling written out step by step for DDIM, against the pipeline."""
+    steps, f = 3, pipeline.vqvae.downsample_factor
+    pad = torch.nn.functional.pad(torch.cat(pair) * 2 - 1, (0, 80 - 67, 0, 64 - 51), mode="replicate")
+    prev, next_ = pad.chunk(2)
+    noise = torch.randn(2, 3, 64 // f, 80 // f, generator=torch.Generator().manual_seed(3))
+    alphas = torch.cumprod(1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2, 0)
+    with torch.no_grad():
+        e_prev, e_next = pipeline.vqvae.encode(prev), pipeline.vqvae.encode(next_)
+        hints = pipeline.hints.start(prev, next_)
+        z = noise
+        for i, t in enumerate((999, 666, 332)):
+            small = [pipeline.vqvae.resize_hints(hint, z.shape[-2:]) for hint in hints]
+            epsilon = pipeline.unet(torch.cat([z, e_prev.latents, e_next.latents, *small], 1), t).sample
+            z0 = (z - (1 - alphas[t]).sqrt() * epsilon) / alphas[t].sqrt()
+            following = alphas[(666, 333)[i]] if i < 2 else alphas[0]
+            z = following.sqrt() * z0 + (1 - following).sqrt() * epsilon
+            guess = pipeline.vqvae.decode(z0, e_prev.features, e_next.features, *hints).sample.clamp(-1, 1)
+            hints = pipeline.hints.from_guess(prev, guess, next_)
+        final = pipeline.vqvae.decode(z0, e_prev.features, e_next.features, *hints).sample.clamp(-1, 1)
+    expected = (final[..., :51, :67] / 2 + 0.5)[:, None]
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert torch.allclose(run(pipeline, pair, latents=noise, num_inference_steps=steps), expected, atol=1e-4)
+
+
+class Recorder:
+    """A hint source that writes down what it is asked and answers as the real one does."""
+
+    def __init__(self, source):
+        self.source, self.hint_channels, self.calls = source, source.hint_channels, []
+
+    def __getattr__(self, name):
+        method = getattr(self.source, name)
+
+        def recorded(*frames):
+            result = method(*frames)
+            self.calls.append((name, frames, result))
+            return result
+
+        return recorded
+
+
+def test_hints_start_at_nothing_and_come_from_the_last_guess(tiny, pair):
+    tiny["hint_source"], tiny["vqvae"]["hint_channels"], tiny["unet"]["in_channels"] = "events", 18, 45
+    tiny["vqvae"]["offset_hints"] = False
+    pipeline = build_pipeline(tiny)
+    pipeline.hints = Recorder(pipeline.hints)
+    decoded, seen, timesteps = [], [], []
+    decode, unet = pipeline.vqvae.decode, pipeline.unet.forward
+
+    def watch_decode(*arguments, **keywords):
+        result = decode(*arguments, **keywords)
+        decoded.append(result.sample)
+        return result
+
+    def watch_unet(sample, timestep, **keywords):
+        seen.append(sample)
+        timesteps.append(int(timestep))
+        return unet(sample, timestep, **keywords)
+
+    pipeline.vqvae.decode, pipeline.unet.forward = watch_decode, watch_unet
+    run(pipeline, pair, num_inference_steps=3)
+
+    assert timesteps == [999, 666, 332]
+    names = [name for name, _, _ in pipeline.hints.calls]
+    assert names == ["start", "from_guess", "from_guess", "from_guess"]
+    assert not seen[0][:, 9:].any(), "events are null hints at the first step"
+    for k in (1, 2):
+        _, (prev, guess, next_), hints = pipeline.hints.calls[k]
+        assert torch.equal(guess, decoded[k - 1].clamp(-1, 1)), "the guess is the one decoded a step before"
+        small = [pipeline.vqvae.resize_hints(hint, seen[k].shape[-2:]) for hint in hints]
+        assert torch.equal(seen[k][:, 9:], torch.cat(small, dim=1)), "the denoiser sees the hints of the last guess"
+        assert seen[k][:, 9:].any()
+    assert len(decoded) == 4, "one guess a step, and the result"
+    # Beside its own latents, the denoiser sees the neighbours' and the hints, the same or known at every step.
+    latents = [pipeline.vqvae.encode(frame).latents for frame in (prev, next_)]
+    assert all(torch.allclose(x[:, 3:9], torch.cat(latents, 1), atol=1e-5) for x in seen)
+
+
+def test_nothing_of_a_true_middle_frame_can_get_in():
+    parameters = inspect.signature(MADiffPipeline.__call__).parameters
+    assert [name for name in parameters if name.startswith("image")] == ["image_prev", "image_next"]
+
+
+@pytest.mark.parametrize(
+    "policy, interval, asked",
+    [
+        ("sampling", 1, ["start"] + ["from_guess"] * 4),
+        ("sampling", 2, ["start"] + ["from_guess"] * 2),
+        ("sampling", 9, ["start", "from_guess"]),
+        ("start", 1, ["start"]),
+        ("none", 1, ["start"]),
+        ("neighbours", 1, ["from_neighbours"]),
+    ],
+)
+def test_hint_policies(pipeline, pair, policy, interval, asked):
+    pipeline.hints = Recorder(pipeline.hints)
+    run(pipeline, pair, num_inference_steps=4, hint_policy=policy, hint_interval=interval)
+    assert [name for name, _, _ in pipeline.hints.calls] == asked
+
+
+def test_hint_policies_differ(pipeline, pair):
+    results = [run(pipeline, pair, hint_policy=policy) for policy in ("sampling", "start", "neighbours", "none")]
+    for i, first in enumerate(results):
+        assert not any(torch.equal(first, second) for second in results[i + 1 :])
+
+
+def test_flow_alone_needs_no_i2e(tiny, pair, tmp_path):
+    tiny["hint_source"], tiny["vqvae"]["hint_channels"], tiny["unet"]["in_channels"] = "flow", 2, 13
+    pipeline = build_pipeline(tiny)
+    assert pipeline.i2e is None
+    expected = run(pipeline, pair)
+    pipeline.save_pretrained(tmp_path)
+    loaded = MADiffPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded, pair), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+def test_any_scheduler(pipeline, pair, name):
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    frames = run(pipeline, pair, num_inference_steps=4)
+    assert frames.isfinite().all()
+    assert torch.equal(frames, run(pipeline, pair, num_inference_steps=4))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_clean_latents_do_not_depend_on_who_computes_them(pipeline, prediction_type):
+    """The formula for schedulers that give no clean latents, against DDIM's own."""
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
+    pipeline.scheduler.set_timesteps(4)
+    z, output = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for t in pipeline.scheduler.timesteps:
+        step = pipeline.scheduler.step(output, t, z)
+        own = step.pred_original_sample
+        step.pred_original_sample = None
+        assert torch.allclose(pipeline._clean_latents(step, output, z, t), own, rtol=1e-3, atol=1e-4)
+
+
+def test_save_and_load_gives_identical_frames(pipeline, pair, tmp_path):
+    expected = run(pipeline, pair)
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+    loaded = MADiffPipeline.from_pretrained(tmp_path)
+    assert set(loaded.components) == {"vqvae", "unet", "scheduler", "i2e"}
+    assert isinstance(loaded.vqvae, VQMAGANModel)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded, pair), expected)
+
+
+def test_components_build_another_pipeline(pipeline, pair):
+    again = MADiffPipeline(**pipeline.components, hint_source="events+flow")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again, pair, num_inference_steps=2), run(pipeline, pair, num_inference_steps=2))
+
+
+def test_half_precision_stays_close(pipeline, pair):
+    expected = run(pipeline, pair)
+    frames = run(pipeline.to(dtype=torch.bfloat16), pair)
+    assert frames.dtype == torch.float32
+    assert (frames - expected).abs().mean() < 0.02
+
+
+def test_model_cpu_offload(pipeline, pair):
+    expected = run(pipeline, pair)
+    pipeline.enable_model_cpu_offload(device=torch.device("cpu"))
+    assert torch.equal(run(pipeline, pair), expected)
+
+
+def test_callback_sees_and_replaces_tensors(pipeline, pair):
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        assert pipe is pipeline and set(tensors) == {"latents", "hints_prev", "hints_next"}
+        steps.append((step, int(timestep)))
+        return {"hints_prev": torch.zeros_like(tensors["hints_prev"])}
+
+    names = ["latents", "hints_prev", "hints_next"]
+    changed = run(
+        pipeline,
+        pair,
+        num_inference_steps=2,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=names,
+    )
+    assert steps == [(0, 999), (1, 499)]
+    assert not torch.equal(changed, run(pipeline, pair, num_inference_steps=2))
+
+
+def test_callback_that_returns_nothing_new_changes_nothing(pipeline, pair):
+    frames = run(
+        pipeline,
+        pair,
+        callback_on_step_end=lambda pipe, step, timestep, tensors: tensors,
+        callback_on_step_end_tensor_inputs=["latents", "hints_prev", "hints_next"],
+    )
+    assert torch.equal(frames, run(pipeline, pair))
+
+
+def test_interrupt_stops_the_denoising(pipeline, pair):
+    calls = []
+
+    def callback(pipe, step, timestep, tensors):
+        calls.append(step)
+        pipe._interrupt = True
+        return tensors
+
+    frames = run(pipeline, pair, num_inference_steps=4, callback_on_step_end=callback)
+    assert calls == [0] and frames.shape == (2, 1, 3, 51, 67)
+
+
+def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
+    return PIL.Image.new("RGB", (width, height))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image_next": image(30, 32)}, r"same size, but are 32x32 and 30x32"),
+        ({"image_prev": [image(), image()]}, r"as many frames, but hold 2 and 1"),
+        ({"image_prev": [image(), image(16, 16)]}, r"`image_prev` must hold frames of one size"),
+        ({"image_prev": []}, r"`image_prev` must hold at least one frame"),
+        ({"image_prev": np.zeros((32, 32))}, r"`image_prev` as a numpy array must have shape"),
+        ({"image_prev": torch.zeros(1, 32, 32)}, r"`image_prev` as a tensor must have shape"),
+        ({"image_prev": torch.full((3, 32, 32), 2.0)}, r"`image_prev` as floating point must lie in \[0, 1\]"),
+        ({"image_prev": torch.full((3, 32, 32), float("nan"))}, r"`image_prev` as floating point"),
+        ({"image_prev": torch.zeros(3, 32, 32, dtype=torch.int64)}, r"`image_prev` must be uint8 or floating"),
+        ({"image_prev": torch.zeros(3, 0, 32)}, r"`image_prev` must not be empty"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps` must be a positive integer, but is 0"),
+        ({"hint_interval": 1.5}, r"`hint_interval` must be a positive integer, but is 1.5"),
+        ({"num_frames": 2}, r"`num_frames` must be 1, 3, 7, 15"),
+        ({"num_frames": 0}, r"`num_frames` must be"),
+        ({"hint_policy": "guess"}, r"`hint_policy` must be one of sampling, start, neighbours, none"),
+        ({"output_type": "jpg"}, r"`output_type` must be one of pil, np, pt"),
+        ({"generator": generators(0, 1)}, r"one generator per pair \(1\), but holds 2"),
+        ({"latents": torch.zeros(1, 3, 9, 9)}, r"`latents` must have shape \(1, 1, 3, 4, 4\)"),
+        ({"callback_on_step_end_tensor_inputs": ["truth"]}, r"`callback_on_step_end_tensor_inputs`"),
+    ],
+)
+def test_wrong_arguments_are_named(pipeline, arguments, message):
+    arguments = {"image_prev": image(), "image_next": image(), **arguments}
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+def test_wrong_type_is_named(pipeline):
+    with pytest.raises(TypeError, match="`image_prev` must be a PIL image.*str"):
+        pipeline("frame.png", image())
+
+
+def test_components_that_do_not_fit_are_named(pipeline):
+    with pytest.raises(ValueError, match="`hint_source='flow'` gives 2 channels"):
+        MADiffPipeline(**pipeline.components, hint_source="flow")

@@ -1,0 +1,172 @@
+import pytest
+import torch
+from diffusers import VQModel
+
+from madiff_diffusers import VQMAGANModel
+from madiff_diffusers.vq_magan import warp
+from tests.conftest import excite, load_config
+
+PAPER_BEHAVIOUR = {
+    "coarse_to_fine": False,
+    "offset_hints": False,
+    "match_neighbours": False,
+    "warp_frames": False,
+    "refine_channels": 0,
+    "stem_stride": 1,
+}
+
+
+def build(**changes) -> VQMAGANModel:
+    torch.manual_seed(0)
+    return VQMAGANModel(**{**load_config("tiny")["vqvae"], **changes})
+
+
+def inputs(model: VQMAGANModel, batch: int = 2, height: int = 32, width: int = 48) -> tuple:
+    generator = torch.Generator().manual_seed(1)
+    frames = [torch.rand(batch, 3, height, width, generator=generator) * 2 - 1 for _ in range(3)]
+    hints = [torch.randn(batch, model.config.hint_channels, height, width, generator=generator) for _ in range(2)]
+    return (*frames, *hints)
+
+
+def test_is_a_vq_model_with_features_at_every_scale():
+    model = build()
+    assert isinstance(model, VQModel)
+    frame = inputs(model)[0]
+    encoded = model.encode(frame)
+    assert model.downsample_factor == 8
+    assert encoded.latents.shape == (2, 3, 4, 6)
+    assert torch.equal(encoded.features[0], frame)
+    assert [tuple(feature.shape[-2:]) for feature in encoded.features] == [(32, 48), (16, 24), (8, 12), (4, 6)]
+
+
+@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"norm_num_groups": None, "act_fn": "prelu"}])
+def test_forward_gives_a_frame_offsets_and_gates(changes):
+    model = excite(build(**changes))
+    frames = inputs(model, height=64, width=96)
+    out = model(*frames)
+    assert out.sample.shape == (2, 3, 64, 96) and out.sample.isfinite().all()
+    assert out.commit_loss.shape == (2,)
+    assert all(offsets.shape[1] == 4 for offsets in out.offsets)
+    assert all(0 <= gate.min() and gate.max() <= 1 for gate in out.gates)
+    sides = [offsets.shape[-2] for offsets in out.offsets]
+    assert sides == sorted(sides) and len(sides) == len(model.config.block_out_channels) + 1 + model.config.warp_frames
+
+
+@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR])
+def test_every_parameter_receives_a_gradient(changes):
+    model = excite(build(**changes))
+    mid, *rest = inputs(model)
+    out = model(mid, *rest)
+    ((out.sample - mid).abs().mean() + out.commit_loss.mean()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_decode_quantises_what_encode_does_not():
+    model = excite(build())
+    mid, prev, next_, hints_prev, hints_next = inputs(model)
+    encoded = [model.encode(frame) for frame in (prev, next_)]
+    rest = (encoded[0].features, encoded[1].features, hints_prev, hints_next)
+    latents = model.encode(mid).latents
+    codes = model.quantize.embedding.weight
+    distance = torch.cdist(latents.permute(0, 2, 3, 1).reshape(-1, 3), codes)
+    nearest = codes[distance.argmin(1)].view(2, 4, 6, 3).permute(0, 3, 1, 2)
+    assert not torch.allclose(latents, nearest)
+    expected = model.decode(nearest, *rest, force_not_quantize=True).sample
+    assert torch.allclose(model.decode(latents, *rest).sample, expected, atol=1e-5)
+    assert not torch.allclose(model.decode(latents, *rest, force_not_quantize=True).sample, expected, atol=1e-5)
+
+
+def test_forward_is_encode_and_decode():
+    model = excite(build())
+    mid, prev, next_, *hints = inputs(model)
+    encoded = [model.encode(frame) for frame in (mid, prev, next_)]
+    decoded = model.decode(encoded[0].latents, encoded[1].features, encoded[2].features, *hints).sample
+    assert torch.allclose(decoded, model(mid, prev, next_, *hints).sample, atol=1e-5)
+
+
+def test_hints_and_latents_change_the_frame():
+    model = excite(build())
+    mid, prev, next_, hints_prev, hints_next = inputs(model)
+    sample = model(mid, prev, next_, hints_prev, hints_next).sample
+    assert not torch.allclose(sample, model(mid, prev, next_, 0 * hints_prev, 0 * hints_next).sample, atol=1e-4)
+    assert not torch.allclose(sample, model(-mid, prev, next_, hints_prev, hints_next).sample, atol=1e-4)
+
+
+def test_an_untrained_decoder_warps_the_frames_along_the_flow_among_the_hints():
+    model = build()
+    # A change of 4 pixels in x between neighbours: the middle is 2 pixels from both.
+    ramp = torch.linspace(-1, 1, 48).expand(1, 3, 32, 48)
+    step = 2 / 47
+    prev, next_ = ramp - 2 * step, ramp + 2 * step
+    hints = torch.zeros(1, 20, 32, 48)
+    hints_prev, hints_next = hints.clone(), hints.clone()
+    hints_prev[:, -2], hints_next[:, -2] = 2, -2
+    sample = model(ramp, prev, next_, hints_prev, hints_next).sample
+    assert torch.allclose(sample[..., 4:-4], ramp[..., 4:-4], atol=1e-4)
+
+
+def test_warp_moves_by_pixels_and_repeats_the_border():
+    image = torch.arange(12.0).view(1, 1, 3, 4)
+    offsets = torch.zeros(1, 2, 3, 4)
+    assert torch.allclose(warp(image, offsets), image, atol=1e-5)
+    offsets[:, 0] = 1
+    assert torch.allclose(warp(image, offsets)[0, 0, 0], torch.tensor([1.0, 2.0, 3.0, 3.0]), atol=1e-5)
+    offsets[:, 1] = -0.5
+    assert torch.allclose(warp(image, offsets)[0, 0, 1], torch.tensor([3.0, 4.0, 5.0, 5.0]), atol=1e-5)
+
+
+def test_warp_in_half_precision_still_addresses_pixels_of_a_wide_frame():
+    image = torch.arange(3000.0).view(1, 1, 1, 3000) / 3000
+    warped = warp(image.bfloat16(), torch.full((1, 2, 1, 3000), 5.0))
+    assert torch.equal(warped[..., :-5], image.bfloat16()[..., 5:])
+
+
+def test_resized_hints_average_events_and_rescale_offsets():
+    model = build()
+    hints = torch.ones(1, 20, 32, 48)
+    resized = model.resize_hints(hints, (8, 12))
+    assert resized.shape == (1, 20, 8, 12)
+    assert torch.allclose(resized[:, :-2], torch.ones(1)) and torch.allclose(resized[:, -2:], torch.tensor(0.25))
+    plain = build(offset_hints=False).resize_hints(hints, (8, 12))
+    assert torch.allclose(plain, torch.ones(1))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = excite(build())
+    mid, *rest = inputs(model)
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(mid, *rest).sample.square().mean().backward()
+        gradients.append([p.grad.clone() if p.grad is not None else None for p in model.parameters()])
+    for a, b in zip(*gradients):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, atol=1e-5)
+
+
+def test_save_and_load(tmp_path):
+    model = excite(build())
+    model.register_to_config(scaling_factor=2.5)
+    model.save_pretrained(tmp_path)
+    loaded = VQMAGANModel.from_pretrained(tmp_path)
+    assert loaded.config.scaling_factor == 2.5 and dict(loaded.config)["act_fn"] == "silu"
+    batch = inputs(model)
+    assert torch.equal(model.eval()(*batch).sample, loaded(*batch).sample)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="`stem_stride` must be 1 or 2, but is 4"):
+        build(stem_stride=4)
+    with pytest.raises(ValueError, match="coarse_to_fine"):
+        build(coarse_to_fine=False)
+    with pytest.raises(ValueError, match="'tanh'"):
+        build(act_fn="tanh")
+    model = build()
+    mid, prev, next_, hints_prev, hints_next = inputs(model)
+    with pytest.raises(ValueError, match="multiples of 8, but is 30x48"):
+        model.encode(mid[:, :, :30])
+    with pytest.raises(ValueError, match="`hints_next` must have 20 channels"):
+        model(mid, prev, next_, hints_prev, hints_next[:, :18])
