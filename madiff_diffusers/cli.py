@@ -202,7 +202,7 @@ def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiff
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CommandError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     try:
-        return MADiffPipeline.from_pretrained(checkpoint, torch_dtype=dtype).to(place)
+        return MADiffPipeline.from_pretrained(checkpoint, dtype=dtype).to(place)
     except (OSError, ValueError) as error:
         raise CommandError(f"--checkpoint {checkpoint!r} cannot be loaded: {error}") from error
 

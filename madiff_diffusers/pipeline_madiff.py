@@ -1,5 +1,6 @@
 """MA-Sampling: latent diffusion that re-reads the motion from its own guess at every step (MADiff, arXiv 2404.13534)."""
 
+import importlib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,16 @@ class MADiffPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **kwargs) -> "MADiffPipeline":
         """As [`~DiffusionPipeline.from_pretrained`]; the names of the package's own checkpoints load without a network."""
+        if __package__ == "madiff_diffusers":
+            # Saved pipelines name these modules, and Diffusers loads components only from modules imported before.
+            for module in ("eventgan", "vq_magan"):
+                importlib.import_module(f".{module}", __package__)
         bundled = CHECKPOINT_FOLDER / str(pretrained_model_name_or_path)
         if bundled.parent == CHECKPOINT_FOLDER and (bundled / "model_index.json").is_file():
             pretrained_model_name_or_path = bundled
             # Bundled weights are stored in half precision, to keep the package small.
-            kwargs.setdefault("torch_dtype", torch.float32)
+            if "torch_dtype" not in kwargs:
+                kwargs.setdefault("dtype", torch.float32)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property

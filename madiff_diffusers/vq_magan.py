@@ -74,12 +74,12 @@ def _upsample_offsets(offsets: torch.Tensor, factor: int = 2) -> torch.Tensor:
     return factor * F.interpolate(offsets, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def _activation(act_fn: str, channels: int) -> nn.Module:
-    if act_fn == "prelu":
-        return nn.PReLU(channels, init=0.1)
+def _activation(act_fn: str) -> nn.Module:
     if act_fn == "silu":
         return nn.SiLU()
-    raise ValueError(f"`act_fn` must be 'silu' or 'prelu', but is {act_fn!r}.")
+    if act_fn == "leaky_relu":
+        return nn.LeakyReLU(0.1)
+    raise ValueError(f"`act_fn` must be 'silu' or 'leaky_relu', but is {act_fn!r}.")
 
 
 def _zero_init(module: nn.Conv2d) -> nn.Conv2d:
@@ -98,14 +98,14 @@ class ResBlock(nn.Module):
             return nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
 
         self.norm1, self.norm2 = norm(in_channels), norm(out_channels)
-        self.act1, self.act2 = _activation(act_fn, in_channels), _activation(act_fn, out_channels)
+        self.act = _activation(act_fn)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.conv1(self.act1(self.norm1(hidden_states)))
-        residual = self.conv2(self.act2(self.norm2(residual)))
+        residual = self.conv1(self.act(self.norm1(hidden_states)))
+        residual = self.conv2(self.act(self.norm2(residual)))
         return self.skip(hidden_states) + residual
 
 
@@ -165,7 +165,7 @@ class MotionEncoder(nn.Module):
         self.conv_norm_out = (
             nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
         )
-        self.act_out = _activation(act_fn, channels)
+        self.act_out = _activation(act_fn)
         self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
@@ -213,18 +213,18 @@ class MAWarpBlock(nn.Module):
         in_channels = channels * (3 if match_neighbours else 2) + hint_channels + (2 if coarse_to_fine else 0)
         self.offset_net = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, padding=1),
-            _activation(act_fn, channels),
+            _activation(act_fn),
             nn.Conv2d(channels, channels, 3, padding=1),
-            _activation(act_fn, channels),
+            _activation(act_fn),
             # Zero at the start: the first offsets are those of the hints, or none.
             _zero_init(nn.Conv2d(channels, 2, 3, padding=1)),
         )
         self.gate_net = nn.Sequential(
             nn.Conv2d(2 * channels, channels, 1),
-            _activation(act_fn, channels),
+            _activation(act_fn),
             nn.Conv2d(channels, 1, 3, padding=1),
         )
-        self.residual_net = nn.Sequential(_activation(act_fn, channels), nn.Conv2d(channels, channels, 3, padding=1))
+        self.residual_net = nn.Sequential(_activation(act_fn), nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(
         self,
@@ -293,7 +293,7 @@ class FrameHead(nn.Module):
         self.conv_norm = (
             nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
         )
-        self.act = _activation(act_fn, channels)
+        self.act = _activation(act_fn)
         # A pixel's outputs: residual, and with `warp_frames` also 2 + 2 offsets and the gate's logit.
         pixel_channels = out_channels + 5 if warp_frames else out_channels
         self.conv_out = nn.Conv2d(channels, pixel_channels * stride**2, 3, padding=1)
@@ -303,9 +303,9 @@ class FrameHead(nn.Module):
         if warp_frames and refine_channels:
             self.refine = nn.Sequential(
                 nn.Conv2d(3 * out_channels + 1, refine_channels, 3, padding=1),
-                _activation(act_fn, refine_channels),
+                _activation(act_fn),
                 nn.Conv2d(refine_channels, refine_channels, 3, padding=1),
-                _activation(act_fn, refine_channels),
+                _activation(act_fn),
                 _zero_init(nn.Conv2d(refine_channels, out_channels, 3, padding=1)),
             )
 
@@ -452,7 +452,7 @@ class VQMAGANModel(VQModel):
         num_vq_embeddings (`int`): codes in the codebook.
         vq_embed_dim (`int`, *optional*): dimensions of a code; `latent_channels` if not given.
         norm_num_groups (`int`, *optional*): groups of the GroupNorms; None builds the network without norms.
-        act_fn (`str`): `"silu"` or `"prelu"`.
+        act_fn (`str`): `"silu"` or `"leaky_relu"`.
         mid_block_add_attention (`bool`): self-attention in the two bottlenecks.
         scaling_factor (`float`): the latents' standard deviation times this is 1; see [`~diffusers.AutoencoderKL`].
         hint_channels (`int`): channels of the hints towards one neighbour.
@@ -589,9 +589,9 @@ class VQMAGANModel(VQModel):
             quantised, commit_loss, (_, _, code_indices) = self.quantize(h)
             commit_loss = commit_loss.expand(h.shape[0])
         hints = torch.cat([hints_prev, hints_next])  # [2B,K,H,W]
-        pyramid = [hints] + [
-            self.resize_hints(hints, feature.shape[-2:]) for feature in features_prev[1:]
-        ]
+        pyramid = [hints]
+        for feature in features_prev[1:]:  # a mean of means of equal cells is their mean
+            pyramid.append(self.resize_hints(pyramid[-1], feature.shape[-2:]))
         sample, offsets, gates = self.decoder(
             self.post_quant_conv(quantised), features_prev, features_next, pyramid
         )

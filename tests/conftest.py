@@ -17,6 +17,22 @@ from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow; runs with --slow"))
+
+
 def load_config(name: str) -> dict:
     return yaml.safe_load((REPOSITORY / "training" / "configs" / f"{name}.yaml").read_text())
 

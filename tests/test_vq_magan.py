@@ -39,7 +39,7 @@ def test_is_a_vq_model_with_features_at_every_scale():
     assert [tuple(feature.shape[-2:]) for feature in encoded.features] == [(32, 48), (16, 24), (8, 12), (4, 6)]
 
 
-@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"norm_num_groups": None, "act_fn": "prelu"}])
+@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"norm_num_groups": None, "act_fn": "leaky_relu"}])
 def test_forward_gives_a_frame_offsets_and_gates(changes):
     model = excite(build(**changes))
     frames = inputs(model, height=64, width=96)

@@ -22,6 +22,7 @@ from training.run import Run, RunOptions, parse_options
 
 @dataclasses.dataclass
 class I2EOptions(RunOptions):
+    init: str = ""  # folder of a trained EventGANModel to start from
     frames: int = 4  # frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart
     upsampling: int = 4  # frames made per source frame before events are simulated
     moved_still_share: float = 0.0  # share of samples that are one frame moved along an exactly known path
@@ -48,7 +49,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     accelerator = run.accelerator
 
     # 1. models
-    model = EventGANModel(**config["i2e"])
+    model = EventGANModel.from_pretrained(options.init) if options.init else EventGANModel(**config["i2e"])
+    model = model.train().to(memory_format=torch.channels_last)
     # Conv inputs are 2 grey frames beside the volume of both polarities.
     discriminator = PatchDiscriminator(2 * model.config.num_bins + 2, options.disc_channels)
     normed = [
@@ -94,7 +96,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     run.resume()
 
     # 4. loop
-    model.train()
     for batch in run.loader(data):
         adversarial = run.progress.step >= options.disc_start and options.adversarial_weight > 0
         frames = torch.cat([batch["frame_first"], batch["frame_second"]], dim=1)  # [B,2,H,W]

@@ -139,7 +139,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     discriminator = PatchDiscriminator(model.config.out_channels, options.disc_channels)
     i2e = None
     if "events" in config["hint_source"]:
-        i2e = EventGANModel.from_pretrained(options.i2e).to(accelerator.device).requires_grad_(False).eval()
+        i2e = EventGANModel.from_pretrained(options.i2e).to(accelerator.device, memory_format=torch.channels_last)
+        i2e = i2e.requires_grad_(False).eval()
     source = build_hint_source(config["hint_source"], i2e)
     flow_source = FlowHints()
     lpips = None

@@ -1,0 +1,124 @@
+"""The checkpoint that comes with the package, `madiff-compact`, with its default settings."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from madiff_diffusers import MADiffPipeline
+from madiff_diffusers.evaluation import Evaluator, find_triplets
+from madiff_diffusers.metrics import psnr
+from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
+from tests.conftest import REPOSITORY, moving_picture
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+@pytest.fixture(scope="module")
+def compact() -> MADiffPipeline:
+    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_is_small_and_safe(compact):
+    files = [path for path in (CHECKPOINT_FOLDER / "madiff-compact").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24 * 2**20
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    models = (compact.vqvae, compact.unet, compact.i2e)
+    assert sum(p.numel() for model in models for p in model.parameters()) <= 15_000_000
+    assert all(model.dtype == torch.float32 for model in models)
+
+
+def test_loads_without_a_network(tmp_path):
+    code = "from madiff_diffusers import MADiffPipeline; MADiffPipeline.from_pretrained('madiff-compact')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_example_frames_come_out_better_than_their_average(compact):
+    prev, next_, truth = (np.array(Image.open(EXAMPLES / f"{name}.png")) for name in ("prev", "next", "truth"))
+    mid = np.array(compact(prev, next_, generator=seeded()).frames[0][0])
+    average = ((prev.astype(float) + next_) / 2).round().astype(np.uint8)
+    assert psnr(mid, truth) > psnr(average, truth) + 5
+
+
+def test_identical_frames_come_back_nearly_unchanged(compact):
+    frame = np.array(Image.open(EXAMPLES / "prev.png"))
+    assert psnr(np.array(compact(frame, frame, generator=seeded()).frames[0][0]), frame) >= 38
+
+
+def test_odd_sizes(compact):
+    frames = [moving_picture(time, 251, 333) for time in (-1, 1)]
+    mid = np.array(compact(*frames, generator=seeded()).frames[0][0])
+    assert mid.shape == (251, 333, 3)
+    assert psnr(mid, moving_picture(0, 251, 333)) > 28
+
+
+def test_same_seed_same_picture_and_batch_equals_singles(compact):
+    frames = [
+        torch.stack([torch.from_numpy(moving_picture(time + shift, 96, 130)).permute(2, 0, 1) for shift in (0, 6)])
+        for time in (-1, 1)
+    ]
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    both = compact(*frames, generator=generators, output_type="pt").frames
+    for i in range(2):
+        arguments = {"generator": torch.Generator().manual_seed(i), "output_type": "pt"}
+        single = compact(frames[0][i], frames[1][i], **arguments).frames
+        assert (both[i] - single[0]).abs().max() <= 1e-4
+        arguments["generator"] = torch.Generator().manual_seed(i)
+        assert torch.equal(single, compact(frames[0][i], frames[1][i], **arguments).frames)
+
+
+def test_event_hints_are_used(compact):
+    """The frame changes where the events among the hints are replaced by zeros, and flow is left."""
+    frames = [moving_picture(time, 96, 130) for time in (-2, 2)]
+    arguments = {"num_inference_steps": 3, "output_type": "pt"}
+
+    def without_events(pipe, step, timestep, tensors):
+        return {name: torch.cat([0 * hints[:, :-2], hints[:, -2:]], dim=1) for name, hints in tensors.items()}
+
+    with_events = compact(*frames, generator=seeded(), **arguments).frames
+    without = compact(
+        *frames,
+        generator=seeded(),
+        callback_on_step_end=without_events,
+        callback_on_step_end_tensor_inputs=["hints_prev", "hints_next"],
+        **arguments,
+    ).frames
+    assert (with_events - without).abs().max() > 1 / 255
+
+
+def test_peak_memory_of_a_720p_pair():
+    code = (
+        "import resource, numpy as np; from madiff_diffusers import MADiffPipeline; "
+        "pipe = MADiffPipeline.from_pretrained('madiff-compact'); "
+        "frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8); "
+        "pipe(frame, frame[:, ::-1].copy(), num_inference_steps=2); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kilobytes = int(done.stdout.split()[-1]) // (1024 if sys.platform == "darwin" else 1)
+    assert kilobytes <= 3 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, least_psnr, most_lpips",
+    [("middlebury_others", 32.5, 0.0397), ("davis", 25.5, 0.1115), ("ucf101", 33.0, 0.0351)],
+)
+def test_benchmarks_stay_better_than_classical_flow(compact, shared_data, name, least_psnr, most_lpips):
+    triplets = find_triplets(str(shared_data / "bench" / name))
+    backbone = str(shared_data / "weights" / "lpips_alexnet_features.safetensors")
+    means = Evaluator(compact, triplets, backbone).score()
+    assert means["psnr"] >= least_psnr and means["lpips"] <= most_lpips
