@@ -18,10 +18,10 @@ setup(
     packages=find_packages(include=["madiff_diffusers", "madiff_diffusers.*"]),
     package_data={"madiff_diffusers": ["checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors"]},
     install_requires=[
-        "torch>=2.4",
-        "diffusers>=0.35",
+        "torch>=2.6",
+        "diffusers>=0.42",
         "accelerate>=1.0",
-        "safetensors>=0.4",
+        "safetensors>=0.8",
         "einops>=0.8",
         "numpy>=1.26",
         "Pillow>=10.0",

@@ -14,7 +14,7 @@ import yaml
 from diffusers import UNet2DModel
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
-from tests.conftest import REPOSITORY, moving_picture
+from tests.conftest import REPOSITORY, load_config, moving_picture
 from training.data import EventSamples, TripletSamples, move_still, read_clip, read_clips
 from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
 
@@ -212,3 +212,14 @@ def test_discriminator_learns_to_tell_noise_from_flat_patches():
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("config", ["tiny", "compact"])
+def test_every_parameter_of_the_denoiser_receives_a_gradient(config):
+    settings = load_config(config)["unet"]
+    torch.manual_seed(0)
+    model = UNet2DModel(**settings)
+    sample = torch.randn(2, settings["in_channels"], 8, 8)
+    model(sample, torch.tensor([3, 900])).sample.square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without

@@ -60,18 +60,22 @@ def draw_hints(
     from a decoded guess and the rest from the true middle frame; start hints otherwise."""
     prev, mid, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
     hints_prev, hints_next = source.start(prev, next_)
-    draw = torch.rand(len(mid), generator=generator).to(mid.device)
-    given = draw < probability
-    guessed = draw < probability * guess_share
-    # A guess is what the decoder makes of latents of any quality with start hints, as in the first sampling steps.
-    chosen = guessed.nonzero()[:, 0]
+    # Counts are drawn rather than each sample's fate, so that a batch comes in two sizes at most: for convolutions,
+    # every new size is a new kernel to be made.
+    order = torch.randperm(len(mid), generator=generator).to(mid.device)
+    guessed, true = (
+        int(len(mid) * share + torch.rand((), generator=generator).item())
+        for share in (probability * guess_share, probability * (1 - guess_share))
+    )
+    chosen = order[:guessed]
     if len(chosen):
+        # A guess is what the decoder makes of latents of any quality with start hints, as in the first sampling steps.
         noise = latent_noise(model, mid[chosen], 1.0, generator)
         guess = model(
             mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise
         ).sample.clamp(-1, 1)
         hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], guess, next_[chosen])
-    chosen = (given & ~guessed).nonzero()[:, 0]
+    chosen = order[guessed : guessed + true]
     if len(chosen):
         hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], mid[chosen], next_[chosen])
     return hints_prev, hints_next
@@ -186,6 +190,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     for batch in run.loader(data):
         step = run.progress.step
         generator = run.generator()
+        # Networks run fastest where frames and hints come in the layout of their weights.
+        batch = {name: frame.contiguous(memory_format=torch.channels_last) for name, frame in batch.items()}
         truth = batch["frame_mid"]
         if options.revive_every and step % options.revive_every == 0 and step != revived_at:
             revived_at = step
@@ -193,6 +199,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         with torch.no_grad():
             hints_prev, hints_next = draw_hints(
                 bare_model, source, batch, options.hint_probability, options.guess_share, generator
+            )
+            hints_prev, hints_next = (
+                hints.contiguous(memory_format=torch.channels_last) for hints in (hints_prev, hints_next)
             )
             noise = latent_noise(bare_model, truth, options.latent_noise, generator)
 
