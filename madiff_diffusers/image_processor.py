@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 FrameInput = Union[
     PIL.Image.Image, np.ndarray, torch.Tensor, List[PIL.Image.Image], List[np.ndarray], List[torch.Tensor]
@@ -54,7 +55,7 @@ class FrameProcessor:
                 raise ValueError(
                     f"`{name}` as a numpy array must have shape (H, W, 3) or (B, H, W, 3), but has {frame.shape}."
                 )
-            tensor = torch.from_numpy(np.ascontiguousarray(frame)).movedim(-1, -3)
+            tensor = rearrange(torch.from_numpy(np.ascontiguousarray(frame)), "... h w c -> ... c h w")
         elif isinstance(frame, torch.Tensor):
             if frame.ndim not in (3, 4) or frame.shape[-3] != 3:
                 raise ValueError(
@@ -96,7 +97,7 @@ class FrameProcessor:
         frames = (frames.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return frames
-        array = frames.movedim(-3, -1).cpu().numpy()
+        array = rearrange(frames, "b f c h w -> b f h w c").cpu().numpy()
         if output_type == "np":
             return array
         return [[self._to_pil(frame) for frame in pair] for pair in array]

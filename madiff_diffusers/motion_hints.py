@@ -11,6 +11,7 @@ from typing import List, Optional, Protocol, Sequence, Tuple
 import cv2
 import numpy as np
 import torch
+from einops import rearrange
 
 HINT_SOURCES = ("events", "flow", "events+flow")
 
@@ -91,7 +92,7 @@ class FlowHints:
                 flows = list(pool.map(one, zip(from_images, to_images)))
         finally:
             cv2.setNumThreads(threads)
-        flow = torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2).contiguous()
+        flow = rearrange(torch.from_numpy(np.stack(flows)), "b h w c -> b c h w").contiguous()
         return flow.to(reference.device)
 
     @staticmethod

@@ -44,11 +44,13 @@ class VQMAGANDecoderOutput(DecoderOutput):
         gates (`tuple` of `torch.Tensor` of shape `(B, 1, U, V)`):
             Share in `[0, 1]` that the previous frame has in each warp, in the same order.
         code_indices (`torch.Tensor`, *optional*): the codes that the latents were quantised to, flat.
+        latents (`torch.Tensor`, *optional*): from `forward` alone, the middle frame's latents before quantisation.
     """
 
     offsets: Tuple[torch.Tensor, ...] = ()
     gates: Tuple[torch.Tensor, ...] = ()
     code_indices: Optional[torch.Tensor] = None
+    latents: Optional[torch.Tensor] = None
 
 
 def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -633,9 +635,13 @@ class VQMAGANModel(VQModel):
         """
         encoded = self.encode(torch.cat([sample, frame_prev, frame_next]))
         batch = sample.shape[0]
-        latents = encoded.latents[:batch]
+        latents = decoded_latents = encoded.latents[:batch]
         if latent_noise is not None:
-            latents = latents + latent_noise * latents.detach().std()
+            decoded_latents = latents + latent_noise * latents.detach().std()
         features_prev = tuple(feature[batch : 2 * batch] for feature in encoded.features)
         features_next = tuple(feature[2 * batch :] for feature in encoded.features)
-        return self.decode(latents, features_prev, features_next, hints_prev, hints_next, return_dict=return_dict)
+        decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next)
+        if not return_dict:
+            return decoded.sample, decoded.commit_loss
+        decoded.latents = latents
+        return decoded

@@ -112,11 +112,7 @@ def test_killed_and_started_again_goes_on_from_where_it_was(stage, clips, traine
     done = launch(arguments)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 10" in done.stdout
-    whole, interrupted = rows(trained / stage), rows(tmp_path / stage)
-    if stage == "vqvae":  # which codes were used is counted from the start of a process
-        for row in (*whole, *interrupted):
-            row.pop("codes_in_use")
-    assert interrupted == whole
+    assert rows(tmp_path / stage) == rows(trained / stage)
     done = launch(arguments)
     assert done.returncode == 0 and "resumed at step 20" in done.stdout, "a finished run finishes at once"
 

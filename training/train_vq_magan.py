@@ -15,6 +15,7 @@ from typing import Dict, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
+from einops import rearrange
 
 from madiff_diffusers.eventgan import EventGANModel
 from madiff_diffusers.metrics import build_lpips
@@ -37,6 +38,7 @@ class VQMAGANOptions(RunOptions):
     lpips_weight: float = 1.0
     lpips_start: int = 0  # step
     vq_weight: float = 1.0
+    anchor_weight: float = 0.0  # of the latents' squared distance to the mean colours of their cells, see anchor_loss
     revive_every: int = 0  # steps after which codes that nothing used are moved to latents of the batch; 0: never
     disc_start: int = 10000  # step
     disc_weight: float = 0.8
@@ -98,6 +100,15 @@ def softened_l1(sample: torch.Tensor, truth: torch.Tensor, epsilon: float) -> to
     return ((sample - truth) ** 2 + epsilon**2).sqrt().mean()
 
 
+def anchor_loss(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """Squared distance of latents `(B, 3, h, w)` to the mean colours of the cells that they stand for.
+
+    A decoder that can copy from its neighbours hardly needs latents, and nothing else then keeps them from shrinking to
+    one constant, which a denoiser cannot learn from.
+    """
+    return F.mse_loss(latents, F.avg_pool2d(frames, frames.shape[-1] // latents.shape[-1]))
+
+
 def offset_loss(
     model: VQMAGANModel, offsets: Tuple[torch.Tensor, ...], flow: Tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
@@ -111,18 +122,32 @@ def offset_loss(
     return torch.stack(losses).mean()
 
 
-@torch.no_grad()
-def revive_codes(run: Run, model: VQMAGANModel, used: torch.Tensor, frames: torch.Tensor) -> float:
-    """Move the codes that no process used to latents of the current batches. Returns the share that was in use."""
-    alive = run.accelerator.reduce(used.float(), "sum") > 0
-    latents = run.accelerator.gather(model.encode(frames).latents).permute(0, 2, 3, 1).flatten(0, 2)
-    # Every process draws the same codes.
-    generator = torch.Generator().manual_seed(run.progress.step)
-    index = torch.randint(len(latents), (int((~alive).sum()),), generator=generator)
-    jitter = torch.randn(len(index), latents.shape[1], generator=generator).to(latents.device)
-    model.quantize.embedding.weight[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
-    used.zero_()
-    return alive.float().mean().item()
+class CodeUsage:
+    """Which codes of the codebook were used since unused ones were last revived; saved with every checkpoint."""
+
+    def __init__(self, count: int, device: torch.device):
+        self.used = torch.zeros(count, dtype=torch.bool, device=device)
+        self.share = 0.0  # of the codes, in use over the whole of the last period
+
+    def state_dict(self) -> Dict[str, torch.Tensor]:
+        return {"used": self.used, "share": torch.tensor(self.share)}
+
+    def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
+        self.used.copy_(state["used"])
+        self.share = state["share"].item()
+
+    @torch.no_grad()
+    def revive(self, run: Run, model: VQMAGANModel, frames: torch.Tensor) -> None:
+        """Move the codes that no process used to latents of the current batches, and start to count anew."""
+        alive = run.accelerator.reduce(self.used.float(), "sum") > 0
+        latents = rearrange(run.accelerator.gather(model.encode(frames).latents), "b c h w -> (b h w) c")
+        # Every process draws the same codes.
+        generator = torch.Generator().manual_seed(run.progress.step)
+        index = torch.randint(len(latents), (int((~alive).sum()),), generator=generator)
+        jitter = torch.randn(len(index), latents.shape[1], generator=generator).to(latents.device)
+        model.quantize.embedding.weight[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
+        self.used.zero_()
+        self.share = alive.float().mean().item()
 
 
 @torch.no_grad()
@@ -180,11 +205,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     model, discriminator, optimizer, disc_optimizer = accelerator.prepare(
         model, discriminator, optimizer, disc_optimizer
     )
-    accelerator.register_for_checkpointing(*schedules)
-    run.resume()
     bare_model = accelerator.unwrap_model(model)
-    codes_used = torch.zeros(bare_model.quantize.n_e, dtype=torch.bool, device=accelerator.device)
-    codes_in_use, revived_at = 0.0, -1
+    codes = CodeUsage(bare_model.quantize.n_e, accelerator.device)
+    accelerator.register_for_checkpointing(*schedules, codes)
+    run.resume()
+    revived_at = -1
 
     # 4. loop
     for batch in run.loader(data):
@@ -195,7 +220,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         truth = batch["frame_mid"]
         if options.revive_every and step % options.revive_every == 0 and step != revived_at:
             revived_at = step
-            codes_in_use = revive_codes(run, bare_model, codes_used, truth)
+            codes.revive(run, bare_model, truth)
         with torch.no_grad():
             hints_prev, hints_next = draw_hints(
                 bare_model, source, batch, options.hint_probability, options.guess_share, generator
@@ -223,7 +248,10 @@ def main(argv: Optional[List[str]] = None) -> None:
                     decoded.offsets,
                     flow_source.from_guess(batch["frame_prev"], truth, batch["frame_next"]),
                 )
-            loss = reconstruction + options.vq_weight * vq + flow_weight * flow
+            anchor = torch.zeros_like(l1)
+            if options.anchor_weight > 0:
+                anchor = anchor_loss(decoded.latents, truth)
+            loss = reconstruction + options.vq_weight * vq + options.anchor_weight * anchor + flow_weight * flow
             adversarial = step >= options.disc_start and options.disc_weight > 0
             gan = torch.zeros_like(l1)
             if adversarial:
@@ -236,7 +264,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             run.clip_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
-            codes_used[decoded.code_indices] = True
+            codes.used[decoded.code_indices] = True
 
             # 4.2 discriminator
             disc_loss = torch.zeros_like(l1)
@@ -257,10 +285,11 @@ def main(argv: Optional[List[str]] = None) -> None:
                     "l1": l1,
                     "lpips": perceptual,
                     "vq": vq,
+                    "anchor": anchor,
                     "flow": flow,
                     "gan": gan,
                     "disc": disc_loss,
-                    "codes_in_use": codes_in_use,
+                    "codes_in_use": codes.share,
                 }
             )
             if run.progress.step % options.save_every == 0 or run.progress.step == options.steps:
