@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["transformers>=4.44", "datasets>=3.0", "lpips>=0.1.4", "torchvision", "PyYAML>=6.0", "tensorboard>=2.14"]
+TRAIN = ["transformers>=4.44", "datasets>=3.0", "lpips>=0.1.4", "torchvision", "PyYAML>=6.0"]
 EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22"]
 VIDEO = ["av>=12.0"]
 TEST = ["pytest>=8.0", *TRAIN, *EVAL, *VIDEO]

@@ -1,7 +1,9 @@
 """The `madiff` command."""
 
 import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import List, Optional
 
@@ -105,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_interpolate(args: argparse.Namespace) -> None:
     from .image_io import image_format, read_image, write_image
 
-    # Everything that can be wrong with the input is found before a model is loaded.
+    # What can be wrong with the files is found before a model is loaded.
     output = Path(args.output)
     try:
         frame_prev, frame_next = read_image(args.prev), read_image(args.next)
@@ -116,6 +118,8 @@ def run_interpolate(args: argparse.Namespace) -> None:
         raise CommandError(f"--output: no such folder: {output.parent}")
     if output.is_dir():
         raise CommandError(f"--output must name an image file, but {output} is a folder")
+    if not 0 <= args.seed < 2**63:
+        raise CommandError(f"--seed must be in [0, 2^63), but is {args.seed}")
     if frame_prev.size != frame_next.size:
         sizes = [f"{image.size[0]}x{image.size[1]}" for image in (frame_prev, frame_next)]
         raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
@@ -131,7 +135,7 @@ def run_interpolate(args: argparse.Namespace) -> None:
             num_frames=args.num_frames,
             generator=torch.Generator().manual_seed(args.seed),
         ).frames[0]
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as error:
         raise CommandError(error) from error
     if len(frames) == 1:
         paths = [output]
@@ -214,7 +218,10 @@ def run_convert(args: argparse.Namespace) -> None:
     if output.exists():
         raise CommandError(f"--output must not exist yet, but {output} does")
     try:
-        convert_eventgan_checkpoint(args.source).save_pretrained(output)
+        model = convert_eventgan_checkpoint(args.source)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+            model.save_pretrained(Path(folder) / "model")
+            os.replace(Path(folder) / "model", output)
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     print(output)

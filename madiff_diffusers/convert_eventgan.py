@@ -48,16 +48,22 @@ def convert_eventgan_checkpoint(path: Union[str, "os.PathLike[str]"]) -> EventGA
     if not isinstance(state, dict) or "head.conv2d.weight" not in state:
         raise ValueError(f"{path} is no EventGAN generator: it has no `head.conv2d.weight`, at the root or under `gen`.")
 
-    folded = _fold_spectral_norm(state)
+    try:
+        return _convert(state)
+    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit the EventGAN generator: {error}") from error
+
+
+def _convert(state: Dict[str, torch.Tensor]) -> EventGANModel:
     converted = {}
-    for name, value in folded.items():
+    for name, value in _fold_spectral_norm(state).items():
         for pattern, replacement in _RENAMES:
             renamed, count = re.subn(pattern, replacement, name)
             if count:
                 converted[renamed] = value
                 break
         else:
-            raise ValueError(f"{path} is no EventGAN generator known here: it has `{name}`.")
+            raise ValueError(f"unknown parameter `{name}`")
 
     def blocks(kind: str) -> int:
         return len({name.split(".")[1] for name in converted if name.startswith(f"{kind}.")})
@@ -68,10 +74,7 @@ def convert_eventgan_checkpoint(path: Union[str, "os.PathLike[str]"]) -> EventGA
         num_encoders=blocks("down_blocks"),
         num_residual_blocks=blocks("mid_blocks"),
     )
-    try:
-        model.load_state_dict(converted, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the EventGAN generator: {error}") from error
+    model.load_state_dict(converted, strict=True)
     return model.eval()
 
 

@@ -71,6 +71,8 @@ class Evaluator:
         self, pipeline: MADiffPipeline, triplets: Sequence[Triplet], lpips_backbone: Optional[str] = None, seed: int = 0
     ):
         self.pipeline, self.triplets, self.seed = pipeline, list(triplets), seed
+        import skimage.metrics  # noqa: F401  what PSNR and SSIM need: if it is missing, that is known before a long run
+
         self.lpips = build_lpips("alex", lpips_backbone)
         self.pipeline.set_progress_bar_config(disable=True)
 

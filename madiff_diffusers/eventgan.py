@@ -60,7 +60,8 @@ class EventGANModel(ModelMixin, ConfigMixin):
     Generates the events that a camera would have seen between two frames (`f_I2E` of MADiff).
 
     An event volume has `num_bins` time bins per polarity: event `i` at time `t_i` adds
-    `max(0, 1 - |b - t*_i|)` to bin `b`, where `t*_i = (num_bins - 1) (t_i - t_first) / (t_last - t_first)`.
+    `max(0, 1 - |b - t*_i|)` to bin `b`, where `t*_i = (num_bins - 1) (t_i - t_first) / (t_last - t_first)`, and the frames
+    were taken at `t_first` and `t_last`. (The original EventGAN puts the first and the last event there.)
 
     Args:
         num_bins (`int`, defaults to 9): time bins per polarity.

@@ -4,7 +4,19 @@ import os
 from pathlib import Path
 from typing import Union
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+WRITABLE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+    ".ppm": "PPM",
+}
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -21,7 +33,10 @@ def read_image(path: PathLike) -> Image.Image:
         raise FileNotFoundError(f"No such image file: {path}")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 8
+                image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
 
@@ -32,11 +47,10 @@ def image_format(path: PathLike) -> str:
     Raises:
         ValueError: if the ending stands for none that can be written.
     """
-    extensions = Image.registered_extensions()
     suffix = Path(path).suffix.lower()
-    if extensions.get(suffix) not in Image.SAVE:
-        raise ValueError(f"Cannot tell an image format from the ending of {str(path)!r}; use .png, for example.")
-    return extensions[suffix]
+    if suffix not in WRITABLE_FORMATS:
+        raise ValueError(f"{str(path)!r} must end in an image format ({', '.join(WRITABLE_FORMATS)}).")
+    return WRITABLE_FORMATS[suffix]
 
 
 def write_image(image: Image.Image, path: PathLike) -> None:

@@ -5,6 +5,7 @@ from typing import Optional
 import numpy as np
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
@@ -33,19 +34,24 @@ def build_lpips(net: str = "alex", backbone: Optional[str] = None) -> nn.Module:
         net: `"alex"` or `"vgg"`.
         backbone: safetensors file with the ImageNet weights of torchvision's feature layers (`features.N.weight`). If
             not given, torchvision downloads them on first use.
+
+    Raises:
+        ValueError: if the backbone's file is not that, or lpips cannot be imported beside this torch.
     """
-    import lpips
+    try:
+        import lpips
+    except RuntimeError as error:  # what a torchvision that was built for another torch raises
+        raise ValueError(f"The lpips package cannot be imported: {error}") from error
 
     metric = lpips.LPIPS(net=net, pnet_rand=backbone is not None, verbose=False)
     if backbone is not None:
-        state = load_file(backbone)
         # lpips keeps each layer under its torchvision index, inside the slice whose output it compares.
-        own = {
-            name: state[f"features.{name.split('.')[1]}.{name.split('.')[2]}"]
-            for name in metric.net.state_dict()
-            if name.startswith("slice")
-        }
-        metric.net.load_state_dict(own, strict=True)
+        names = {name: ".".join(["features", *name.split(".")[1:]]) for name in metric.net.state_dict()}
+        try:
+            state = load_file(backbone)
+            metric.net.load_state_dict({name: state[original] for name, original in names.items()}, strict=True)
+        except (KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"`backbone` must hold the feature layers of {net!r}, but {backbone} does not: {error}") from error
     return metric.requires_grad_(False).eval()
 
 

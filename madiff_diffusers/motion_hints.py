@@ -6,7 +6,8 @@ A hint source answers three questions, each with a pair `(hints_prev, hints_next
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import List, Optional, Protocol, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Protocol, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -34,6 +35,18 @@ def to_grey(frames: torch.Tensor) -> torch.Tensor:
     """RGB `(B, 3, H, W)` to luma `(B, 1, H, W)` (BT.601), in the range of the input."""
     weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device, dtype=frames.dtype)
     return (frames * weights.view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+@contextmanager
+def single_threaded_opencv() -> Iterator[None]:
+    """OpenCV's DIS cuts an image into as many stripes as there are threads, and its result depends on the cut: with one
+    stripe, the same frames give the same flow on every machine."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 class EventHints:
@@ -83,15 +96,10 @@ class FlowHints:
             # A DIS object keeps buffers, so each thread needs its own.
             return cv2.DISOpticalFlow_create(self.preset).calc(pair[0], pair[1], None)
 
-        # DIS cuts the image into as many stripes as OpenCV has threads, and its result depends on the cut: with one
-        # stripe the same frames give the same flow on every machine. Parallelism comes from the pairs instead.
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)
-        try:
-            with ThreadPoolExecutor(max_workers=min(len(from_images), max(threads, 1))) as pool:
-                flows = list(pool.map(one, zip(from_images, to_images)))
-        finally:
-            cv2.setNumThreads(threads)
+        # Parallelism comes from the pairs.
+        workers = min(len(from_images), max(cv2.getNumThreads(), 1))
+        with single_threaded_opencv(), ThreadPoolExecutor(max_workers=workers) as pool:
+            flows = list(pool.map(one, zip(from_images, to_images)))
         flow = rearrange(torch.from_numpy(np.stack(flows)), "b h w c -> b c h w").contiguous()
         return flow.to(reference.device)
 

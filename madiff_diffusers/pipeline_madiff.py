@@ -10,11 +10,12 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size
-from .motion_hints import build_hint_source
+from .motion_hints import HintSource, build_hint_source
 
 HINT_POLICIES = ("sampling", "start", "neighbours", "none")
 
@@ -42,7 +43,7 @@ class MADiffPipeline(DiffusionPipeline):
         vqvae ([`VQMAGANModel`]): encodes frames, and decodes latents beside the neighbours and motion hints.
         unet ([`UNet2DModel`]): predicts the noise in the middle frame's latents; its input channels are those latents,
             both neighbours' latents, and the hints towards both neighbours at the latents' size.
-        scheduler ([`SchedulerMixin`]): any of Diffusers'.
+        scheduler ([`SchedulerMixin`]): any of Diffusers' that takes the checkpoint's `prediction_type`.
         i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is `"flow"`.
         hint_source (`str`): `"events"` (the paper's), `"flow"` or `"events+flow"`.
         default_num_inference_steps (`int`): what `num_inference_steps=None` stands for.
@@ -51,6 +52,8 @@ class MADiffPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "vqvae->unet->i2e"
     _optional_components = ["i2e"]
+    # The codebook's weight is read without a forward pass of its own, which sequential offloading waits for.
+    _exclude_from_cpu_offload = ["vqvae"]
     _callback_tensor_inputs = ["latents", "hints_prev", "hints_next"]
 
     def __init__(
@@ -70,7 +73,7 @@ class MADiffPipeline(DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps,
             default_hint_interval=default_hint_interval,
         )
-        self.hints = build_hint_source(hint_source, i2e)
+        self._hints: Optional[HintSource] = None
         latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
         expected = 3 * latent_channels + 2 * self.hints.hint_channels
         if vqvae.config.hint_channels != self.hints.hint_channels or unet.config.in_channels != expected:
@@ -99,11 +102,22 @@ class MADiffPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
+    def hints(self) -> HintSource:
+        """Where motion hints come from: `hint_source` with the current `i2e`, unless another source was assigned here."""
+        return build_hint_source(self.config.hint_source, self.i2e) if self._hints is None else self._hints
+
+    @hints.setter
+    def hints(self, source: HintSource) -> None:
+        self._hints = source
+
+    @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
+        """Whether a callback asked to stop. Steps that are left are skipped, and their frames are not what they would be:
+        those not begun yet are decoded from noise."""
         return self._interrupt
 
     def check_inputs(
@@ -189,6 +203,9 @@ class MADiffPipeline(DiffusionPipeline):
             num_inference_steps = self.config.default_num_inference_steps
         if hint_interval is None:
             hint_interval = self.config.default_hint_interval
+
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs.
         frames_prev = self.frame_processor.to_tensor(image_prev, "image_prev")  # [B,3,H,W]
@@ -333,8 +350,8 @@ class MADiffPipeline(DiffusionPipeline):
             (latents / self.vqvae.config.scaling_factor).to(dtype),
             features_prev,
             features_next,
-            hints_prev.to(dtype),
-            hints_next.to(dtype),
+            hints_prev,
+            hints_next,
         )
         return decoded.sample.float().clamp(-1, 1)
 

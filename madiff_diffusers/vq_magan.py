@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput, VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch.func import functional_call
 
 
 @dataclass
@@ -29,7 +30,7 @@ class VQMAGANEncoderOutput(VQEncoderOutput):
             (stride `f`). They depend on the frame alone: compute them once and hand them to every `decode`.
     """
 
-    features: Tuple[torch.Tensor, ...] = ()
+    features: Optional[Tuple[torch.Tensor, ...]] = None
 
 
 @dataclass
@@ -47,8 +48,9 @@ class VQMAGANDecoderOutput(DecoderOutput):
         latents (`torch.Tensor`, *optional*): from `forward` alone, the middle frame's latents before quantisation.
     """
 
-    offsets: Tuple[torch.Tensor, ...] = ()
-    gates: Tuple[torch.Tensor, ...] = ()
+    # None by default, as `BaseOutput` wants of every field but the first to be rebuilt from a dictionary.
+    offsets: Optional[Tuple[torch.Tensor, ...]] = None
+    gates: Optional[Tuple[torch.Tensor, ...]] = None
     code_indices: Optional[torch.Tensor] = None
     latents: Optional[torch.Tensor] = None
 
@@ -64,10 +66,11 @@ def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     x = torch.arange(width, device=image.device, dtype=torch.float32) + 0.5
     y = torch.arange(height, device=image.device, dtype=torch.float32) + 0.5
     offsets = offsets.float()
-    grid_x = (x[None, None, :] + offsets[:, 0]) * (2 / width) - 1
-    grid_y = (y[None, :, None] + offsets[:, 1]) * (2 / height) - 1
+    # Clamped to the outermost pixel centres, which is border padding on every device (MPS lacks the mode).
+    grid_x = (x[None, None, :] + offsets[:, 0]).clamp(0.5, width - 0.5) * (2 / width) - 1
+    grid_y = (y[None, :, None] + offsets[:, 1]).clamp(0.5, height - 0.5) * (2 / height) - 1
     grid = torch.stack([grid_x, grid_y], dim=-1)
-    warped = F.grid_sample(image.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    warped = F.grid_sample(image.float(), grid, mode="bilinear", align_corners=False)
     return warped.to(image.dtype)
 
 
@@ -84,6 +87,10 @@ def _activation(act_fn: str) -> nn.Module:
     raise ValueError(f"`act_fn` must be 'silu' or 'leaky_relu', but is {act_fn!r}.")
 
 
+def _norm(num_groups: Optional[int], channels: int) -> nn.Module:
+    return nn.Identity() if num_groups is None else nn.GroupNorm(num_groups, channels, eps=1e-6)
+
+
 def _zero_init(module: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
@@ -95,11 +102,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, norm_num_groups: Optional[int], act_fn: str):
         super().__init__()
-
-        def norm(channels: int) -> nn.Module:
-            return nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-
-        self.norm1, self.norm2 = norm(in_channels), norm(out_channels)
+        self.norm1, self.norm2 = _norm(norm_num_groups, in_channels), _norm(norm_num_groups, out_channels)
         self.act = _activation(act_fn)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -164,9 +167,7 @@ class MotionEncoder(nn.Module):
             channels = block_out_channels[min(i + 1, len(block_out_channels) - 1)]
             self.downsamplers.append(nn.Conv2d(out_channels, channels, 3, stride=2, padding=1))
         self.mid_block = MidBlock(channels, norm_num_groups, act_fn, add_attention)
-        self.conv_norm_out = (
-            nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        )
+        self.conv_norm_out = _norm(norm_num_groups, channels)
         self.act_out = _activation(act_fn)
         self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
         self.gradient_checkpointing = False
@@ -241,7 +242,7 @@ class MAWarpBlock(nn.Module):
         Args:
             hidden_states (`(B, C, U, V)`): decoder features h.
             features (`(2B, C, U, V)`): φ_prev and φ_next at this scale.
-            hints (`(2B, K, U, V)`): m_prev and m_next at this scale.
+            hints (`(2B, K, U, V)`): m_prev and m_next at this scale, in float32 whatever the dtype of the rest.
             corrections (`(2B, 2, U, V)`, *optional*): what coarser scales added to the hints' own offsets.
 
         Returns:
@@ -255,11 +256,11 @@ class MAWarpBlock(nn.Module):
 
         # 2. offsets, for both neighbours in one batch
         looked_at = warp(features, start) if self.coarse_to_fine else features
-        inputs = [torch.cat([hidden_states, hidden_states]), looked_at, hints]
+        inputs = [torch.cat([hidden_states, hidden_states]), looked_at, hints.to(hidden_states.dtype)]
         if self.match_neighbours:
             inputs.append(torch.cat(looked_at.chunk(2)[::-1]))
         if self.coarse_to_fine:
-            inputs.append(start.to(hints.dtype))
+            inputs.append(start.to(hidden_states.dtype))
         estimate = self.offset_net(torch.cat(inputs, dim=1)).float()
         offsets = start + estimate
 
@@ -292,9 +293,7 @@ class FrameHead(nn.Module):
     ):
         super().__init__()
         self.stride, self.warp_frames = stride, warp_frames
-        self.conv_norm = (
-            nn.Identity() if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        )
+        self.conv_norm = _norm(norm_num_groups, channels)
         self.act = _activation(act_fn)
         # A pixel's outputs: residual, and with `warp_frames` also 2 + 2 offsets and the gate's logit.
         pixel_channels = out_channels + 5 if warp_frames else out_channels
@@ -509,8 +508,8 @@ class VQMAGANModel(VQModel):
         }
         self.encoder = MotionEncoder(in_channels, latent_channels, **shared)
         self.quant_conv = nn.Conv2d(latent_channels, vq_embed_dim, 1)
-        self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, remap=None, sane_index_shape=False)
-        self.quantize.legacy = False  # beta weighs the commitment, not the codebook
+        # legacy=False: beta weighs the commitment, not the codebook.
+        self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, legacy=False)
         self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
         self.decoder = MotionDecoder(
             latent_channels,
@@ -573,7 +572,8 @@ class VQMAGANModel(VQModel):
             h (`torch.Tensor` of shape `(B, vq_embed_dim, H / f, W / f)`): latents of the middle frame, unscaled.
             features_prev, features_next: `encode(frame).features` of the two neighbours.
             hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H, W)`): motion between the middle frame
-                and each neighbour; resized here to every scale.
+                and each neighbour; resized here to every scale. Give them in float32 in half precision too: offsets of
+                many pixels need it.
             force_not_quantize (`bool`): decode the latents as they are.
 
         Returns:
@@ -588,7 +588,10 @@ class VQMAGANModel(VQModel):
         if force_not_quantize:
             quantised, commit_loss, code_indices = h, h.new_zeros(h.shape[0]), None
         else:
-            quantised, commit_loss, (_, _, code_indices) = self.quantize(h)
+            # Codes lie closer together than half precision can tell.
+            codebook = {"embedding.weight": self.quantize.embedding.weight.float()}
+            quantised, commit_loss, (_, _, code_indices) = functional_call(self.quantize, codebook, (h.float(),))
+            quantised = quantised.to(h.dtype)
             commit_loss = commit_loss.expand(h.shape[0])
         hints = torch.cat([hints_prev, hints_next])  # [2B,K,H,W]
         pyramid = [hints]
@@ -643,5 +646,5 @@ class VQMAGANModel(VQModel):
         decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next)
         if not return_dict:
             return decoded.sample, decoded.commit_loss
-        decoded.latents = latents
+        decoded["latents"] = latents
         return decoded

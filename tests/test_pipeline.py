@@ -6,9 +6,10 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.callbacks import PipelineCallback
 
-from madiff_diffusers import MADiffPipeline, VQMAGANModel
-from tests.conftest import build_pipeline, moving_picture
+from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
+from tests.conftest import build_pipeline, excite, moving_picture
 
 
 def generators(*seeds: int) -> list:
@@ -209,6 +210,17 @@ def test_any_scheduler(pipeline, pair, name):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "LCMScheduler"],
+)
+def test_prediction_types(pipeline, pair, name, prediction_type):
+    config = {**pipeline.scheduler.config, "prediction_type": prediction_type}
+    pipeline.scheduler = getattr(diffusers, name).from_config(config)
+    assert run(pipeline, pair, num_inference_steps=3).isfinite().all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_clean_latents_do_not_depend_on_who_computes_them(pipeline, prediction_type):
     """The formula for schedulers that give no clean latents, against DDIM's own."""
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
@@ -249,6 +261,41 @@ def test_model_cpu_offload(pipeline, pair):
     expected = run(pipeline, pair)
     pipeline.enable_model_cpu_offload(device=torch.device("cpu"))
     assert torch.equal(run(pipeline, pair), expected)
+
+
+def test_another_i2e_takes_effect(pipeline, pair):
+    expected = run(pipeline, pair)
+    pipeline.i2e = excite(EventGANModel(**pipeline.i2e.config), seed=7).eval()
+    assert not torch.equal(run(pipeline, pair), expected)
+
+
+def test_half_precision_keeps_codes_and_large_offsets(pipeline):
+    """Codes and hints stay in float32 where the networks do not."""
+    vqvae = pipeline.vqvae.to(torch.bfloat16)
+    frame = torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16)
+    hints = torch.zeros(1, 20, 64, 64)
+    hints[:, -2] = 33.3  # bf16 has no number between 33.25 and 33.5
+    features = vqvae.encode(frame).features
+    decoded = vqvae.decode(torch.randn(1, 3, 8, 8, dtype=torch.bfloat16), features, features, hints, hints)
+    assert decoded.sample.dtype == torch.bfloat16
+    assert all(offsets.dtype == torch.float32 for offsets in decoded.offsets)
+
+
+def test_official_callbacks_name_their_tensors(pipeline, pair):
+    class Watch(PipelineCallback):
+        tensor_inputs = ["hints_prev"]
+
+        def __init__(self):
+            super().__init__(cutoff_step_index=1)
+            self.seen = []
+
+        def callback_fn(self, pipe, step, timestep, tensors):
+            self.seen.append(set(tensors))
+            return tensors
+
+    watch = Watch()
+    run(pipeline, pair, num_inference_steps=2, callback_on_step_end=watch)
+    assert watch.seen == [{"hints_prev"}] * 2
 
 
 def test_callback_sees_and_replaces_tensors(pipeline, pair):

@@ -10,6 +10,8 @@ from typing import Tuple
 import cv2
 import numpy as np
 
+from madiff_diffusers.motion_hints import single_threaded_opencv
+
 LOG_EPS = 0.03  # added to intensities in [0, 1] before the logarithm: a sensor's dark noise bounds the contrast of black
 
 
@@ -36,7 +38,7 @@ def simulate_events(
     height, width = log.shape[1:]
     thresholds = np.maximum(threshold + threshold_mismatch * rng.standard_normal((2, height, width)), 0.01)
     thresholds = thresholds.astype(np.float32)  # [2,H,W]: decreases, increases
-    # A pixel enters the interval somewhere between its last event and its next one.
+    # A pixel enters the interval up to half a threshold away from where its last event left it.
     phase = rng.uniform(-0.5, 0.5, (height, width)).astype(np.float32)
     reference = log[0] + phase * np.where(phase > 0, thresholds[0], thresholds[1])
     last = np.full((height, width), -np.inf, dtype=np.float32)
@@ -100,7 +102,8 @@ def upsample_frames(frames: np.ndarray, factor: int) -> np.ndarray:
     out = [frames[0]]
     for before, after in zip(frames[:-1], frames[1:]):
         # Flow of each frame towards the other, scaled to the moment in between (linear motion).
-        to_after, to_before = flow_maker.calc(before, after, None), flow_maker.calc(after, before, None)
+        with single_threaded_opencv():
+            to_after, to_before = flow_maker.calc(before, after, None), flow_maker.calc(after, before, None)
         for i in range(1, factor):
             s = i / factor
             from_before = cv2.remap(before, grid + s * to_before, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

@@ -1,6 +1,6 @@
 """What the three training scripts share: options from YAML and flags, checkpoints, resuming, the log.
 
-A run lives in one folder: `args.yaml` (the options it started with), `summary.csv` (one row per logged step) and
+A run lives in one folder: `args.yaml` (the options of its last start), `summary.csv` (one row per logged step) and
 `checkpoints/step_N` (everything needed to go on). A checkpoint is written under a temporary name and then renamed, so
 that a folder with its final name is whole; running the same command again resumes from the newest one.
 """
@@ -58,7 +58,8 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     hints = typing.get_type_hints(options_class)
     for name, field in fields.items():
-        parser.add_argument(f"--{name}", help=f"default {field.default!r}")
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        parser.add_argument(f"--{name}", help=f"default {default!r}")
     flags = vars(parser.parse_args(argv))
     path = CONFIG_FOLDER / f"{flags['config']}.yaml"
     path = path if path.is_file() else Path(flags["config"])
@@ -74,15 +75,25 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
         if flags[name] is not None:
             section[name] = yaml.safe_load(flags[name]) if hints[name] is not str else flags[name]
     for name, value in section.items():
-        if typing.get_origin(hints[name]) is tuple:
-            section[name] = tuple(value)
-        elif hints[name] is float:
-            # YAML reads 1e-4 as a string.
-            section[name] = float(value)
+        try:
+            section[name] = _as_type(value, hints[name])
+        except (TypeError, ValueError):
+            parser.error(f"--{name} must be of type {getattr(hints[name], '__name__', hints[name])}, such as {fields[name].default!r}, but is {value!r}")
     for name in ("data", "output"):
         if not section.get(name):
             parser.error(f"--{name} is required")
     return options_class(**section), config
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    """What YAML read, as the type of an option."""
+    if typing.get_origin(hint) is tuple:
+        return tuple(float(item) for item in value)
+    if hint is float:
+        return float(value)  # YAML reads 1e-4 as a string
+    if not isinstance(value, hint):
+        raise TypeError
+    return value
 
 
 class Progress:
@@ -102,6 +113,11 @@ class Run:
     """A training run: its Accelerator, its folder, its checkpoints and its log."""
 
     def __init__(self, options: RunOptions):
+        if options.mixed_precision == "fp16" and options.accumulation > 1:
+            raise ValueError(
+                "`mixed_precision` fp16 with `accumulation` > 1 is not supported: the loss scale of one optimiser would be "
+                "applied to the gradients of another. Use bf16."
+            )
         self.options = options
         self.folder = Path(options.output)
         self.checkpoints = self.folder / "checkpoints"
@@ -134,9 +150,10 @@ class Run:
         return self.accelerator.prepare_data_loader(loader)
 
     def generator(self) -> torch.Generator:
-        """Randomness of the current step on this process: the same whether or not the run was interrupted before."""
-        step, rank = self.progress.step, self.accelerator.process_index
-        seed = np.random.SeedSequence((self.options.seed, step, rank)).generate_state(1, np.uint64)[0]
+        """Randomness of the current forward pass on this process: the same whether or not the run was interrupted before."""
+        # The Accelerator counts forward passes, of which a step may have several.
+        passes, rank = self.accelerator.step, self.accelerator.process_index
+        seed = np.random.SeedSequence((self.options.seed, self.progress.step, passes, rank)).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed))
 
     def resume(self) -> None:

@@ -39,7 +39,6 @@ class DenoiserOptions(RunOptions):
     ema_decay: float = 0.9999
     hint_dropout: float = 0.5
     guess_share: float = 0.0
-    quantise: bool = False  # whether the target is the quantised latents
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -58,7 +57,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     scheduler_config = dict(config["scheduler"])
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
     ema = EMAModel(unet.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
 
     # 2. data
     data = TripletSamples(
@@ -80,6 +78,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(schedule, ema)
     run.resume()
+    ema.to(accelerator.device)  # checkpoints are loaded to the CPU
 
     # 4. loop
     for batch in run.loader(data):
@@ -89,8 +88,6 @@ def main(argv: Optional[List[str]] = None) -> None:
             frames = torch.cat([batch["frame_mid"], batch["frame_prev"], batch["frame_next"]])
             latents = vqvae.encode(frames).latents  # [3B,C,h,w]
             mid, prev, next_ = latents.chunk(3)
-            if options.quantise:
-                mid = vqvae.quantize(mid)[0]
             mid, prev, next_ = (each * vqvae.config.scaling_factor for each in (mid, prev, next_))
             hints = draw_hints(vqvae, source, batch, 1 - options.hint_dropout, options.guess_share, generator)
             hints = [vqvae.resize_hints(each, mid.shape[-2:]) for each in hints]
