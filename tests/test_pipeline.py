@@ -286,7 +286,7 @@ def test_official_callbacks_name_their_tensors(pipeline, pair):
         tensor_inputs = ["hints_prev"]
 
         def __init__(self):
-            super().__init__(cutoff_step_index=1)
+            super().__init__()
             self.seen = []
 
         def callback_fn(self, pipe, step, timestep, tensors):
