@@ -2,9 +2,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["transformers>=4.44", "datasets>=3.0", "lpips>=0.1.4", "torchvision", "PyYAML>=6.0"]
+TRAIN = ["transformers>=5.23", "datasets>=5.2", "lpips>=0.1.4", "torchvision", "PyYAML>=6.0.2"]
 EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22"]
-VIDEO = ["av>=12.0"]
+VIDEO = ["av>=12.3"]
 TEST = ["pytest>=8.0", *TRAIN, *EVAL, *VIDEO]
 
 setup(
@@ -24,7 +24,7 @@ setup(
         "safetensors>=0.8",
         "einops>=0.8",
         "numpy>=1.26",
-        "Pillow>=10.0",
+        "Pillow>=10.4",
         "opencv-python-headless>=4.9",
     ],
     extras_require={

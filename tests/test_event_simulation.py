@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from tests.conftest import moving_picture
 from training.event_simulation import LOG_EPS, event_volume, simulate_events, upsample_frames
 
 
@@ -62,12 +63,12 @@ def test_volume_shares_an_event_between_the_bins_around_it():
 
 
 def test_upsampling_keeps_the_frames_and_moves_what_lies_between():
-    x = np.arange(64)
-    frames = np.stack([np.tile(128 + 100 * np.sin((x - 4 * i) / 5), (64, 1)).astype(np.uint8) for i in range(3)])
+    frames = np.stack([moving_picture(2 * i)[..., 0] for i in range(3)])
     between = upsample_frames(frames, 4)
     assert len(between) == 9 and np.array_equal(between[::4], frames)
-    half = np.tile(128 + 100 * np.sin((x - 2) / 5), (64, 1))
-    moved = np.abs(between[2][16:-16, 16:-16] - half[16:-16, 16:-16]).mean()
-    blended = np.abs(frames[:2].mean(0)[16:-16, 16:-16] - half[16:-16, 16:-16]).mean()
+    inner = (slice(12, -12), slice(12, -12))
+    half = moving_picture(1)[..., 0].astype(float)[inner]
+    moved = np.abs(between[2][inner] - half).mean()
+    blended = np.abs(frames[:2].mean(0)[inner] - half).mean()
     assert moved < 0.5 * blended
     assert np.array_equal(upsample_frames(frames, 1), frames)
