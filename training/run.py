@@ -12,7 +12,7 @@ import os
 import shutil
 import typing
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -138,9 +138,11 @@ class Run:
     def samples_per_step(self) -> int:
         return self.options.batch_size * self.options.accumulation * self.accelerator.num_processes
 
-    def loader(self, dataset: Dataset) -> DataLoader:
+    def loader(self, dataset: Dataset) -> Iterable[Dict[str, torch.Tensor]]:
         """Batches of a dataset in its own order, from the sample that this run has come to."""
         start = self.progress.step * self.samples_per_step
+        if start >= len(dataset):  # a finished run; older versions of Accelerate yield None from an empty loader
+            return []
         loader = DataLoader(
             Subset(dataset, range(start, len(dataset))),
             batch_size=self.options.batch_size,
