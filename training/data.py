@@ -1,173 +1,665 @@
-"""Training samples: crops of consecutive frames from a folder of video clips.
+"""Training data: many kinds of sources, one kind of sample.
 
-Every sample follows from (seed, index) alone, so that a run that is resumed, or spread over other processes, sees the
-same samples in the same order.
+A source of clips says how many frames each clip has and reads some of them; `read_source` makes one from
+`FORMAT:PATH`. `DrawnSamples` draws windows of frames from clips, crops and augments them; `StreamedSamples` does the same
+with a stream of triplets. What a stage learns from a window is made by a maker: `TripletMaker` or `EventMaker`.
+
+Every drawn sample follows from (seed, number) alone, so that a run that is resumed, or spread over other processes, sees
+the same samples in the same order.
 """
 
+import re
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from training.event_simulation import event_volume, simulate_events, upsample_frames
+from madiff_diffusers.scene_cuts import find_cuts
+from training.event_recordings import LAYOUT, EventRecordings
+from training.event_simulation import EventCamera, event_volume, upsample_frames
+from training.options import RunOptions
+from training.random_motion import MovingScene
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".y4m")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+Sample = Dict[str, torch.Tensor]
 
 
-def read_clip(path: Path) -> np.ndarray:
-    """All frames of a video file, `(T, H, W, 3)` uint8 RGB.
+class Unreadable(ValueError):
+    """A file that holds no picture, or not the pictures that it should."""
+
+
+class Clips(Protocol):
+    """A source of clips.
+
+    Attributes:
+        lengths (`np.ndarray`): number of frames of each clip.
+    """
+
+    lengths: np.ndarray
+
+    def read(self, number: int, times: range) -> np.ndarray:
+        """Frames `(len(times), H, W, 3)` uint8 RGB of a clip.
+
+        Raises:
+            Unreadable: naming the file.
+        """
+
+
+# ---- sources ----
+
+
+def read_image(path: Path) -> np.ndarray:
+    """`(H, W, 3)` uint8 RGB.
 
     Raises:
-        ValueError: if the file holds no frame that can be read.
+        Unreadable: if the file holds no picture.
     """
-    capture = cv2.VideoCapture(str(path))
-    frames = []
-    while True:
-        ok, frame = capture.read()
-        if not ok:
-            break
-        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    capture.release()
-    if not frames:
-        raise ValueError(f"No frame can be read from the video file {path}.")
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise Unreadable(f"No picture can be read from {path}.")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def natural_order(path: Path) -> list:
+    """Sorting key: frame2 comes before frame10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def images_in(folder: Path) -> List[Path]:
+    return sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
+
+
+class ImageClips:
+    """Clips whose frames are image files."""
+
+    def __init__(self, clips: Sequence[Sequence[Path]]):
+        self.clips = clips
+        self.lengths = np.array([len(clip) for clip in clips])
+
+    def read(self, number: int, times: range) -> np.ndarray:
+        frames = [read_image(self.clips[number][time]) for time in times]
+        for time, frame in zip(times, frames):
+            if frame.shape != frames[0].shape:
+                raise Unreadable(f"{self.clips[number][time]} is not of the size of the frames beside it.")
+        return np.stack(frames)
+
+
+class VideoClips:
+    """Scenes of video files. As many files as fit into `cache_gib` are decoded once and kept; of others, what is drawn
+    is decoded when it is drawn, and given up where it goes across a cut."""
+
+    def __init__(self, paths: Sequence[Path], decoder: str, cache_gib: float, on_unreadable: Callable[[Unreadable], None]):
+        self.decoder = _decoder(decoder)
+        self.scenes: List[Union[np.ndarray, Path]] = []
+        lengths, room = [], cache_gib * 2**30
+        for path in paths:
+            try:
+                count, size = self.decoder.measure(path)
+                if size <= room:
+                    frames = self.decoder.frames(path)
+                    room -= frames.nbytes
+                    for scene in np.split(frames, find_cuts(frames)):
+                        self.scenes.append(scene)
+                        lengths.append(len(scene))
+                else:
+                    self.scenes.append(path)
+                    lengths.append(count)
+            except Unreadable as error:
+                on_unreadable(error)
+        self.lengths = np.array(lengths, dtype=int)
+
+    def read(self, number: int, times: range) -> np.ndarray:
+        scene = self.scenes[number]
+        if isinstance(scene, np.ndarray):
+            return scene[times.start : times.stop : times.step]
+        frames = self.decoder.frames(scene, times.start, times[-1] - times.start + 1)
+        if find_cuts(frames):
+            raise Unreadable(f"There is a scene cut in {scene} between frames {times.start} and {times[-1]}.")
+        return frames[:: times.step]
+
+
+class _PyAV:
+    """Video files through PyAV."""
+
+    def __init__(self):
+        import av
+
+        self.av = av
+
+    def measure(self, path: Path) -> Tuple[int, float]:
+        """Frames of a file, as its header says, and bytes that they take decoded."""
+        try:
+            with self.av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                count = stream.frames
+                if not count and (stream.duration or container.duration):
+                    seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+                    count = int(seconds * float(stream.average_rate or 25))
+                count = count or sum(1 for _ in container.decode(stream))
+                return count, float(count) * stream.width * stream.height * 3
+        except (self.av.FFmpegError, IndexError, OSError) as error:
+            raise Unreadable(f"No video can be read from {path}: {error}.") from error
+
+    def frames(self, path: Path, first: int = 0, count: Optional[int] = None) -> np.ndarray:
+        out: List[np.ndarray] = []
+        try:
+            with self.av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "NONE"  # loaders are parallel already
+                start = 0.0
+                if first and stream.average_rate:
+                    start = first / float(stream.average_rate) - 0.5 / float(stream.average_rate)
+                    offset = stream.start_time or 0
+                    container.seek(int(start / stream.time_base) + offset, stream=stream)
+                    start += float(offset * stream.time_base)
+                for frame in container.decode(stream):
+                    if first and frame.time is not None and frame.time < start:
+                        continue
+                    out.append(frame.to_ndarray(format="rgb24"))
+                    if count is not None and len(out) == count:
+                        break
+        except (self.av.FFmpegError, IndexError, OSError, ValueError) as error:
+            raise Unreadable(f"The video file {path} cannot be decoded: {error}.") from error
+        return _stack(out, path, count)
+
+
+class _OpenCV:
+    """Video files through OpenCV, where PyAV is not to be had."""
+
+    def measure(self, path: Path) -> Tuple[int, float]:
+        capture = cv2.VideoCapture(str(path))
+        names = (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        count, width, height = (capture.get(name) for name in names)
+        opened = capture.isOpened()
+        capture.release()
+        if not opened or count < 1:
+            raise Unreadable(f"No video can be read from {path}.")
+        return int(count), count * width * height * 3
+
+    def frames(self, path: Path, first: int = 0, count: Optional[int] = None) -> np.ndarray:
+        capture = cv2.VideoCapture(str(path))
+        if first:
+            capture.set(cv2.CAP_PROP_POS_FRAMES, first)
+        out: List[np.ndarray] = []
+        while count is None or len(out) < count:
+            more, frame = capture.read()
+            if not more:
+                break
+            out.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+        capture.release()
+        return _stack(out, path, count)
+
+
+def _stack(frames: List[np.ndarray], path: Path, count: Optional[int]) -> np.ndarray:
+    if not frames or (count is not None and len(frames) < count):
+        raise Unreadable(f"The video file {path} gives {len(frames)} frames where {count or 'some'} were looked for.")
     return np.stack(frames)
 
 
-def read_clips(root: str) -> List[np.ndarray]:
-    """The clips of a folder, in the order of their names.
+def _decoder(name: str) -> Union[_PyAV, _OpenCV]:
+    if name == "opencv":
+        return _OpenCV()
+    try:
+        return _PyAV()
+    except ImportError as error:
+        raise ValueError("`decoder` av needs the package av (PyAV); install it, or use `decoder` opencv.") from error
+
+
+class DatasetClips:
+    """Triplets in a Hugging Face dataset on disk, with a column for each frame."""
+
+    def __init__(self, path: str, columns: Sequence[str]):
+        self.table = _without_decoding(_load_dataset(path, streaming=False), path, columns)
+        self.path, self.columns = path, columns
+        self.lengths = np.full(len(self.table), 3)
+
+    def read(self, number: int, times: range) -> np.ndarray:
+        return _decode_triplet(self.table[number], self.columns, f"row {number} of {self.path}")[list(times)]
+
+
+def _load_dataset(path: str, streaming: bool):
+    import datasets
+
+    if (Path(path) / "state.json").is_file():
+        table = datasets.load_from_disk(path)
+        return table.to_iterable_dataset() if streaming else table
+    try:
+        return datasets.load_dataset(path, split="train", streaming=streaming)
+    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, ValueError) as error:
+        raise ValueError(f"`data`: {path!r} is no dataset with a split `train`: {error}") from error
+
+
+def _without_decoding(table, path: str, columns: Sequence[str]):
+    """The table with pictures left as bytes, so that what is not drawn is not decoded."""
+    import datasets
+
+    known = table.column_names or []
+    if len(columns) != 3 or not set(columns) <= set(known):
+        raise ValueError(f"`columns` must name three image columns of {path!r}, which has {known}, but is {list(columns)}.")
+    for column in columns:
+        table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def _decode_triplet(row: Dict, columns: Sequence[str], where: str) -> np.ndarray:
+    frames = []
+    for column in columns:
+        content = row[column]["bytes"] or Path(row[column]["path"]).read_bytes()
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        if image is None:
+            raise Unreadable(f"No picture can be read from column {column} of {where}.")
+        frames.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+    if len({frame.shape for frame in frames}) > 1:
+        raise Unreadable(f"The pictures in {where} differ in size.")
+    return np.stack(frames)
+
+
+class StillClips:
+    """Still pictures, to be set in random motion; a clip is one picture."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+        self.lengths = np.ones(len(paths), dtype=int)
+
+    def read(self, number: int, times: range) -> np.ndarray:
+        return read_image(self.paths[number])[None]
+
+
+# What a format's folder looks like, for the message about one that does not.
+LAYOUTS = {
+    "videos": "PATH/*.mp4 (or {})".format(", ".join(VIDEO_SUFFIXES[1:])),
+    "frames": "PATH/CLIP/*.png: a folder for each clip, with its frames in the order of their names",
+    "vimeo-triplet": "PATH/tri_trainlist.txt\nPATH/sequences/00001/0001/im1.png, im2.png, im3.png",
+    "vimeo-septuplet": "PATH/sep_trainlist.txt\nPATH/sequences/00001/0001/im1.png … im7.png",
+    "bvi-dvc": "PATH/quintuplets/00000/: five frames in the order of their names",
+    "datasets": "PATH: a dataset saved by save_to_disk, or what datasets.load_dataset takes, with three image columns",
+    "datasets-stream": "PATH: what datasets.load_dataset(streaming=True) takes, with three image columns",
+    "mvsec": LAYOUT,
+    "stills": "PATH/*.png (or .jpg …): photographs, of which moving scenes are composed",
+}
+
+
+def _wrong_layout(name: str, path: str, reason: str) -> ValueError:
+    tree = LAYOUTS[name].replace("PATH", path).replace("\n", "\n    ")
+    return ValueError(f"`data`: {path!r} is not of the format {name}: {reason}. Expected:\n    {tree}")
+
+
+def parse_sources(data: str) -> List[Tuple[str, str, float]]:
+    """`FORMAT:PATH[@WEIGHT],…` as `(format, path, weight)`. Without a format, videos are meant.
 
     Raises:
-        ValueError: if the folder is missing or holds no video file.
+        ValueError: on an unknown format or a weight that is no positive number.
     """
-    folder = Path(root)
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not paths:
-        raise ValueError(f"`data` must be a folder of video files ({', '.join(VIDEO_SUFFIXES)}), but {root!r} has none.")
-    return [read_clip(path) for path in paths]
+    sources = []
+    for item in data.split(","):
+        match = re.fullmatch(r"(?:([a-z-]+):)?(.+?)(?:@([^@/]*))?", item.strip())
+        name, path, weight = match.groups() if match else (None, "", None)
+        if not path or (name or "videos") not in LAYOUTS:
+            raise ValueError(f"`data` must be FORMAT:PATH with a format of {', '.join(LAYOUTS)}, but is {item!r}.")
+        try:
+            share = float(weight or 1)
+        except ValueError:
+            share = 0.0
+        if share <= 0:
+            raise ValueError(f"`data`: the weight behind @ must be a positive number, but is {weight!r}.")
+        sources.append((name or "videos", path, share))
+    return sources
 
 
-class ClipSamples(Dataset):
-    """Random space-time crops of clips.
+def read_source(name: str, path: str, options: RunOptions) -> Clips:
+    """The clips of a folder in one of the formats in `LAYOUTS`.
 
-    Args:
-        clips: what `read_clips` gave.
-        crop: side of the square crop, in pixels.
-        frames: frames per sample, an odd number for triplets.
-        gaps: chances of a gap of 1, 2, 3 … source frames between two frames of a sample.
-        candidates: crops that are drawn per sample, of which the one that changes most is taken; 1 takes any.
-        length: number of samples.
-        seed: of every draw.
+    Raises:
+        ValueError: if the folder does not have that layout, showing the one that it should have.
+        Unreadable: with `on_unreadable` "error", if a video file cannot be decoded.
+    """
+    root = Path(path)
+    if name == "datasets":
+        return DatasetClips(path, options.columns.split(","))
+    if not root.is_dir():
+        raise _wrong_layout(name, path, "there is no such folder")
+    if name == "videos":
+        paths = sorted((p for p in root.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES), key=natural_order)
+        if not paths:
+            raise _wrong_layout(name, path, "there is no video file in it")
+        clips = VideoClips(paths, options.decoder, options.cache_gib, _policy(options.on_unreadable))
+        if not len(clips.lengths):
+            raise Unreadable(f"`data`: none of the {len(paths)} video files in {path!r} can be read.")
+        return clips
+    if name == "stills":
+        if not images_in(root):
+            raise _wrong_layout(name, path, "there is no picture in it")
+        return StillClips(images_in(root))
+    if name in ("frames", "bvi-dvc"):
+        parent = root / "quintuplets" if name == "bvi-dvc" else root
+        folders = sorted((p for p in parent.glob("*") if p.is_dir()), key=natural_order)
+        lists = [frames for frames in map(images_in, folders) if frames]
+        if not lists:
+            raise _wrong_layout(name, path, f"there is no folder with pictures in {str(parent)!r}")
+        wrong = [frames[0].parent for frames in lists if len(frames) != 5]
+        if name == "bvi-dvc" and wrong:
+            raise _wrong_layout(name, path, f"{wrong[0]} does not hold five pictures")
+        return ImageClips(lists)
+    prefix, count = ("tri", 3) if name == "vimeo-triplet" else ("sep", 7)
+    list_file = root / f"{prefix}_trainlist.txt"
+    if not list_file.is_file():
+        raise _wrong_layout(name, path, f"there is no {list_file.name}")
+    names = [line.strip() for line in list_file.read_text().splitlines() if line.strip()]
+    folders = [root / "sequences" / each for each in names]
+    if not folders or not folders[0].is_dir():
+        raise _wrong_layout(name, path, f"{list_file.name} is empty" if not folders else f"there is no {folders[0]}")
+    return ImageClips([[folder / f"im{i + 1}.png" for i in range(count)] for folder in folders])
+
+
+def _policy(on_unreadable: str) -> Callable[[Unreadable], None]:
+    """What happens with a file that cannot be read: stop, or say so and go on."""
+
+    def act(error: Unreadable) -> None:
+        if on_unreadable == "error":
+            raise error
+        print(f"left out: {error}", file=sys.stderr, flush=True)
+
+    return act
+
+
+# ---- samples ----
+
+
+@dataclass
+class Augmentation:
+    """Random crop, mirroring, quarter turns, time reversal and colour changes, the same for all frames of a window."""
+
+    crop: int
+    colour_jitter: float = 0.0
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Everything but the crop, to frames `(T, crop, crop, 3)` uint8."""
+        if rng.random() < 0.5:
+            frames = frames[::-1]
+        if rng.random() < 0.5:
+            frames = frames[:, :, ::-1]
+        frames = np.rot90(frames, rng.integers(4), axes=(1, 2))
+        if self.colour_jitter:
+            brightness, contrast, saturation = 1 + rng.uniform(-self.colour_jitter, self.colour_jitter, 3)
+            values = frames.astype(np.float32)
+            grey = values @ np.float32([0.299, 0.587, 0.114])[:, None]
+            values = grey + (values - grey) * np.float32(saturation)
+            values = (values - grey.mean()) * np.float32(contrast) + grey.mean() * np.float32(brightness)
+            frames = np.clip(values.round(), 0, 255).astype(np.uint8)
+        return np.ascontiguousarray(frames)
+
+    def place(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A crop at a random place.
+
+        Raises:
+            Unreadable: if the frames are smaller than the crop.
+        """
+        height, width = frames.shape[1:3]
+        if min(height, width) < self.crop:
+            raise Unreadable(f"Frames of {height}x{width} pixels are smaller than `crop` {self.crop}.")
+        top, left = rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
+        return frames[:, top : top + self.crop, left : left + self.crop]
+
+
+@dataclass
+class TripletMaker:
+    """`{"frame_prev", "frame_mid", "frame_next"}`, each `(3, H, W)` float32 in [-1, 1], and `"time"`, the place of the
+    middle frame between the others, 0.5 in the middle. With more than three `frames` there is `"frames"` too,
+    `(frames, 3, H, W)`, and with `any_time` the middle frame is any of those between."""
+
+    frames: int = 3
+    any_time: bool = False
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Sample:
+        tensors = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mid = int(rng.integers(1, len(frames) - 1)) if self.any_time else len(frames) // 2
+        sample = {
+            "frame_prev": tensors[0],
+            "frame_mid": tensors[mid],
+            "frame_next": tensors[-1],
+            "time": torch.tensor(mid / (len(frames) - 1)),
+        }
+        if self.frames > 3:
+            sample["frames"] = tensors
+        return sample
+
+    def from_scene(self, scene: MovingScene, rng: np.random.Generator) -> Sample:
+        exposure = float(rng.uniform(0, 0.8)) if rng.random() < 0.5 else 0.0  # half of all cameras are fast enough
+        times = np.linspace(-1, 1, self.frames)
+        return self(np.stack([scene.render(time, exposure) for time in times]), rng)
+
+
+@dataclass
+class EventMaker:
+    """`{"frame_first", "frame_second"}`, `(1, H, W)` float32 grey in [-1, 1], the simulated `"events"`
+    `(2 * num_bins, H, W)`, and `"thresholds"` `(2,)`: contrast that fires a decrease, and an increase.
+
+    The events come from the frames in between too, which the network never sees: moved along optical flow, or for a
+    moving scene rendered at the very moments.
     """
 
-    def __init__(
-        self,
-        clips: List[np.ndarray],
-        crop: int,
-        frames: int,
-        gaps: Sequence[float],
-        candidates: int,
-        length: int,
-        seed: int,
-    ):
-        self.clips, self.crop, self.frames, self.candidates = clips, crop, frames, candidates
-        self.length, self.seed = length, seed
-        self.gaps = np.array(gaps, dtype=float) / sum(gaps)
-        for i, clip in enumerate(clips):
-            if len(clip) < frames or min(clip.shape[1:3]) < crop:
-                raise ValueError(
-                    f"Clip {i} has {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]} pixels; samples of {frames} "
-                    f"frames and `crop` {crop} need more."
-                )
-        # Long clips have more to show, but should not drown short ones.
-        weights = np.sqrt([len(clip) for clip in clips])
-        self.weights = weights / weights.sum()
+    num_bins: int
+    frames: int
 
-    def __len__(self) -> int:
-        return self.length
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Sample:
+        # A pair's gap varies from one step to the whole window.
+        last = int(rng.integers(1, len(frames)))
+        grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames[: last + 1]])
+        return self._simulate(*upsample_frames(grey), rng)
 
-    def draw(self, index: int) -> Tuple[np.ndarray, np.random.Generator]:
-        """The crop `(frames, crop, crop, 3)` uint8 of a sample, augmented, and the generator for what follows."""
-        rng = np.random.default_rng((self.seed, index))
-        best, best_change = None, -1.0
-        for _ in range(self.candidates):
-            clip = self.clips[rng.choice(len(self.clips), p=self.weights)]
-            gap = 1 + rng.choice(len(self.gaps), p=self.gaps)
-            gap = min(gap, (len(clip) - 1) // (self.frames - 1))
-            first = rng.integers(len(clip) - gap * (self.frames - 1))
-            top, left = (rng.integers(side - self.crop + 1) for side in clip.shape[1:3])
-            times = slice(first, first + gap * (self.frames - 1) + 1, gap)
-            sample = clip[times, top : top + self.crop, left : left + self.crop]
-            change = float(np.abs(sample[0].astype(np.int16) - sample[-1]).mean())
-            if change > best_change:
-                best, best_change = sample, change
-        if rng.random() < 0.5:
-            best = best[::-1]
-        if rng.random() < 0.5:
-            best = best[:, ::-1]
-        if rng.random() < 0.5:
-            best = best[:, :, ::-1]
-        if rng.random() < 0.5:
-            best = best.transpose(0, 2, 1, 3)
-        return np.ascontiguousarray(best), rng
+    def from_scene(self, scene: MovingScene, rng: np.random.Generator) -> Sample:
+        count = int(np.clip(np.ceil(scene.largest_shift), 2, 24)) + 1
+        times = np.linspace(-1, 1, count)
+        grey = np.stack([cv2.cvtColor(scene.render(time), cv2.COLOR_RGB2GRAY) for time in times])
+        return self._simulate(grey, (times + 1) / 2, rng)
 
+    def _simulate(self, grey: np.ndarray, times: np.ndarray, rng: np.random.Generator) -> Sample:
+        camera = EventCamera.draw(rng)
+        height, width = grey.shape[1:]
+        events = camera.simulate(grey, rng, times)
+        return self.from_events(
+            grey[0],
+            grey[-1],
+            event_volume(*events, height=height, width=width, num_bins=self.num_bins),
+            (camera.threshold_decrease, camera.threshold_increase),
+        )
 
-class TripletSamples(ClipSamples):
-    """`{"frame_prev", "frame_mid", "frame_next"}`, each `(3, crop, crop)` float32 in [-1, 1]."""
-
-    def __init__(self, clips: List[np.ndarray], **kwargs):
-        super().__init__(clips, frames=3, **kwargs)
-
-    def __getitem__(self, index: int) -> dict:
-        sample, _ = self.draw(index)
-        frames = torch.from_numpy(sample).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"frame_prev": frames[0], "frame_mid": frames[1], "frame_next": frames[2]}
-
-
-class EventSamples(ClipSamples):
-    """`{"frame_first", "frame_second"}`, `(1, crop, crop)` float32 grey in [-1, 1], and the simulated `"events"`.
-
-    The events come from the frames in between too, which the network never sees: real ones, upsampled along optical
-    flow, or for a share of `moved_still_share` of the samples one frame moved along a path that is known exactly.
-    """
-
-    def __init__(
-        self, clips: List[np.ndarray], num_bins: int, frames: int, upsampling: int, moved_still_share: float, **kwargs
-    ):
-        super().__init__(clips, frames=frames, **kwargs)
-        self.num_bins, self.upsampling, self.moved_still_share = num_bins, upsampling, moved_still_share
-
-    def __getitem__(self, index: int) -> dict:
-        sample, rng = self.draw(index)
-        if rng.random() < self.moved_still_share:
-            grey = move_still(cv2.cvtColor(sample[0], cv2.COLOR_RGB2GRAY), 2 * self.upsampling + 1, rng)
-        else:
-            # A pair's gap varies from one step to the whole sample.
-            last = int(rng.integers(1, self.frames))
-            grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in sample[: last + 1]])
-            grey = upsample_frames(grey, self.upsampling)
-        threshold = float(rng.uniform(0.1, 0.3))
-        events = simulate_events(grey, threshold, rng)
-        first, second = (torch.from_numpy(frame).float()[None] / 127.5 - 1 for frame in (grey[0], grey[-1]))
-        volume = event_volume(*events, height=self.crop, width=self.crop, num_bins=self.num_bins)
+    @staticmethod
+    def from_events(first: np.ndarray, second: np.ndarray, volume: np.ndarray, thresholds: Tuple[float, float]) -> Sample:
+        frames = [torch.from_numpy(frame.copy()).float()[None] / 127.5 - 1 for frame in (first, second)]
         return {
-            "frame_first": first,
-            "frame_second": second,
+            "frame_first": frames[0],
+            "frame_second": frames[1],
             "events": torch.from_numpy(volume),
-            "threshold": torch.tensor(threshold),
+            "thresholds": torch.tensor(thresholds, dtype=torch.float32),
         }
 
 
-def move_still(still: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """`(frames, H, W)` uint8: a grey picture under a smooth similarity motion of up to some pixels, edges mirrored."""
-    height, width = still.shape
-    shift = rng.normal(size=2) * rng.uniform(0.5, 5)
-    angle, zoom = rng.normal() * 2, rng.normal() * 0.02
-    out = []
-    for time in np.linspace(-0.5, 0.5, frames):
-        matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle * time, 1 + zoom * time)
-        matrix[:, 2] += shift * time
-        out.append(cv2.warpAffine(still, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT))
-    return np.stack(out)
+Maker = Union[TripletMaker, EventMaker]
+
+
+def unread(sample: Sample, count: int = 0) -> Sample:
+    """A sample with the number of files that could not be read before it was found."""
+    return {**sample, "unreadable": torch.tensor(count)}
+
+
+class DrawnSamples(Dataset):
+    """Samples drawn at random from sources of clips; sample n is the same whenever it is asked for.
+
+    Args:
+        sources: clips, and the share of the samples that each gets.
+        maker: makes a sample of a window of frames.
+        options: crop, gaps, candidates, colour_jitter, random_motion_share, seed and on_unreadable are read.
+
+    Raises:
+        ValueError: if no clip has as many frames as a window.
+    """
+
+    def __init__(self, sources: Sequence[Tuple[Clips, float]], maker: Maker, options: RunOptions):
+        self.maker, self.options = maker, options
+        self.augmentation = Augmentation(options.crop, options.colour_jitter)
+        self.gaps = np.array(options.gaps) / sum(options.gaps)
+        self.sources, self.chances, self.numbers, shares = [], [], [], []
+        for clips, share in sources:
+            least = 1 if isinstance(clips, StillClips) else maker.frames
+            numbers = np.flatnonzero(clips.lengths >= least)
+            if not len(numbers):
+                raise ValueError(f"`data`: no clip has the {least} frames that a sample needs; the longest has {max(clips.lengths)}.")
+            # Long clips have more to show, but should not drown short ones.
+            chances = np.cumsum(np.sqrt(clips.lengths[numbers]))
+            self.sources.append(clips)
+            self.numbers.append(numbers)
+            self.chances.append(chances / chances[-1])
+            shares.append(share)
+        self.shares = np.array(shares) / sum(shares)
+        self._act = _policy(options.on_unreadable)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng((self.options.seed, index))
+        unreadable = 0
+        while True:
+            try:
+                sample = self._draw(rng)
+                break
+            except Unreadable as error:
+                self._act(error)
+                unreadable += 1
+                if unreadable == 100:
+                    raise ValueError(f"`data`: 100 draws in a row met nothing that can be read, the last: {error}") from error
+        return unread(sample, unreadable)
+
+    def _draw(self, rng: np.random.Generator) -> Sample:
+        source = rng.choice(len(self.sources), p=self.shares)
+        moves = isinstance(self.sources[source], StillClips)
+        if moves or rng.random() < self.options.random_motion_share:
+            count = 2 + rng.binomial(3, 0.4)
+            stills = [self._still(source, rng) for _ in range(count)]
+            return self.maker.from_scene(MovingScene(stills, self.options.crop, self.options.crop, rng), rng)
+        best, best_change = None, -1.0
+        for _ in range(self.options.candidates):
+            frames = self.augmentation.place(self._window(source, rng), rng)
+            if self.options.candidates == 1:
+                best = frames
+                break
+            change = float(np.abs(frames[0].astype(np.int16) - frames[-1]).mean())
+            if change > best_change:
+                best, best_change = frames, change
+        return self.maker(self.augmentation(best, rng), rng)
+
+    def _clip(self, source: int, rng: np.random.Generator) -> int:
+        return int(self.numbers[source][np.searchsorted(self.chances[source], rng.random(), side="right")])
+
+    def _still(self, source: int, rng: np.random.Generator) -> np.ndarray:
+        number = self._clip(source, rng)
+        first = int(rng.integers(self.sources[source].lengths[number]))
+        return self.sources[source].read(number, range(first, first + 1))[0]
+
+    def _window(self, source: int, rng: np.random.Generator) -> np.ndarray:
+        number = self._clip(source, rng)
+        length, steps = int(self.sources[source].lengths[number]), self.maker.frames - 1
+        gap = min(1 + int(rng.choice(len(self.gaps), p=self.gaps)), (length - 1) // steps)
+        first = int(rng.integers(length - gap * steps))
+        return self.sources[source].read(number, range(first, first + gap * steps + 1, gap))
+
+
+class RecordedSamples(Dataset):
+    """What `EventMaker` makes, from recorded events; `"thresholds"` are NaN, since a recording does not tell them."""
+
+    def __init__(self, recordings: EventRecordings, seed: int):
+        self.recordings, self.seed = recordings, seed
+
+    def __getitem__(self, index: int) -> Sample:
+        drawn = self.recordings.draw(np.random.default_rng((self.seed, index)))
+        return unread(EventMaker.from_events(*drawn, (np.nan, np.nan)))
+
+
+class StreamedSamples(IterableDataset):
+    """Samples from a streamed Hugging Face dataset of triplets, shuffled anew in every epoch.
+
+    In an epoch, each triplet comes once on one of the processes. A process whose run is resumed reads the stream up to
+    where it was, without decoding. Use at most one loader process.
+
+    Args:
+        path: what `datasets.load_dataset` takes.
+        maker: makes a sample of the three frames.
+        options: columns, crop, colour_jitter, seed and on_unreadable are read.
+    """
+
+    shuffle_buffer = 1000
+
+    def __init__(self, path: str, maker: Maker, options: RunOptions):
+        self.path, self.maker, self.options = path, maker, options
+        if maker.frames != 3 or options.random_motion_share:
+            raise ValueError("`data` datasets-stream gives triplets: `frames` must be 3 and `random_motion_share` 0.")
+        self.columns = options.columns.split(",")
+        self.augmentation = Augmentation(options.crop, options.colour_jitter)
+        self.table = _without_decoding(_load_dataset(path, streaming=True), path, self.columns)
+        self._act = _policy(options.on_unreadable)
+        self.start(0, 1, 1, 0)
+
+    def start(self, process: int, processes: int, batch_size: int, batches: int) -> None:
+        """Whose share is read, and how many of its batches were read before."""
+        self.process, self.processes, self.skipped = process, processes, batch_size * batches
+
+    def rows(self, epoch: int) -> Iterator[Dict]:
+        """This process's rows of an epoch, pictures as bytes."""
+        from datasets.distributed import split_dataset_by_node
+
+        shuffled = self.table.shuffle(seed=self.options.seed, buffer_size=self.shuffle_buffer)
+        shuffled.set_epoch(epoch)
+        yield from split_dataset_by_node(shuffled, rank=self.process, world_size=self.processes)
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(f"`workers` must be 0 or 1 with a stream, but is {worker.num_workers}.")
+        place, epoch, unreadable = 0, 0, 0
+        while True:
+            found = 0
+            for row in self.rows(epoch):
+                found += 1
+                place += 1
+                # Rows that were left out count among the skipped, so that after them as many samples come again.
+                if place <= self.skipped:
+                    continue
+                rng = np.random.default_rng((self.options.seed, self.process, place))
+                try:
+                    frames = _decode_triplet(row, self.columns, f"a row of {self.path}")
+                    frames = self.augmentation(self.augmentation.place(frames, rng), rng)
+                except Unreadable as error:
+                    self._act(error)
+                    unreadable += 1
+                    continue
+                yield unread(self.maker(frames, rng), unreadable)
+                unreadable = 0
+            if not found:
+                raise ValueError(f"`data`: process {self.process} of {self.processes} gets no row of {self.path!r}.")
+            epoch += 1
+
+
+def build_samples(options: RunOptions, maker: Maker) -> Union[DrawnSamples, StreamedSamples, RecordedSamples]:
+    """The samples that `options.data` asks for.
+
+    Raises:
+        ValueError: if a source is not what its format says, or a stream is mixed with others.
+    """
+    sources = parse_sources(options.data)
+    streams = [path for name, path, _ in sources if name == "datasets-stream"]
+    recordings = [path for name, path, _ in sources if name == "mvsec"]
+    if len(sources) > 1 and (streams or recordings):
+        raise ValueError("`data` can hold one datasets-stream or mvsec and nothing else, or several of the other formats.")
+    if streams:
+        return StreamedSamples(streams[0], maker, options)
+    if recordings and not isinstance(maker, EventMaker):
+        raise ValueError("`data` in the format mvsec has events and grey pictures: it is for train_i2e alone.")
+    if recordings:
+        recorded = EventRecordings(recordings[0], maker.num_bins, options.crop, options.gaps)
+        return RecordedSamples(recorded, options.seed)
+    return DrawnSamples([(read_source(name, path, options), weight) for name, path, weight in sources], maker, options)

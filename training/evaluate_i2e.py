@@ -3,7 +3,7 @@
     python -m training.evaluate_i2e --data CLIPS --i2e runs/i2e/i2e
 
 Prints the mean absolute error per volume element of the model, of predicting no events, and of spreading the change of
-log-intensity evenly over the time bins (with the true contrast threshold, which the model is not told).
+log-intensity evenly over the time bins (with the true contrast thresholds, which the model is not told).
 """
 
 import argparse
@@ -13,57 +13,49 @@ from typing import List, Optional
 import torch
 
 from madiff_diffusers.eventgan import EventGANModel
-from training.data import EventSamples, read_clips
+from training.data import EventMaker, build_samples
 from training.event_simulation import LOG_EPS
+from training.options import RunOptions, one_line_errors
 
 
 def spread_evenly(
-    frame_first: torch.Tensor, frame_second: torch.Tensor, threshold: torch.Tensor, num_bins: int
+    frame_first: torch.Tensor, frame_second: torch.Tensor, thresholds: torch.Tensor, num_bins: int
 ) -> torch.Tensor:
     """Event volume `(2 * num_bins, H, W)` of a brightness that changes at a constant rate between two grey frames."""
     change = torch.log((frame_second + 1) / 2 + LOG_EPS) - torch.log((frame_first + 1) / 2 + LOG_EPS)  # [1,H,W]
-    counts = torch.cat([change.clamp(min=0), (-change).clamp(min=0)]) / threshold  # [2,H,W]
+    decrease, increase = thresholds
+    counts = torch.cat([change.clamp(min=0) / increase, (-change).clamp(min=0) / decrease])  # [2,H,W]
     return (counts / num_bins).repeat_interleave(num_bins, dim=0)
 
 
 @torch.no_grad()
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of video clips")
+    parser.add_argument("--data", required=True, help="FORMAT:PATH as in training; a folder of video files without a format")
     parser.add_argument("--i2e", required=True, help="folder of a trained EventGANModel")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--frames", type=int, default=3, help="pairs are 1 to FRAMES - 1 source frames apart")
-    parser.add_argument("--upsampling", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     model = EventGANModel.from_pretrained(args.i2e).eval()
     num_bins = model.config.num_bins
-    data = EventSamples(
-        read_clips(args.data),
-        num_bins=num_bins,
-        frames=args.frames,
-        upsampling=args.upsampling,
-        moved_still_share=0.0,
-        crop=args.crop,
-        gaps=(1.0,),
-        candidates=1,
-        length=args.samples,
-        seed=args.seed,
-    )
+    options = RunOptions(data=args.data, crop=args.crop, gaps=(1.0,), candidates=1, seed=args.seed)
+    data = build_samples(options, EventMaker(num_bins, args.frames))
     errors = {"model": 0.0, "zeros": 0.0, "spread_evenly": 0.0}
-    for i in range(len(data)):
+    for i in range(args.samples):
         sample = data[i]
         first, second, truth = sample["frame_first"], sample["frame_second"], sample["events"]
         predictions = {
             "model": model(first[None], second[None]).events[0],
             "zeros": torch.zeros_like(truth),
-            "spread_evenly": spread_evenly(first, second, sample["threshold"], num_bins),
+            "spread_evenly": spread_evenly(first, second, sample["thresholds"], num_bins),
         }
         for name, prediction in predictions.items():
-            errors[name] += (prediction - truth).abs().mean().item() / len(data)
+            errors[name] += (prediction - truth).abs().mean().item() / args.samples
     print(json.dumps({name: round(error, 5) for name, error in errors.items()}))
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

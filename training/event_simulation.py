@@ -5,7 +5,8 @@ taken as piecewise-linear in time through the frames, and fires an event wheneve
 since the last one. No event falls into the refractory period after another at the same pixel.
 """
 
-from typing import Tuple
+from dataclasses import dataclass
+from typing import Optional, Tuple
 
 import cv2
 import numpy as np
@@ -14,59 +15,92 @@ from madiff_diffusers.motion_hints import single_threaded_opencv
 
 LOG_EPS = 0.03  # added to intensities in [0, 1] before the logarithm: a sensor's dark noise bounds the contrast of black
 
+# x, y: int; t: float32 in [0, 1]; polarity: bool, True where it got brighter. In no particular order.
+Events = Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-def simulate_events(
-    frames: np.ndarray,
-    threshold: float,
-    rng: np.random.Generator,
-    threshold_mismatch: float = 0.03,
-    refractory: float = 0.02,
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Events that frames at evenly spaced times would cause.
+
+@dataclass
+class EventCamera:
+    """What differs from sensor to sensor. Times are shares of the interval that is simulated.
 
     Args:
-        frames (`(T, H, W)` uint8): linear-in-time samples of a grey video, the first at time 0 and the last at time 1.
-        threshold: change of log-intensity that fires an event.
-        rng: draws each pixel's own thresholds and its state at time 0.
-        threshold_mismatch: standard deviation of the pixels' thresholds, absolute.
-        refractory: time after an event in which a pixel stays silent, as a share of the whole interval.
-
-    Returns:
-        `(x, y, t, polarity)`: int, int, float in [0, 1] and bool (True: brighter) arrays, in no particular order.
+        threshold_decrease, threshold_increase: change of log-intensity that fires an event of either polarity.
+        threshold_mismatch: standard deviation of the pixels' own thresholds around these.
+        refractory: time after an event in which a pixel stays silent.
+        noise: events per pixel that nothing in the scene causes, of both polarities, evenly in time.
+        settled: every pixel starts where its last event left it. Otherwise its brightness has wandered since: the
+            distance, in thresholds, then has a triangular density on (-1, 1), which is where a random walk that
+            starts anew at 0 whenever it comes to -1 or 1 is to be found.
     """
-    log = np.log(frames.astype(np.float32) / 255 + LOG_EPS)
-    height, width = log.shape[1:]
-    thresholds = np.maximum(threshold + threshold_mismatch * rng.standard_normal((2, height, width)), 0.01)
-    thresholds = thresholds.astype(np.float32)  # [2,H,W]: decreases, increases
-    # A pixel enters the interval up to half a threshold away from where its last event left it.
-    phase = rng.uniform(-0.5, 0.5, (height, width)).astype(np.float32)
-    reference = log[0] + phase * np.where(phase > 0, thresholds[0], thresholds[1])
-    last = np.full((height, width), -np.inf, dtype=np.float32)
-    rows, columns = np.mgrid[:height, :width]
-    dt = 1 / (len(log) - 1)
-    out = []
-    for step in range(len(log) - 1):
-        before, after = log[step], log[step + 1]
-        slope = after - before
-        rising = slope > 0
-        sign = np.where(rising, np.float32(1), np.float32(-1))
-        size = np.where(rising, thresholds[1], thresholds[0])
-        while True:
-            crossing = reference + sign * size
-            fired = np.where(rising, after >= crossing, after <= crossing) & (slope != 0)
-            if not fired.any():
-                break
-            share = np.clip((crossing - before) / np.where(slope == 0, 1, slope), 0, 1)
-            time = ((step + share) * dt).astype(np.float32)
-            seen = fired & (time - last >= refractory)
-            out.append((columns[seen], rows[seen], time[seen], rising[seen]))
-            last = np.where(seen, time, last)
-            reference = np.where(fired, crossing, reference)
-    if not out:
-        empty = np.zeros(0)
-        return empty.astype(int), empty.astype(int), empty.astype(np.float32), empty.astype(bool)
-    x, y, t, polarity = (np.concatenate(parts) for parts in zip(*out))
-    return x, y, t, polarity
+
+    threshold_decrease: float = 0.2
+    threshold_increase: float = 0.2
+    threshold_mismatch: float = 0.03
+    refractory: float = 0.02
+    noise: float = 0.0
+    settled: bool = False
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "EventCamera":
+        """A camera as one of many: thresholds between 0.1 and 0.3, one polarity a little more sensitive, some noise."""
+        threshold = rng.uniform(0.1, 0.3)
+        lean = np.exp(rng.normal() * 0.1)
+        return cls(
+            threshold_decrease=float(threshold / lean),
+            threshold_increase=float(threshold * lean),
+            noise=float(rng.uniform(0, 0.01)),
+        )
+
+    def simulate(self, frames: np.ndarray, rng: np.random.Generator, times: Optional[np.ndarray] = None) -> Events:
+        """Events that a grey video would cause.
+
+        Args:
+            frames (`(T, H, W)`): uint8, or float in [0, 1].
+            rng: draws the pixels' thresholds, their states at the start, and noise.
+            times (`(T,)`): of the frames, rising from 0 to 1; evenly spaced if not given.
+        """
+        times = np.linspace(0, 1, len(frames)) if times is None else times
+        intensity = frames.astype(np.float32) / 255 if frames.dtype == np.uint8 else frames.astype(np.float32)
+        log = np.log(intensity + LOG_EPS).reshape(len(frames), -1)  # [T,H*W]
+        height, width = frames.shape[1:]
+        count = height * width
+
+        # 1. the pixels
+        thresholds = np.array([[self.threshold_decrease], [self.threshold_increase]])
+        thresholds = np.maximum(thresholds + self.threshold_mismatch * rng.standard_normal((2, count)), 0.01)
+        thresholds = thresholds.astype(np.float32)  # [2,H*W]
+        reference = log[0].copy()
+        if not self.settled:
+            wandered = rng.triangular(-1, 0, 1, count).astype(np.float32)
+            reference -= wandered * np.where(wandered > 0, thresholds[1], thresholds[0])
+        last = np.full(count, -np.inf, dtype=np.float32)
+
+        # 2. crossings between each frame and the next
+        found = []
+        for before, after, start, end in zip(log[:-1], log[1:], times[:-1], times[1:]):
+            slope = after - before
+            rising = slope > 0
+            crossing = reference + np.where(rising, thresholds[1], -thresholds[0])
+            pixels = np.flatnonzero(np.where(rising, after >= crossing, after <= crossing) & (slope != 0))
+            while len(pixels):
+                up = rising[pixels]
+                step = np.where(up, thresholds[1, pixels], -thresholds[0, pixels])
+                level = reference[pixels] + step
+                share = np.clip((level - before[pixels]) / slope[pixels], 0, 1)
+                time = (start + share * (end - start)).astype(np.float32)
+                reference[pixels] = level
+                seen = time - last[pixels] >= self.refractory
+                last[pixels[seen]] = time[seen]
+                found.append((pixels[seen], time[seen], up[seen]))
+                following = level + step
+                pixels = pixels[np.where(up, after[pixels] >= following, after[pixels] <= following)]
+
+        # 3. noise
+        spurious = rng.integers(count, size=rng.poisson(self.noise * count))
+        time = rng.uniform(0, 1, len(spurious)).astype(np.float32)
+        found.append((spurious, time, rng.random(len(spurious)) < 0.5))
+        pixels, time, polarity = (np.concatenate(parts) for parts in zip(*found))
+        return pixels % width, pixels // width, time, polarity
 
 
 def event_volume(
@@ -88,22 +122,30 @@ def event_volume(
     return volume.reshape(2 * num_bins, height, width)
 
 
-def upsample_frames(frames: np.ndarray, factor: int) -> np.ndarray:
-    """`(T, H, W)` uint8 to `((T - 1) * factor + 1, H, W)`, with frames between neighbours moved along optical flow.
+def upsample_frames(frames: np.ndarray, largest_shift: float = 1.0, most: int = 12) -> Tuple[np.ndarray, np.ndarray]:
+    """Frames between neighbours, moved along optical flow: as many as the motion there asks for.
 
     Blending would turn motion into a fade, whose events are spread evenly in time; frames moved along the flow make an
     edge pass a pixel at one moment, as it does in the world.
+
+    Args:
+        frames (`(T, H, W)` uint8): frames at even distances in time.
+        largest_shift: how far, in pixels, all but a hundredth of the pixels may move from one frame to the next.
+        most: frames made of one, at most.
+
+    Returns:
+        The frames `(N, H, W)` uint8, and their times in [0, 1].
     """
-    if factor == 1:
-        return frames
     flow_maker = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     height, width = frames.shape[1:]
     grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
-    out = [frames[0]]
-    for before, after in zip(frames[:-1], frames[1:]):
+    out, times = [frames[0]], [0.0]
+    for number, (before, after) in enumerate(zip(frames[:-1], frames[1:])):
         # Flow of each frame towards the other, scaled to the moment in between (linear motion).
         with single_threaded_opencv():
             to_after, to_before = flow_maker.calc(before, after, None), flow_maker.calc(after, before, None)
+        shift = float(np.percentile(np.linalg.norm(to_after, axis=-1), 99))
+        factor = int(np.clip(np.ceil(shift / largest_shift), 1, most))
         for i in range(1, factor):
             s = i / factor
             from_before = cv2.remap(before, grid + s * to_before, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -111,5 +153,7 @@ def upsample_frames(frames: np.ndarray, factor: int) -> np.ndarray:
                 after, grid + (1 - s) * to_after, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
             )
             out.append(cv2.addWeighted(from_before, 1 - s, from_after, s, 0))
+            times.append(number + s)
         out.append(after)
-    return np.stack(out)
+        times.append(number + 1.0)
+    return np.stack(out), np.array(times) / (len(frames) - 1)

@@ -1,8 +1,14 @@
-"""Adversarial losses of the training stages: a patch discriminator and how it is balanced."""
+"""Losses that several stages share: LPIPS, and the adversarial loss with its discriminator and how it is balanced."""
+
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from madiff_diffusers.metrics import build_lpips
+from training.options import RunOptions
+from training.run import Run
 
 
 class PatchDiscriminator(nn.Module):
@@ -40,3 +46,61 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
     reconstruction_grad = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
     adversarial_grad = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
     return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+class Adversary:
+    """A patch discriminator that is trained beside a network, from step `start` on.
+
+    Args:
+        run: must not have been resumed yet.
+        in_channels: of what is judged.
+        channels: of the discriminator's first layer.
+        betas: of its Adam.
+        start: step at which it begins to take part.
+
+    Raises:
+        ValueError: under FSDP or DeepSpeed, which train one network with one optimiser.
+    """
+
+    def __init__(self, run: Run, in_channels: int, channels: int, betas: Tuple[float, ...], start: int):
+        if run.distribution.value in ("FSDP", "DEEPSPEED"):
+            raise ValueError(
+                f"The adversarial loss is not supported under {run.distribution.value}, which trains one network; "
+                "set its weight to 0, or launch with plain data parallelism."
+            )
+        self.run, self.start = run, start
+        self.bare = PatchDiscriminator(in_channels, channels)
+        optimizer = torch.optim.Adam(self.bare.parameters(), lr=run.options.learning_rate, betas=tuple(betas))
+        self.schedule = run.schedule(optimizer)
+        self.network, self.optimizer = run.accelerator.prepare(self.bare, optimizer)
+        self.bare = run.accelerator.unwrap_model(self.network)
+
+    @property
+    def active(self) -> bool:
+        return self.run.progress.step >= self.start
+
+    def loss(self, fake: torch.Tensor) -> torch.Tensor:
+        """What the network has to pay for being found out; no gradient goes to the discriminator."""
+        self.bare.requires_grad_(False)
+        loss = -self.bare(fake).mean()
+        self.bare.requires_grad_(True)
+        return loss
+
+    def update(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """A pass of the discriminator, and its step where the network makes one. Returns its loss."""
+        # One pass for both: data parallelism wants one forward for each backward.
+        logits_real, logits_fake = self.network(torch.cat([real, fake.detach()])).chunk(2)
+        loss = discriminator_hinge_loss(logits_real, logits_fake)
+        self.run.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.run.ends_step:
+            self.schedule.step()
+        return loss.detach()
+
+
+def lpips_loss(options: RunOptions, device: torch.device) -> Optional[nn.Module]:
+    """The frozen LPIPS network that the options name, on a device; None for `lpips_net` "none"."""
+    if options.lpips_net == "none":
+        return None
+    return build_lpips(options.lpips_net, options.lpips_backbone or None).to(device)

@@ -1,223 +1,500 @@
-"""What the three training scripts share: options from YAML and flags, checkpoints, resuming, the log.
+"""What the three training scripts share: processes, checkpoints, resuming, the log, validation, the end of a run.
 
-A run lives in one folder: `args.yaml` (the options of its last start), `summary.csv` (one row per logged step) and
-`checkpoints/step_N` (everything needed to go on). A checkpoint is written under a temporary name and then renamed, so
-that a folder with its final name is whole; running the same command again resumes from the newest one.
+A run lives in one folder, on storage that all of its processes see:
+
+    args.yaml           the options of its last start
+    environment.yaml    versions, git revision, hardware and command of its last start
+    summary.csv         a row per logged step
+    validation.csv      a row per validation
+    panels/             pictures of the validation samples
+    checkpoints/step_N  everything needed to go on, and in its subfolder the part trained, loadable by itself
+    checkpoints/best.yaml   which of them had the best validation
+
+A checkpoint is written under a temporary name, flushed and renamed, so that a folder with its final name is whole.
+Running the same command again resumes from the newest one.
 """
 
-import argparse
+import contextlib
 import csv
 import dataclasses
+import importlib.metadata
+import math
 import os
+import platform
 import shutil
-import typing
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
-from torch.utils.data import DataLoader, Dataset, Subset
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, send_to_device, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-CONFIG_FOLDER = Path(__file__).parent / "configs"
+from training.hub import push
+from training.options import RunOptions
 
+PACKAGES = ("madiff_diffusers", "torch", "diffusers", "accelerate", "transformers", "datasets", "lpips", "numpy", "opencv-python-headless")
 
-@dataclasses.dataclass
-class RunOptions:
-    """Options that every stage has; each stage adds its own."""
-
-    data: str = ""  # folder of video clips
-    output: str = ""  # folder of the run
-    seed: int = 0
-    steps: int = 1000  # optimiser steps
-    batch_size: int = 16  # samples per process and forward pass
-    accumulation: int = 1  # forward passes per optimiser step
-    crop: int = 128  # side of the training crops, pixels
-    gaps: Tuple[float, ...] = (0.5, 0.3, 0.2)  # chances of 1, 2, 3 … source frames between two frames of a sample
-    candidates: int = 2  # crops drawn per sample, of which the one that changes most is kept
-    learning_rate: float = 1e-4
-    warmup_steps: int = 200
-    lr_schedule: str = "cosine"  # a name of diffusers.optimization.get_scheduler
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
-    workers: int = 1  # loader processes
-    save_every: int = 500  # steps between checkpoints
-    log_every: int = 50  # steps between rows of summary.csv
-
-
-def parse_options(options_class: type, stage: str, argv: Optional[List[str]], description: str) -> Tuple[Any, Dict]:
-    """Options of a stage and the whole configuration: the dataclass's defaults, then the YAML's section, then flags.
-
-    Raises:
-        SystemExit: on an unknown flag, an unknown key in the stage's section, or a missing `--data` or `--output`.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="paper, compact, tiny, or the path of a YAML file")
-    fields = {field.name: field for field in dataclasses.fields(options_class)}
-    hints = typing.get_type_hints(options_class)
-    for name, field in fields.items():
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        parser.add_argument(f"--{name}", help=f"default {default!r}")
-    flags = vars(parser.parse_args(argv))
-    path = CONFIG_FOLDER / f"{flags['config']}.yaml"
-    path = path if path.is_file() else Path(flags["config"])
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
-        parser.error(f"--config must be one of {known}, or a YAML file, but is {flags['config']!r}")
-    config = yaml.safe_load(path.read_text())
-    section = dict(config.get(stage, {}))
-    unknown = sorted(set(section) - set(fields))
-    if unknown:
-        parser.error(f"{path.name}, section {stage}: unknown key(s) {', '.join(unknown)}; known: {', '.join(fields)}")
-    for name in fields:
-        if flags[name] is not None:
-            section[name] = yaml.safe_load(flags[name]) if hints[name] is not str else flags[name]
-    for name, value in section.items():
-        try:
-            section[name] = _as_type(value, hints[name])
-        except (TypeError, ValueError):
-            parser.error(f"--{name} must be of type {getattr(hints[name], '__name__', hints[name])}, such as {fields[name].default!r}, but is {value!r}")
-    for name in ("data", "output"):
-        if not section.get(name):
-            parser.error(f"--{name} is required")
-    return options_class(**section), config
-
-
-def _as_type(value: Any, hint: Any) -> Any:
-    """What YAML read, as the type of an option."""
-    if typing.get_origin(hint) is tuple:
-        return tuple(float(item) for item in value)
-    if hint is float:
-        return float(value)  # YAML reads 1e-4 as a string
-    if not isinstance(value, hint):
-        raise TypeError
-    return value
+# Scores a validation sample by its number, and shows it as a picture `(H, W, 3)` uint8 if asked to.
+Validation = Callable[[int, bool], Tuple[Dict[str, float], Optional[np.ndarray]]]
 
 
 class Progress:
-    """The step that a run has reached; registered with Accelerate, so that it is saved with every checkpoint."""
+    """How far a run has come; saved with every checkpoint."""
 
     def __init__(self):
-        self.step = 0
+        self.step, self.samples = 0, 0
+        self.unreadable = 0  # draws of this process that met a file which cannot be read
+        self.best: Dict[str, float] = {}  # step and value of the best validation
 
-    def state_dict(self) -> Dict[str, int]:
-        return {"step": self.step}
+    def state_dict(self) -> Dict[str, Any]:
+        return dict(self.__dict__)
 
-    def load_state_dict(self, state: Dict[str, int]) -> None:
-        self.step = state["step"]
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 class Run:
-    """A training run: its Accelerator, its folder, its checkpoints and its log."""
+    """A training run: its Accelerator, its folder, its checkpoints and its log.
 
-    def __init__(self, options: RunOptions):
-        if options.mixed_precision == "fp16" and options.accumulation > 1:
-            raise ValueError(
-                "`mixed_precision` fp16 with `accumulation` > 1 is not supported: the loss scale of one optimiser would be "
-                "applied to the gradients of another. Use bf16."
-            )
-        self.options = options
+    A script builds its models, hands them to `prepare`, says with `exports` and `validates` how they are written and
+    scored, calls `resume`, and loops:
+
+        for batch in run.batches(data):
+            with run.accumulate(model):
+                ...
+                run.backward(loss)
+                run.update(model, optimizer)
+            if run.ends_step:
+                run.finish_step({"loss": loss})
+        run.finish()
+
+    Args:
+        options: of the stage.
+        part: name of what the stage trains: `i2e`, `vqvae` or `unet`.
+
+    Raises:
+        ValueError: if the options ask for what this kind of launch does not do.
+    """
+
+    def __init__(self, options: RunOptions, part: str):
+        self.options, self.part = options, part
         self.folder = Path(options.output)
         self.checkpoints = self.folder / "checkpoints"
         self.accelerator = Accelerator(
             gradient_accumulation_steps=options.accumulation,
             mixed_precision=options.mixed_precision,
-            project_config=ProjectConfiguration(project_dir=str(self.folder)),
+            log_with=None if options.tracker == "none" else options.tracker,
+            project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "log")),
         )
+        self.distribution = self.accelerator.distributed_type
+        if self.distribution == DistributedType.FSDP and options.ema_decay:
+            raise ValueError(f"`ema_decay` must be 0 under FSDP, which shards the weights, but is {options.ema_decay}.")
+        if self.distribution == DistributedType.FSDP and part != "unet":
+            raise ValueError("FSDP is for train_denoiser; the other stages' networks fit on any device: use data parallelism.")
+        if self.distribution == DistributedType.DEEPSPEED:
+            # Loaders are not prepared by DeepSpeed, which therefore cannot tell the batch size by itself.
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = options.batch_size
         set_seed(options.seed)
         self.progress = Progress()
         self.accelerator.register_for_checkpointing(self.progress)
+        self.ema: Optional[EMAModel] = None
+        self.passes: List[Dict[str, torch.Tensor]] = []  # the current step's batches so far
+        self._export: Optional[Callable[[Path], None]] = None
+        self._validation: Optional[Tuple[Validation, int, str]] = None
+        self._signal = 0
+        self._clock: Tuple[float, int] = (0.0, 0)  # time and samples when speed was last measured
         if self.accelerator.is_main_process:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             (self.folder / "args.yaml").write_text(yaml.safe_dump(dataclasses.asdict(options)))
+            (self.folder / "environment.yaml").write_text(yaml.safe_dump(self._environment(), sort_keys=False))
+        if options.tracker != "none":
+            shown = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(options).items()}
+            try:
+                self.accelerator.init_trackers("madiff", config=shown)
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"`tracker` {options.tracker!r} cannot be used: {error}") from error
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.accelerator.wait_for_everyone()
+
+    def _environment(self) -> Dict[str, Any]:
+        versions = {}
+        for name in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+
+        def git(*arguments: str) -> str:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else ""
+
+        device = self.accelerator.device
+        return {
+            "command": " ".join(sys.argv),
+            "git_revision": git("rev-parse", "HEAD") or "unknown",
+            "git_changes": bool(git("status", "--porcelain")),
+            "python": platform.python_version(),
+            "versions": versions,
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "distribution": str(self.distribution.value),
+            "processes": self.accelerator.num_processes,
+        }
+
+    # ---- what is trained ----
+
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tuple[torch.nn.Module, Any]:
+        """The network and its optimiser for this launch, with a schedule, and a moving average if the options want one."""
+        if self.options.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if self.options.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if self.options.compile:
+            model.compile()  # in place: parameters keep their names
+        self._schedule = self.schedule(optimizer)
+        self._model, optimizer = self.accelerator.prepare(model, optimizer)
+        if self.options.ema_decay:
+            self.ema = EMAModel(
+                self._model.parameters(), decay=self.options.ema_decay, use_ema_warmup=True, power=0.75
+            )
+            self.register(self.ema)
+        return self._model, optimizer
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The learning-rate schedule of an optimiser, saved with every checkpoint."""
+        schedule = get_scheduler(
+            self.options.lr_schedule,
+            optimizer,
+            num_warmup_steps=self.options.warmup_steps,
+            num_training_steps=self.options.steps,
+        )
+        self.register(schedule)
+        return schedule
+
+    def register(self, state: Any) -> None:
+        """Save an object that has `state_dict` and `load_state_dict` in every checkpoint."""
+        self.accelerator.register_for_checkpointing(state)
+
+    def jumped(self, parameter: torch.nn.Parameter, rows: torch.Tensor) -> None:
+        """Tell that rows of a parameter were set anew: their average starts there."""
+        if self.ema is not None:
+            number = next(i for i, each in enumerate(self._model.parameters()) if each is parameter)
+            self.ema.shadow_params[number][rows] = parameter.detach()[rows]
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """In this context the network has the moving average of its weights, where there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self._model.parameters())
+        self.ema.copy_to(self._model.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self._model.parameters())
+
+    def weights(self) -> Dict[str, torch.Tensor]:
+        """The weights that are exported, whole, on the main process. All processes must call this."""
+        with self.averaged_weights():
+            state = self.accelerator.get_state_dict(self._model)
+            return {name: value.detach().cpu().clone() for name, value in (state or {}).items()}
+
+    def exports(self, export: Callable[[Path], None]) -> None:
+        """How the part is written, called on every process with the folder to write to."""
+        self._export = export
+
+    def validates(self, score: Validation, count: int, metric: str) -> None:
+        """How validation samples 0 … count - 1 are scored; the least `metric` marks the best checkpoint."""
+        self._validation = (score, count, metric)
+
+    # ---- the loop ----
 
     @property
     def samples_per_step(self) -> int:
         return self.options.batch_size * self.options.accumulation * self.accelerator.num_processes
 
-    def loader(self, dataset: Dataset) -> Iterable[Dict[str, torch.Tensor]]:
-        """Batches of a dataset in its own order, from the sample that this run has come to."""
-        start = self.progress.step * self.samples_per_step
-        if start >= len(dataset):  # a finished run; older versions of Accelerate yield None from an empty loader
-            return []
-        loader = DataLoader(
-            Subset(dataset, range(start, len(dataset))),
-            batch_size=self.options.batch_size,
-            num_workers=self.options.workers,
-            drop_last=True,
-        )
-        return self.accelerator.prepare_data_loader(loader)
+    def batches(self, dataset: Dataset) -> Iterator[Dict[str, torch.Tensor]]:
+        """Batches from where this run has come to until its last step, each sample on one process."""
+        if self.progress.step >= self.options.steps:
+            return
+        self._clock = (time.perf_counter(), self.progress.samples)
+        for batch in self._loader(dataset):
+            self.progress.unreadable += int(batch.pop("unreadable").sum())
+            self.passes.append(batch)
+            yield batch
+            if self.progress.step >= self.options.steps:
+                return
+
+    def _loader(self, dataset: Dataset) -> Iterable[Dict[str, torch.Tensor]]:
+        settings = {
+            "batch_size": self.options.batch_size,
+            "num_workers": self.options.workers,
+            "drop_last": True,
+            "worker_init_fn": _leave_signals_to_the_parent,
+        }
+        if isinstance(dataset, IterableDataset):  # a stream shares itself among processes and finds its own place
+            world = self.accelerator.num_processes
+            place = self.progress.samples // (self.options.batch_size * world)
+            dataset.start(self.accelerator.process_index, world, self.options.batch_size, place)
+            for batch in DataLoader(dataset, **settings):
+                yield send_to_device(batch, self.accelerator.device)
+            return
+        first = self.progress.samples
+        last = first + (self.options.steps - self.progress.step) * self.samples_per_step
+        yield from self.accelerator.prepare_data_loader(DataLoader(Subset(dataset, range(first, last)), **settings))
 
     def generator(self) -> torch.Generator:
-        """Randomness of the current forward pass on this process: the same whether or not the run was interrupted before."""
-        # The Accelerator counts forward passes, of which a step may have several.
-        passes, rank = self.accelerator.step, self.accelerator.process_index
-        seed = np.random.SeedSequence((self.options.seed, self.progress.step, passes, rank)).generate_state(1, np.uint64)[0]
+        """Randomness of the current forward pass: the same whether or not the run was interrupted before, and whether
+        the passes of a step are done one after the other (accumulation) or by several processes."""
+        place = (len(self.passes) - 1) * self.accelerator.num_processes + self.accelerator.process_index
+        seed = np.random.SeedSequence((self.options.seed, self.progress.step, place)).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(seed))
 
+    def accumulate(self, *models: torch.nn.Module) -> contextlib.AbstractContextManager:
+        return self.accelerator.accumulate(*models)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the current forward pass is the last of its step."""
+        return self.accelerator.sync_gradients
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass.
+
+        Raises:
+            FloatingPointError: in fp16, if the loss is not finite. Its gradients may be: the scaler skips such steps.
+        """
+        if self.options.mixed_precision == "fp16" and not torch.isfinite(loss):
+            self._fail(f"The loss is {loss.item()}")
+        self.accelerator.backward(loss)
+
+    def update(self, model: torch.nn.Module, optimizer: Any) -> None:
+        """At the end of a step: clip the gradients and step the optimiser.
+
+        Raises:
+            FloatingPointError: if the gradients are not finite. The batches of this step are saved; the last checkpoint
+                is from before.
+        """
+        if self.ends_step:
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
+            # DeepSpeed clips by itself, and may give None.
+            if self.options.mixed_precision != "fp16" and norm is not None and not math.isfinite(float(norm)):
+                self._fail(f"The gradient's norm is {float(norm)}")
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _fail(self, reason: str) -> None:
+        folder = self.folder / f"failure_step_{self.progress.step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank_{self.accelerator.process_index}.safetensors"
+        tensors = {
+            f"pass_{i}.{name}": value.detach().cpu().contiguous()
+            for i, batch in enumerate(self.passes)
+            for name, value in batch.items()
+        }
+        save_file(tensors, path)
+        raise FloatingPointError(f"{reason} at step {self.progress.step}; the batches that caused it are in {path}.")
+
+    def finish_step(self, values: Dict[str, torch.Tensor]) -> None:
+        """Count the step, log `values`, and do what is due: validate, save, stop.
+
+        Raises:
+            SystemExit: after saving, with 128 + the signal's number, if the process was told to end by SIGTERM or SIGINT.
+        """
+        self._schedule.step()
+        if self.ema is not None:
+            self.ema.step(self._model.parameters())
+        self.passes = []
+        self.progress.step += 1
+        self.progress.samples += self.samples_per_step
+        self._log(values)
+        last = self.progress.step >= self.options.steps
+        best = False
+        if self._validation is not None and (last or self.progress.step % self.options.validate_every == 0):
+            best = self._validate()
+        told = self._told_to_stop()
+        if last or best or told or self.progress.step % self.options.save_every == 0:
+            self.save()
+        if told and not last:
+            self.accelerator.print(f"stopped by {signal.Signals(told).name} at step {self.progress.step}, which is saved")
+            self.accelerator.end_training()
+            raise SystemExit(128 + told)
+
+    def finish(self, complete: Optional[Callable[[Path], None]] = None) -> None:
+        """Copy the part of the last checkpoint to OUTPUT, send it to the Hub if the options ask for it, end the run.
+
+        Args:
+            complete: what else the main process writes, given OUTPUT, where the part lies by then.
+
+        Raises:
+            SystemExit: with a message that says how to go on, if the upload fails.
+        """
+        if self.accelerator.is_main_process:
+            temporary = self.folder / f"writing_{self.part}"
+            final = self.folder / self.part
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(self._saved()[-1] / self.part, temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            if complete is not None:
+                complete(self.folder)
+            if self.options.push_to_hub:
+                push(self.folder, self.part, self.options)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    # ---- checkpoints ----
+
     def resume(self) -> None:
-        """Load the newest whole checkpoint, if there is one. Call after everything is prepared and registered."""
+        """Load the newest checkpoint, if there is one. Call after everything is prepared and registered."""
+        if self.accelerator.is_main_process:
+            for unfinished in self.checkpoints.glob("writing_*"):
+                shutil.rmtree(unfinished)
+        self.accelerator.wait_for_everyone()
         found = self._saved()
         if found:
             self.accelerator.load_state(str(found[-1]))
             self.accelerator.print(f"resumed at step {self.progress.step} from {found[-1]}")
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # checkpoints are loaded to the CPU
 
     def save(self) -> None:
-        """Write a checkpoint of the current step and remove those before it."""
+        """Write a checkpoint of the current step, and remove those that are neither among the newest nor the best."""
         final = self.checkpoints / f"step_{self.progress.step:08d}"
+        temporary = self.checkpoints / f"writing_{self.progress.step:08d}"
         if final.exists():
             return
-        temporary = self.checkpoints / f"writing_{self.progress.step:08d}"
-        if self.accelerator.is_main_process and temporary.exists():
-            shutil.rmtree(temporary)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
+        if self._export is not None:
+            self._export(temporary / self.part)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            for path in temporary.rglob("*"):  # a rename may reach the disk before the files that it names
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
             os.replace(temporary, final)
-            for old in self._saved()[:-1]:
-                shutil.rmtree(old)
+            best = self.checkpoints / f"step_{self.progress.best.get('step', -1):08d}"
+            if self.progress.best:
+                _write(self.checkpoints / "best.yaml", yaml.safe_dump(self.progress.best))
+            for old in self._saved()[: -self.options.keep]:
+                if old != best:
+                    shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def _saved(self) -> List[Path]:
         return sorted(self.checkpoints.glob("step_*"))
 
-    def clip_gradients(self, model: torch.nn.Module) -> None:
-        """Clip the gradients of a whole step to `max_grad_norm`.
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signal = number
+        signal.signal(number, self._handlers[number])  # a second one ends the process at once
 
-        Raises:
-            FloatingPointError: if they are not finite; the last checkpoint is from before.
-        """
-        if not self.accelerator.sync_gradients:
-            return
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
-        # In fp16 the loss scaler expects infinities now and then, and skips their steps.
-        if self.options.mixed_precision != "fp16" and not torch.isfinite(norm):
-            raise FloatingPointError(f"The gradient's norm is {norm.item()} at step {self.progress.step}.")
+    def _told_to_stop(self) -> int:
+        """The signal that any process has received, 0 if none; the same on all processes."""
+        if self.accelerator.num_processes == 1:
+            return self._signal
+        told = torch.tensor([self._signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(told).max())
 
-    def log(self, values: Dict[str, torch.Tensor]) -> None:
+    # ---- what is written ----
+
+    def _log(self, values: Dict[str, torch.Tensor]) -> None:
         """Append a row to `summary.csv`, where this step is one to log. Values are averaged over the processes."""
         if self.progress.step % self.options.log_every and self.progress.step != self.options.steps:
             return
-        row: Dict[str, Any] = {"step": self.progress.step, "samples": self.progress.step * self.samples_per_step}
+        numbers = {}
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-            row[name] = f"{self.accelerator.reduce(value, 'mean').item():.6g}"
-        if not self.accelerator.is_main_process:
-            return
-        path = self.folder / "summary.csv"
-        # Steps that a killed run logged after its last checkpoint are run, and logged, again.
-        rows = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows([*rows, row])
-        os.replace(temporary, path)
-        print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+            numbers[name] = self.accelerator.reduce(value, "mean").item()
+        if self.options.on_unreadable == "skip":
+            count = torch.tensor(self.progress.unreadable, device=self.accelerator.device)
+            numbers["unreadable"] = self.accelerator.reduce(count, "sum").item()
+        numbers["learning_rate"] = self._schedule.get_last_lr()[0]
+        self.accelerator.log(numbers, step=self.progress.step)
+        before, samples = self._clock
+        self._clock = (time.perf_counter(), self.progress.samples)
+        speed = (self.progress.samples - samples) / (self._clock[0] - before)
+        if self.accelerator.is_main_process:
+            row = {"step": self.progress.step, "samples": self.progress.samples}
+            row.update((name, f"{value:.6g}") for name, value in numbers.items())
+            _append(self.folder / "summary.csv", row)
+            print(" ".join(f"{name}={value}" for name, value in row.items()), f"({speed:.1f} samples/s)", flush=True)
+
+    @torch.no_grad()
+    def _validate(self) -> bool:
+        """Score every validation sample once, on one of the processes; whether the result is the best so far."""
+        score, count, metric = self._validation
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        results, pictures = [], []
+        with self.averaged_weights():
+            # Every process makes the same number of forward passes, as sharded weights need; a surplus is not counted.
+            for turn in range(math.ceil(count / world)):
+                index = turn * world + rank
+                scores, picture = score(min(index, count - 1), index < self.options.panels)
+                if index < count:
+                    results.append((index, scores))
+                    if picture is not None:
+                        pictures.append((index, picture))
+        results, pictures = (sorted(gather_object(each), key=lambda pair: pair[0]) for each in (results, pictures))
+        if [index for index, _ in results] != list(range(count)):
+            raise RuntimeError(f"{len(results)} validation results were gathered for {count} samples.")
+        means = {name: float(np.mean([scores[name] for _, scores in results])) for name in results[0][1]}
+        self.accelerator.log({f"validation/{name}": value for name, value in means.items()}, step=self.progress.step)
+        if self.accelerator.is_main_process:
+            row = {"step": self.progress.step, "samples": self.progress.samples, "count": count}
+            row.update((name, f"{value:.6g}") for name, value in means.items())
+            _append(self.folder / "validation.csv", row)
+            print("validation", " ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+            if pictures:
+                sheet = np.concatenate([picture for _, picture in pictures])
+                folder = self.folder / "panels"
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(sheet).save(folder / f"step_{self.progress.step:08d}.png")
+                for tracker in self.accelerator.trackers:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"panels": sheet[None]}, step=self.progress.step, **layout)
+        if self.progress.best and self.progress.best[metric] <= means[metric]:
+            return False
+        self.progress.best = {"step": self.progress.step, metric: means[metric]}
+        return True
+
+
+def _append(path: Path, row: Dict[str, Any]) -> None:
+    """Add a row to a CSV file. Rows of its step and later ones, which a run that was killed wrote after its last
+    checkpoint, are replaced."""
+    rows = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    os.replace(temporary, path)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A terminal or a scheduler signals a whole group of processes; loaders must live until the step is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,88 +11,107 @@ command again.
 """
 
 import dataclasses
-from typing import List, Optional, Tuple
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
-from madiff_diffusers.eventgan import EventGANModel
-from madiff_diffusers.motion_hints import build_hint_source
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
-from training.data import TripletSamples, read_clips
-from training.run import Run, RunOptions, parse_options
-from training.train_vq_magan import draw_hints
+from training.data import TripletMaker, build_samples
+from training.hints import draw_hints, load_hint_source, refine_as_sampling
+from training.losses import lpips_loss
+from training.options import RunOptions, one_line_errors, option, parse_options
+from training.run import Run
+from training.validation import decoded_panel, image_scores, to_frames, validation_windows
 
 
 @dataclasses.dataclass
 class DenoiserOptions(RunOptions):
-    i2e: str = ""  # folder of the trained EventGANModel; not needed where hints are flow alone
-    vqvae: str = ""  # folder of the trained VQMAGANModel
-    init: str = ""  # folder of a trained UNet2DModel to start from
-    adam_betas: Tuple[float, ...] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    ema_decay: float = 0.9999
-    hint_dropout: float = 0.5
-    guess_share: float = 0.0
+    i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
+    vqvae: str = option("", "folder of the trained VQMAGANModel")
+    init: str = option("", "folder of a trained UNet2DModel to start from")
+    adam_betas: Tuple[float, ...] = option((0.9, 0.999), "of AdamW")
+    weight_decay: float = option(0.01, "of AdamW")
+    ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is exported; 0: none")
+    hint_dropout: float = option(0.5, "share of samples with start hints instead of refined ones")
+    guess_share: float = option(0.0, "share of the refined hints that comes from a guess and not from the true middle frame")
+    guess_rounds: int = option(1, "such a guess is refined up to this many times")
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     options, config = parse_options(DenoiserOptions, "train_denoiser", argv, __doc__)
-    run = Run(options)
-    accelerator = run.accelerator
+    run = Run(options, "unet")
+    device = run.accelerator.device
 
     # 1. models; only the U-Net is trained
-    unet = UNet2DModel.from_pretrained(options.init) if options.init else UNet2DModel(**config["unet"])
-    unet.train()
-    vqvae = VQMAGANModel.from_pretrained(options.vqvae).to(accelerator.device).requires_grad_(False).eval()
-    i2e = None
-    if "events" in config["hint_source"]:
-        i2e = EventGANModel.from_pretrained(options.i2e).to(accelerator.device).requires_grad_(False).eval()
-    source = build_hint_source(config["hint_source"], i2e)
+    if not options.vqvae:
+        raise ValueError("`vqvae` is needed: the folder of a trained VQMAGANModel.")
+    bare_unet = UNet2DModel.from_pretrained(options.init) if options.init else UNet2DModel(**config["unet"])
+    vqvae = VQMAGANModel.from_pretrained(options.vqvae).to(device).requires_grad_(False).eval()
+    source, i2e = load_hint_source(config["hint_source"], options.i2e, device)
     scheduler_config = dict(config["scheduler"])
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
-    ema = EMAModel(unet.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
-
-    # 2. data
-    data = TripletSamples(
-        read_clips(options.data),
-        crop=options.crop,
-        gaps=options.gaps,
-        candidates=options.candidates,
-        length=options.steps * run.samples_per_step,
-        seed=options.seed,
-    )
-
-    # 3. optimiser
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
+        bare_unet.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
     )
-    schedule = get_scheduler(
-        options.lr_schedule, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.steps
-    )
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    accelerator.register_for_checkpointing(schedule, ema)
-    run.resume()
-    ema.to(accelerator.device)  # checkpoints are loaded to the CPU
+    unet, optimizer = run.prepare(bare_unet.train(), optimizer)
 
-    # 4. loop
-    for batch in run.loader(data):
+    def build_pipeline(network: UNet2DModel) -> MADiffPipeline:
+        parts = {"vqvae": vqvae, "unet": network, "i2e": i2e, "scheduler": scheduler}
+        return MADiffPipeline(**parts, hint_source=config["hint_source"], **config["pipeline"])
+
+    # 2. data, validation, export
+    data = build_samples(options, TripletMaker())
+
+    def export(folder: Path) -> None:
+        state = run.weights()
+        if run.accelerator.is_main_process:
+            exported = UNet2DModel.from_config(bare_unet.config).eval()
+            exported.load_state_dict(state)
+            exported.save_pretrained(folder)
+
+    run.exports(export)
+    if options.validation:
+        windows = validation_windows(options, frames=3, multiple=vqvae.downsample_factor)
+        lpips = lpips_loss(options, device)
+        pipeline = build_pipeline(bare_unet)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+            prev, mid, next_ = frames = to_frames(windows[index], device)
+            bare_unet.eval()
+            generator = torch.Generator().manual_seed(index)
+            made = pipeline((prev + 1) / 2, (next_ + 1) / 2, generator=generator, output_type="pt").frames
+            bare_unet.train()
+            result = made.reshape(mid.shape).to(device) * 2 - 1
+            scores = image_scores(result, mid, lpips)
+            if not shown:
+                return scores, None
+            hints, decoded = refine_as_sampling(vqvae, source, prev, mid, next_, rounds=1)
+            seen = (hints, config["hint_source"], decoded.offsets[-1], decoded.gates[-1])
+            return scores, decoded_panel(frames, result, *seen)
+
+        run.validates(score, len(windows), "l1" if lpips is None else "lpips")
+    run.resume()
+
+    # 3. loop
+    for batch in run.batches(data):
         generator = run.generator()
         with torch.no_grad():
-            # 4.1 latents and conditions
+            # 3.1 latents and conditions
             frames = torch.cat([batch["frame_mid"], batch["frame_prev"], batch["frame_next"]])
             latents = vqvae.encode(frames).latents  # [3B,C,h,w]
-            mid, prev, next_ = latents.chunk(3)
-            mid, prev, next_ = (each * vqvae.config.scaling_factor for each in (mid, prev, next_))
-            hints = draw_hints(vqvae, source, batch, 1 - options.hint_dropout, options.guess_share, generator)
+            mid, prev, next_ = (each * vqvae.config.scaling_factor for each in latents.chunk(3))
+            shares = (1 - options.hint_dropout, options.guess_share, options.guess_rounds)
+            hints = draw_hints(vqvae, source, batch, *shares, generator)
             hints = [vqvae.resize_hints(each, mid.shape[-2:]) for each in hints]
 
-            # 4.2 noise
+            # 3.2 noise
             noise = torch.randn(mid.shape, generator=generator).to(mid.device)
             timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(mid),), generator=generator)
             timesteps = timesteps.to(mid.device)
@@ -103,35 +122,18 @@ def main(argv: Optional[List[str]] = None) -> None:
                 "v_prediction": lambda: scheduler.get_velocity(mid, noise, timesteps),
             }[scheduler.config.prediction_type]()
 
-        with accelerator.accumulate(unet):
+        with run.accumulate(unet):
             prediction = unet(torch.cat([noisy, prev, next_, *hints], dim=1), timesteps, return_dict=False)[0]
             loss = F.mse_loss(prediction.float(), target.float())
-            accelerator.backward(loss)
-            run.clip_gradients(unet)
-            optimizer.step()
-            optimizer.zero_grad()
+            run.backward(loss)
+            run.update(unet, optimizer)
 
-        # 4.3 count, log, save
-        if accelerator.sync_gradients:
-            schedule.step()
-            ema.step(unet.parameters())
-            run.progress.step += 1
-            run.log({"loss": loss})
-            if run.progress.step % options.save_every == 0 or run.progress.step == options.steps:
-                run.save()
-
-    # 5. the average of the weights, and the whole pipeline
-    if accelerator.is_main_process:
-        unet = accelerator.unwrap_model(unet)
-        ema.copy_to(unet.parameters())
-        unet.eval().save_pretrained(run.folder / "unet")
-        pipeline = MADiffPipeline(
-            vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e, hint_source=config["hint_source"], **config["pipeline"]
-        )
-        pipeline.save_pretrained(run.folder / "pipeline")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        # 3.3 count, log, save
+        if run.ends_step:
+            run.finish_step({"loss": loss})
+    run.finish(lambda folder: build_pipeline(UNet2DModel.from_pretrained(folder / "unet")).save_pretrained(folder / "pipeline"))
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -6,32 +6,33 @@ The model is written to OUTPUT/i2e at the end. To resume, run the same command a
 """
 
 import dataclasses
-from typing import List, Optional
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.optimization import get_scheduler
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import remove_parametrizations
 
 from madiff_diffusers.eventgan import EventGANModel
-from training.data import EventSamples, read_clips
-from training.losses import PatchDiscriminator, discriminator_hinge_loss
-from training.run import Run, RunOptions, parse_options
+from training.data import EventMaker, build_samples
+from training.losses import Adversary
+from training.normalisation import StepwiseNormalisation
+from training.options import RunOptions, one_line_errors, option, parse_options
+from training.run import Run
+from training.validation import events_image, panel, validation_windows
 
 
 @dataclasses.dataclass
 class I2EOptions(RunOptions):
-    init: str = ""  # folder of a trained EventGANModel to start from
-    frames: int = 4  # frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart
-    upsampling: int = 4  # frames made per source frame before events are simulated
-    moved_still_share: float = 0.0  # share of samples that are one frame moved along an exactly known path
-    spectral_norm: bool = True  # as EventGAN: on the residual blocks and decoders, folded into the weights at the end
-    squared_weight: float = 1.0  # of the squared error at the start; falls linearly to 0 at squared_until of the steps
-    squared_until: float = 0.7
-    adversarial_weight: float = 0.01
-    disc_start: int = 0  # step at which the discriminator starts
-    disc_channels: int = 32
+    init: str = option("", "folder of a trained EventGANModel to start from")
+    frames: int = option(4, "frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart")
+    spectral_norm: bool = option(True, "as EventGAN, on residual blocks and decoders; folded into the exported weights")
+    squared_weight: float = option(1.0, "of the squared error at the start; falls linearly to 0 at squared_until")
+    squared_until: float = option(0.7, "share of the steps after which the squared error is gone")
+    adversarial_weight: float = option(0.01, "of the adversarial loss; 0: none")
+    disc_start: int = option(0, "step at which the discriminator starts")
+    disc_channels: int = option(32, "channels of the discriminator's first layer")
 
 
 def volume_loss(events: torch.Tensor, truth: torch.Tensor, squared_weight: float) -> torch.Tensor:
@@ -45,108 +46,96 @@ def volume_loss(events: torch.Tensor, truth: torch.Tensor, squared_weight: float
 
 def main(argv: Optional[List[str]] = None) -> None:
     options, config = parse_options(I2EOptions, "train_i2e", argv, __doc__)
-    run = Run(options)
-    accelerator = run.accelerator
+    run = Run(options, "i2e")
+    device = run.accelerator.device
 
     # 1. models
-    model = EventGANModel.from_pretrained(options.init) if options.init else EventGANModel(**config["i2e"])
-    model = model.train().to(memory_format=torch.channels_last)
-    # Conv inputs are 2 grey frames beside the volume of both polarities.
-    discriminator = PatchDiscriminator(2 * model.config.num_bins + 2, options.disc_channels)
-    normed = [
-        module
-        for block in (*model.mid_blocks, *model.up_blocks)
-        for module in block.modules()
-        if isinstance(module, torch.nn.Conv2d)
-    ]
-    if options.spectral_norm:
-        for module in normed:
-            spectral_norm(module)
+    def build() -> Tuple[EventGANModel, StepwiseNormalisation]:
+        model = EventGANModel.from_pretrained(options.init) if options.init else EventGANModel(**config["i2e"])
+        return model, StepwiseNormalisation(model, options.spectral_norm)
 
-    # 2. data
-    data = EventSamples(
-        read_clips(options.data),
-        num_bins=model.config.num_bins,
-        frames=options.frames,
-        upsampling=options.upsampling,
-        moved_still_share=options.moved_still_share,
-        crop=options.crop,
-        gaps=options.gaps,
-        candidates=options.candidates,
-        length=options.steps * run.samples_per_step,
-        seed=options.seed,
-    )
+    bare_model, normalisation = build()
+    optimizer = torch.optim.Adam(bare_model.parameters(), lr=options.learning_rate, betas=(0.5, 0.999))
+    model, optimizer = run.prepare(bare_model.train(), optimizer)
+    adversary = None
+    if options.adversarial_weight > 0:
+        # It judges the volume of both polarities beside the two grey frames.
+        channels = 2 * bare_model.config.num_bins + 2
+        adversary = Adversary(run, channels, options.disc_channels, betas=(0.5, 0.999), start=options.disc_start)
 
-    # 3. optimisers
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.5, 0.999))
-    disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=options.learning_rate, betas=(0.5, 0.999))
-    schedules = [
-        get_scheduler(
-            options.lr_schedule,
-            each,
-            num_warmup_steps=options.warmup_steps,
-            num_training_steps=options.steps,
-        )
-        for each in (optimizer, disc_optimizer)
-    ]
-    model, discriminator, optimizer, disc_optimizer = accelerator.prepare(
-        model, discriminator, optimizer, disc_optimizer
-    )
-    accelerator.register_for_checkpointing(*schedules)
+    # 2. data, validation, export
+    maker = EventMaker(num_bins=bare_model.config.num_bins, frames=options.frames)
+    data = build_samples(options, maker)
+
+    def export(folder: Path) -> None:
+        state = run.weights()
+        if run.accelerator.is_main_process:
+            exported, norms = build()
+            exported.load_state_dict(state)
+            norms.fold()
+            exported.eval().save_pretrained(folder)
+
+    run.exports(export)
+    if options.validation:
+        windows = validation_windows(options, frames=2, multiple=2**bare_model.config.num_encoders)
+
+        def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+            sample = maker(windows[index], np.random.default_rng(index))
+            frames = [sample[name][None].to(device) for name in ("frame_first", "frame_second")]
+            bare_model.eval()
+            events = bare_model(*frames).events[0].cpu()
+            bare_model.train()
+            truth = sample["events"]
+            scores = {"l1": (events - truth).abs().mean().item(), "l1_of_zeros": truth.abs().mean().item()}
+            if not shown:
+                return scores, None
+            grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in windows[index]]
+            frames = [cv2.cvtColor(frame, cv2.COLOR_GRAY2RGB) for frame in grey]
+            pictures = (*frames, events_image(truth), events_image(events))
+            return scores, panel(list(zip(("first", "second", "truth", "result"), pictures)))
+
+        run.validates(score, len(windows), "l1")
     run.resume()
 
-    # 4. loop
-    for batch in run.loader(data):
-        adversarial = run.progress.step >= options.disc_start and options.adversarial_weight > 0
+    # 3. loop
+    for batch in run.batches(data):
         frames = torch.cat([batch["frame_first"], batch["frame_second"]], dim=1)  # [B,2,H,W]
         truth = batch["events"]  # [B,18,H,W]
-        with accelerator.accumulate(model, discriminator):
-            # 4.1 generator
+        adversarial = adversary is not None and adversary.active
+        with run.accumulate(model, *([adversary.network] if adversary else [])):
+            # 3.1 generator
+            normalisation.begin_pass(first=len(run.passes) == 1)
             events = model(batch["frame_first"], batch["frame_second"]).events
-            l1 = F.l1_loss(events, truth)
-            squared_weight = options.squared_weight * max(1 - run.progress.step / options.steps / options.squared_until, 0)
-            loss, gan = volume_loss(events, truth, squared_weight), torch.zeros_like(l1)
+            progress = run.progress.step / options.steps
+            squared_weight = options.squared_weight * max(1 - progress / options.squared_until, 0)
+            loss, gan = volume_loss(events, truth, squared_weight), torch.zeros((), device=device)
             if adversarial:
-                discriminator.requires_grad_(False)
-                gan = -discriminator(torch.cat([frames, events], dim=1)).mean()
-                discriminator.requires_grad_(True)
+                gan = adversary.loss(torch.cat([frames, events], dim=1))
                 loss = loss + options.adversarial_weight * gan
-            accelerator.backward(loss)
-            run.clip_gradients(model)
-            optimizer.step()
-            optimizer.zero_grad()
+            run.backward(loss)
+            normalisation.end_pass(run)
+            run.update(model, optimizer)
 
-            # 4.2 discriminator
-            disc_loss = torch.zeros_like(l1)
+            # 3.2 discriminator
+            disc_loss = torch.zeros_like(gan)
             if adversarial:
-                disc_loss = discriminator_hinge_loss(
-                    discriminator(torch.cat([frames, truth], dim=1)),
-                    discriminator(torch.cat([frames, events.detach()], dim=1)),
-                )
-                accelerator.backward(disc_loss)
-                disc_optimizer.step()
-                disc_optimizer.zero_grad()
+                disc_loss = adversary.update(torch.cat([frames, truth], dim=1), torch.cat([frames, events], dim=1))
 
-        # 4.3 count, log, save
-        if accelerator.sync_gradients:
-            schedules[0].step()
-            if adversarial:
-                schedules[1].step()
-            run.progress.step += 1
-            run.log({"l1": l1, "l1_of_zeros": truth.abs().mean(), "mse": F.mse_loss(events, truth), "mse_of_zeros": truth.square().mean(), "gan": gan, "disc": disc_loss})
-            if run.progress.step % options.save_every == 0 or run.progress.step == options.steps:
-                run.save()
-
-    # 5. the trained model, spectral norm folded into its weights
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        if options.spectral_norm:
-            for module in normed:
-                remove_parametrizations(module, "weight")
-        model.eval().save_pretrained(run.folder / "i2e")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        # 3.3 count, log, save
+        if run.ends_step:
+            run.finish_step(
+                {
+                    "l1": F.l1_loss(events, truth),
+                    "l1_of_zeros": truth.abs().mean(),
+                    "mse": F.mse_loss(events, truth),
+                    "mse_of_zeros": truth.square().mean(),
+                    "gan": gan,
+                    "disc": disc_loss,
+                }
+            )
+    run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

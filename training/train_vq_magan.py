@@ -10,87 +10,46 @@ measured. To resume, run the same command again.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.optimization import get_scheduler
 from einops import rearrange
+from torch.utils.data import Dataset
 
-from madiff_diffusers.eventgan import EventGANModel
-from madiff_diffusers.metrics import build_lpips
-from madiff_diffusers.motion_hints import FlowHints, HintSource, build_hint_source
+from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.vq_magan import VQMAGANModel
-from training.data import TripletSamples, read_clips
-from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
-from training.run import Run, RunOptions, parse_options
+from training.data import TripletMaker, build_samples
+from training.hints import draw_hints, latent_noise, load_hint_source, refine_as_sampling
+from training.losses import Adversary, adaptive_weight, lpips_loss
+from training.options import RunOptions, one_line_errors, option, parse_options
+from training.run import Run
+from training.validation import decoded_panel, image_scores, to_frames, validation_windows
 
 
 @dataclasses.dataclass
 class VQMAGANOptions(RunOptions):
-    i2e: str = ""  # folder of the trained EventGANModel; not needed where hints are flow alone
-    init: str = ""  # folder of a trained VQMAGANModel to start from
-    adam_betas: Tuple[float, ...] = (0.5, 0.9)
-    weight_decay: float = 0.0
-    l1_epsilon: float = 0.0  # softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss
-    lpips_net: str = "vgg"
-    lpips_backbone: str = ""  # safetensors file with the backbone's weights; downloaded by torchvision if empty
-    lpips_weight: float = 1.0
-    lpips_start: int = 0  # step
-    vq_weight: float = 1.0
-    anchor_weight: float = 0.0  # of the latents' squared distance to the mean colours of their cells, see anchor_loss
-    revive_every: int = 0  # steps after which codes that nothing used are moved to latents of the batch; 0: never
-    disc_start: int = 10000  # step
-    disc_weight: float = 0.8
-    disc_channels: int = 64
-    hint_probability: float = 0.5
-    guess_share: float = 0.0
-    latent_noise: float = 0.0  # noise on the latents, uniform up to this many of their standard deviations per sample
-    flow_weight: float = 0.0  # supervision of the offsets by flow from the true middle frame, at the start …
-    flow_weight_end: float = 0.0  # … and at the end, linear in between
-
-
-def draw_hints(
-    model: VQMAGANModel,
-    source: HintSource,
-    batch: Dict[str, torch.Tensor],
-    probability: float,
-    guess_share: float,
-    generator: torch.Generator,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Motion hints for each sample of a batch: with `probability` refined ones, of which a share of `guess_share` comes
-    from a decoded guess and the rest from the true middle frame; start hints otherwise."""
-    prev, mid, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
-    hints_prev, hints_next = source.start(prev, next_)
-    # Counts are drawn rather than each sample's fate, so that a batch comes in two sizes at most: for convolutions,
-    # every new size is a new kernel to be made.
-    order = torch.randperm(len(mid), generator=generator).to(mid.device)
-    guessed, true = (
-        int(len(mid) * share + torch.rand((), generator=generator).item())
-        for share in (probability * guess_share, probability * (1 - guess_share))
-    )
-    chosen = order[:guessed]
-    if len(chosen):
-        # A guess is what the decoder makes of latents of any quality with start hints, as in the first sampling steps.
-        noise = latent_noise(model, mid[chosen], 1.0, generator)
-        guess = model(
-            mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise
-        ).sample.clamp(-1, 1)
-        hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], guess, next_[chosen])
-    chosen = order[guessed : guessed + true]
-    if len(chosen):
-        hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], mid[chosen], next_[chosen])
-    return hints_prev, hints_next
-
-
-def latent_noise(
-    model: VQMAGANModel, frames: torch.Tensor, level: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Gaussian noise in the shape of the frames' latents; each sample's strength is uniform in [0, level]."""
-    batch, _, height, width = frames.shape
-    f = model.downsample_factor
-    noise = torch.randn(batch, model.quantize.vq_embed_dim, height // f, width // f, generator=generator)
-    return (noise * level * torch.rand(batch, 1, 1, 1, generator=generator)).to(frames.device)
+    i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
+    init: str = option("", "folder of a trained VQMAGANModel to start from")
+    adam_betas: Tuple[float, ...] = option((0.5, 0.9), "of AdamW")
+    weight_decay: float = option(0.0, "of AdamW")
+    l1_epsilon: float = option(0.0, "softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss")
+    lpips_weight: float = option(1.0, "of LPIPS; 0: none")
+    lpips_start: int = option(0, "step at which LPIPS starts")
+    vq_weight: float = option(1.0, "of the quantisation loss (codebook + 0.25 · commitment)")
+    anchor_weight: float = option(0.0, "of the latents' squared distance to the mean colours of their cells")
+    revive_every: int = option(0, "steps after which codes that nothing used are moved to latents of the batch; 0: never")
+    disc_start: int = option(10000, "step at which the discriminator starts")
+    disc_weight: float = option(0.8, "of the balanced adversarial loss; 0: none")
+    disc_channels: int = option(64, "channels of the discriminator's first layer")
+    hint_probability: float = option(0.5, "share of samples with refined hints; the others get start hints")
+    guess_share: float = option(0.0, "share of the refined hints that comes from a guess and not from the true middle frame")
+    guess_rounds: int = option(1, "such a guess is refined up to this many times")
+    latent_noise: float = option(0.0, "noise on the latents, uniform up to this many of their standard deviations per sample")
+    flow_weight: float = option(0.0, "supervision of the offsets by flow from the true middle frame, at the start …")
+    flow_weight_end: float = option(0.0, "… and at the end, linear in between")
 
 
 def softened_l1(sample: torch.Tensor, truth: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -109,9 +68,7 @@ def anchor_loss(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(latents, F.avg_pool2d(frames, frames.shape[-1] // latents.shape[-1]))
 
 
-def offset_loss(
-    model: VQMAGANModel, offsets: Tuple[torch.Tensor, ...], flow: Tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def offset_loss(offsets: Tuple[torch.Tensor, ...], flow: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Distance of the offsets at every scale to flow from the true middle frame, in pixels of that scale."""
     truth = torch.cat(flow, dim=1)  # [B,4,H,W]
     height = truth.shape[-2]
@@ -125,9 +82,12 @@ def offset_loss(
 class CodeUsage:
     """Which codes of the codebook were used since unused ones were last revived; saved with every checkpoint."""
 
-    def __init__(self, count: int, device: torch.device):
-        self.used = torch.zeros(count, dtype=torch.bool, device=device)
+    def __init__(self, run: Run, model: VQMAGANModel, every: int):
+        self.run, self.every = run, every
+        self.codebook = model.quantize.embedding.weight
+        self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=run.accelerator.device)
         self.share = 0.0  # of the codes, in use over the whole of the last period
+        self.latents: List[torch.Tensor] = []  # of the passes of a step that ends with a revival
 
     def state_dict(self) -> Dict[str, torch.Tensor]:
         return {"used": self.used, "share": torch.tensor(self.share)}
@@ -137,150 +97,135 @@ class CodeUsage:
         self.share = state["share"].item()
 
     @torch.no_grad()
-    def revive(self, run: Run, model: VQMAGANModel, frames: torch.Tensor) -> None:
-        """Move the codes that no process used to latents of the current batches, and start to count anew."""
-        alive = run.accelerator.reduce(self.used.float(), "sum") > 0
-        latents = rearrange(run.accelerator.gather(model.encode(frames).latents), "b c h w -> (b h w) c")
-        # Every process draws the same codes.
-        generator = torch.Generator().manual_seed(run.progress.step)
+    def note(self, indices: torch.Tensor, latents: torch.Tensor) -> None:
+        """Take down the codes of a pass. At the end of every period's first step, unused codes are revived."""
+        self.used[indices] = True
+        if not self.every or self.run.progress.step % self.every:
+            return
+        self.latents.append(rearrange(latents.detach().float(), "b c h w -> (b h w) c"))
+        if self.run.ends_step:
+            self._revive()
+            self.latents = []
+
+    def _revive(self) -> None:
+        """Move the codes that no process used to latents of this step, and start to count anew."""
+        accelerator = self.run.accelerator
+        alive = accelerator.reduce(self.used.float(), "sum") > 0
+        latents = accelerator.gather(torch.stack(self.latents))  # [processes * passes, n, c]
+        # In the order that the passes of one process would have.
+        latents = rearrange(latents, "(w p) n c -> (p w n) c", w=accelerator.num_processes)
+        generator = torch.Generator().manual_seed(self.run.progress.step)  # every process draws the same
         index = torch.randint(len(latents), (int((~alive).sum()),), generator=generator)
         jitter = torch.randn(len(index), latents.shape[1], generator=generator).to(latents.device)
-        model.quantize.embedding.weight[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
+        self.codebook[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
+        self.run.jumped(self.codebook, ~alive)
         self.used.zero_()
         self.share = alive.float().mean().item()
 
 
 @torch.no_grad()
-def measure_scaling_factor(model: VQMAGANModel, data: TripletSamples, device: torch.device, count: int = 256) -> float:
+def measure_scaling_factor(model: VQMAGANModel, data: Dataset, count: int = 128) -> float:
     """1 / standard deviation of the latents over training samples (Rombach et al., 2022, appendix G)."""
-    latents = [model.encode(data[i]["frame_mid"][None].to(device)).latents for i in range(min(count, len(data)))]
+    samples = iter(data) if isinstance(data, torch.utils.data.IterableDataset) else (data[i] for i in range(count))
+    latents = [model.encode(next(samples)["frame_mid"][None]).latents for _ in range(count)]
     return 1 / torch.cat(latents).float().std().item()
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     options, config = parse_options(VQMAGANOptions, "train_vq_magan", argv, __doc__)
-    run = Run(options)
-    accelerator = run.accelerator
+    run = Run(options, "vqvae")
+    device = run.accelerator.device
 
     # 1. models
-    model = VQMAGANModel.from_pretrained(options.init) if options.init else VQMAGANModel(**config["vqvae"])
-    model = model.train().to(memory_format=torch.channels_last)
-    discriminator = PatchDiscriminator(model.config.out_channels, options.disc_channels)
-    i2e = None
-    if "events" in config["hint_source"]:
-        i2e = EventGANModel.from_pretrained(options.i2e).to(accelerator.device, memory_format=torch.channels_last)
-        i2e = i2e.requires_grad_(False).eval()
-    source = build_hint_source(config["hint_source"], i2e)
+    bare_model = VQMAGANModel.from_pretrained(options.init) if options.init else VQMAGANModel(**config["vqvae"])
+    source, _ = load_hint_source(config["hint_source"], options.i2e, device)
     flow_source = FlowHints()
-    lpips = None
-    if options.lpips_weight > 0:
-        lpips = build_lpips(options.lpips_net, options.lpips_backbone or None).to(accelerator.device)
+    lpips = lpips_loss(options, device)
+    optimizer = torch.optim.AdamW(
+        bare_model.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
+    )
+    model, optimizer = run.prepare(bare_model.train(), optimizer)
+    adversary = None
+    if options.disc_weight > 0:
+        channels = bare_model.config.out_channels
+        adversary = Adversary(run, channels, options.disc_channels, options.adam_betas, options.disc_start)
+    codes = CodeUsage(run, bare_model, options.revive_every)
+    run.register(codes)
 
-    # 2. data
-    data = TripletSamples(
-        read_clips(options.data),
-        crop=options.crop,
-        gaps=options.gaps,
-        candidates=options.candidates,
-        length=options.steps * run.samples_per_step,
-        seed=options.seed,
-    )
+    # 2. data, validation, export
+    data = build_samples(options, TripletMaker())
 
-    # 3. optimisers
-    optimizer, disc_optimizer = (
-        torch.optim.AdamW(
-            module.parameters(),
-            lr=options.learning_rate,
-            betas=options.adam_betas,
-            weight_decay=options.weight_decay,
-        )
-        for module in (model, discriminator)
-    )
-    schedules = [
-        get_scheduler(
-            options.lr_schedule, each, num_warmup_steps=options.warmup_steps, num_training_steps=options.steps
-        )
-        for each in (optimizer, disc_optimizer)
-    ]
-    model, discriminator, optimizer, disc_optimizer = accelerator.prepare(
-        model, discriminator, optimizer, disc_optimizer
-    )
-    bare_model = accelerator.unwrap_model(model)
-    codes = CodeUsage(bare_model.quantize.n_e, accelerator.device)
-    accelerator.register_for_checkpointing(*schedules, codes)
+    def export(folder: Path) -> None:
+        state = run.weights()
+        if run.accelerator.is_main_process:
+            exported = VQMAGANModel.from_config(bare_model.config).eval()
+            exported.load_state_dict(state)
+            exported.register_to_config(scaling_factor=measure_scaling_factor(exported, data))
+            exported.save_pretrained(folder)
+
+    run.exports(export)
+    if options.validation:
+        windows = validation_windows(options, frames=3, multiple=bare_model.downsample_factor)
+
+        def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+            prev, mid, next_ = frames = to_frames(windows[index], device)
+            bare_model.eval()
+            hints, decoded = refine_as_sampling(bare_model, source, prev, mid, next_, rounds=1)
+            bare_model.train()
+            scores = image_scores(decoded.sample, mid, lpips)
+            if not shown:
+                return scores, None
+            seen = (hints, config["hint_source"], decoded.offsets[-1], decoded.gates[-1])
+            return scores, decoded_panel(frames, decoded.sample, *seen)
+
+        run.validates(score, len(windows), "l1" if lpips is None else "lpips")
     run.resume()
-    revived_at = -1
 
-    # 4. loop
-    for batch in run.loader(data):
-        step = run.progress.step
-        generator = run.generator()
+    # 3. loop
+    for batch in run.batches(data):
+        step, generator = run.progress.step, run.generator()
         # Networks run fastest where frames and hints come in the layout of their weights.
-        batch = {name: frame.contiguous(memory_format=torch.channels_last) for name, frame in batch.items()}
-        truth = batch["frame_mid"]
-        if options.revive_every and step % options.revive_every == 0 and step != revived_at:
-            revived_at = step
-            codes.revive(run, bare_model, truth)
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        batch = {name: value.contiguous(memory_format=layout) for name, value in batch.items() if value.ndim == 4}
+        prev, truth, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
         with torch.no_grad():
-            hints_prev, hints_next = draw_hints(
-                bare_model, source, batch, options.hint_probability, options.guess_share, generator
-            )
-            hints_prev, hints_next = (
-                hints.contiguous(memory_format=torch.channels_last) for hints in (hints_prev, hints_next)
-            )
+            shares = (options.hint_probability, options.guess_share, options.guess_rounds)
+            hints = draw_hints(bare_model, source, batch, *shares, generator)
+            hints = [each.contiguous(memory_format=layout) for each in hints]
             noise = latent_noise(bare_model, truth, options.latent_noise, generator)
+        adversarial = adversary is not None and adversary.active
 
-        with accelerator.accumulate(model, discriminator):
-            # 4.1 autoencoder
-            decoded = model(truth, batch["frame_prev"], batch["frame_next"], hints_prev, hints_next, noise)
+        with run.accumulate(model, *([adversary.network] if adversary else [])):
+            # 3.1 autoencoder
+            decoded = model(truth, prev, next_, *hints, noise)
+            zero = torch.zeros((), device=device)
             l1 = softened_l1(decoded.sample, truth, options.l1_epsilon)
-            perceptual = torch.zeros_like(l1)
-            if lpips is not None and step >= options.lpips_start:
+            perceptual = zero
+            if options.lpips_weight > 0 and step >= options.lpips_start:
                 perceptual = lpips(decoded.sample, truth).mean()
             reconstruction = l1 + options.lpips_weight * perceptual
             vq = decoded.commit_loss.mean()
-            flow = torch.zeros_like(l1)
-            progress = step / options.steps
+            anchor = anchor_loss(decoded.latents, truth) if options.anchor_weight > 0 else zero
+            flow, progress = zero, step / options.steps
             flow_weight = (1 - progress) * options.flow_weight + progress * options.flow_weight_end
             if flow_weight > 0:
-                flow = offset_loss(
-                    bare_model,
-                    decoded.offsets,
-                    flow_source.from_guess(batch["frame_prev"], truth, batch["frame_next"]),
-                )
-            anchor = torch.zeros_like(l1)
-            if options.anchor_weight > 0:
-                anchor = anchor_loss(decoded.latents, truth)
+                flow = offset_loss(decoded.offsets, flow_source.from_guess(prev, truth, next_))
             loss = reconstruction + options.vq_weight * vq + options.anchor_weight * anchor + flow_weight * flow
-            adversarial = step >= options.disc_start and options.disc_weight > 0
-            gan = torch.zeros_like(l1)
+            gan = zero
             if adversarial:
-                discriminator.requires_grad_(False)
-                gan = -discriminator(decoded.sample).mean()
-                discriminator.requires_grad_(True)
+                gan = adversary.loss(decoded.sample)
                 weight = adaptive_weight(reconstruction, gan, bare_model.last_layer)
                 loss = loss + options.disc_weight * weight * gan
-            accelerator.backward(loss)
-            run.clip_gradients(model)
-            optimizer.step()
-            optimizer.zero_grad()
-            codes.used[decoded.code_indices] = True
+            run.backward(loss)
+            run.update(model, optimizer)
+            codes.note(decoded.code_indices, decoded.latents)
 
-            # 4.2 discriminator
-            disc_loss = torch.zeros_like(l1)
-            if adversarial:
-                disc_loss = discriminator_hinge_loss(discriminator(truth), discriminator(decoded.sample.detach()))
-                accelerator.backward(disc_loss)
-                disc_optimizer.step()
-                disc_optimizer.zero_grad()
+            # 3.2 discriminator
+            disc_loss = adversary.update(truth, decoded.sample) if adversarial else zero
 
-        # 4.3 count, log, save
-        if accelerator.sync_gradients:
-            schedules[0].step()
-            if adversarial:
-                schedules[1].step()
-            run.progress.step += 1
-            run.log(
+        # 3.3 count, log, save
+        if run.ends_step:
+            run.finish_step(
                 {
                     "l1": l1,
                     "lpips": perceptual,
@@ -292,17 +237,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                     "codes_in_use": codes.share,
                 }
             )
-            if run.progress.step % options.save_every == 0 or run.progress.step == options.steps:
-                run.save()
-
-    # 5. the trained model, its latents' scale measured
-    if accelerator.is_main_process:
-        bare_model.eval()
-        bare_model.register_to_config(scaling_factor=measure_scaling_factor(bare_model, data, accelerator.device))
-        bare_model.save_pretrained(run.folder / "vqvae")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -1,0 +1,30 @@
+"""Scene cuts: places between two frames that show different scenes, across which there is no motion to follow."""
+
+from typing import List, Sequence
+
+import cv2
+import numpy as np
+
+LEAST_CHANGE = 0.08  # mean absolute difference of thumbnails, of the range, below which nothing is a cut
+CHANGE_ALONE = 0.25  # … above which two frames are a cut where no other change is there to compare with
+RATIO = 3.0  # times that a cut changes more than the frames around it do
+REACH = 2  # frames on each side that it is compared with
+
+
+def find_cuts(frames: Sequence[np.ndarray]) -> List[int]:
+    """Numbers of the frames that start a new scene.
+
+    A cut changes thumbnails of 64×36 pixels by at least `LEAST_CHANGE`, and `RATIO` times as much as the mean change
+    between the frames around it; fast motion changes them as much, but for many frames in a row.
+
+    Args:
+        frames: consecutive frames, each `(H, W, 3)` uint8.
+    """
+    thumbnails = [cv2.resize(frame, (64, 36), interpolation=cv2.INTER_AREA).astype(np.int16) for frame in frames]
+    changes = [float(np.abs(b - a).mean()) / 255 for a, b in zip(thumbnails[:-1], thumbnails[1:])]
+    cuts = []
+    for i, change in enumerate(changes):
+        around = changes[max(0, i - REACH) : i] + changes[i + 1 : i + 1 + REACH]
+        if change >= (max(LEAST_CHANGE, RATIO * float(np.mean(around))) if around else CHANGE_ALONE):
+            cuts.append(i + 1)
+    return cuts

@@ -1,0 +1,85 @@
+"""Motion hints as training draws them: from the true middle frame, from a guess of it, or none yet."""
+
+from typing import Dict, Optional, Tuple
+
+import torch
+
+from madiff_diffusers.eventgan import EventGANModel
+from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_source
+from madiff_diffusers.vq_magan import VQMAGANModel
+
+
+def load_hint_source(name: str, i2e: str, device: torch.device) -> Tuple[HintSource, Optional[EventGANModel]]:
+    """The hint source of a configuration, and its frozen image-to-event generator if it has one.
+
+    Raises:
+        ValueError: if the source needs a generator and `i2e` is empty.
+    """
+    if "events" not in name:
+        return build_hint_source(name), None
+    if not i2e:
+        raise ValueError(f"`i2e` is needed with `hint_source` {name}: the folder of a trained EventGANModel.")
+    model = EventGANModel.from_pretrained(i2e).to(device, memory_format=torch.channels_last)
+    model = model.requires_grad_(False).eval()
+    return build_hint_source(name, model), model
+
+
+def draw_hints(
+    model: VQMAGANModel,
+    source: HintSource,
+    batch: Dict[str, torch.Tensor],
+    probability: float,
+    guess_share: float,
+    guess_rounds: int,
+    generator: torch.Generator,
+) -> HintPair:
+    """Motion hints for each sample of a batch: with `probability` refined ones, of which a share of `guess_share` comes
+    from a decoded guess and the rest from the true middle frame; start hints otherwise.
+
+    Sampling never sees the true middle frame. A guess is made as it makes one: decoded from latents of any quality with
+    start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave.
+    """
+    prev, mid, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
+    hints_prev, hints_next = source.start(prev, next_)
+    # Counts are drawn rather than each sample's fate, so that a batch comes in two sizes at most: for convolutions,
+    # every new size is a new kernel to be made.
+    order = torch.randperm(len(mid), generator=generator).to(mid.device)
+    guessed, true = (
+        int(len(mid) * share + torch.rand((), generator=generator).item())
+        for share in (probability * guess_share, probability * (1 - guess_share))
+    )
+    rounds = int(torch.randint(1, guess_rounds + 1, (), generator=generator))
+    chosen = order[:guessed]
+    for _ in range(rounds if len(chosen) else 0):
+        noise = latent_noise(model, mid[chosen], 1.0, generator)
+        guess = model(
+            mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise
+        ).sample.clamp(-1, 1)
+        hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], guess, next_[chosen])
+    chosen = order[guessed : guessed + true]
+    if len(chosen):
+        hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], mid[chosen], next_[chosen])
+    return hints_prev, hints_next
+
+
+def latent_noise(
+    model: VQMAGANModel, frames: torch.Tensor, level: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Gaussian noise in the shape of the frames' latents; each sample's strength is uniform in [0, level]."""
+    batch, _, height, width = frames.shape
+    f = model.downsample_factor
+    noise = torch.randn(batch, model.quantize.vq_embed_dim, height // f, width // f, generator=generator)
+    return (noise * level * torch.rand(batch, 1, 1, 1, generator=generator)).to(frames.device)
+
+
+def refine_as_sampling(
+    model: VQMAGANModel, source: HintSource, prev: torch.Tensor, mid: torch.Tensor, next_: torch.Tensor, rounds: int
+) -> Tuple[HintPair, Dict]:
+    """The true latents decoded as sampling decodes its own: with start hints, then `rounds` times with hints refined
+    from the guess before. Returns the last hints and what the decoder gave for them."""
+    hints = source.start(prev, next_)
+    decoded = model(mid, prev, next_, *hints)
+    for _ in range(rounds):
+        hints = source.from_guess(prev, decoded.sample.clamp(-1, 1), next_)
+        decoded = model(mid, prev, next_, *hints)
+    return hints, decoded
