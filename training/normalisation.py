@@ -39,8 +39,9 @@ class StepwiseNormalisation:
             spectral_norm(module)
         for norm in self.batch_norms:
             norm.momentum = 1.0
-        self._kept: List[Tuple[torch.Tensor, torch.Tensor]] = []
-        self._sums: List[Tuple[torch.Tensor, torch.Tensor]] = []
+        self._kept: List[Tuple[torch.Tensor, torch.Tensor]] = []  # running means and variances as the step began
+        self._sums: List[Tuple[torch.Tensor, torch.Tensor]] = []  # means of those of its passes
+        self._steps: List[torch.Tensor] = []
 
     @torch.no_grad()
     def begin_pass(self, first: bool) -> None:
@@ -49,6 +50,7 @@ class StepwiseNormalisation:
             return
         self._kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in self.batch_norms]
         self._sums = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in self._kept]
+        self._steps = [norm.num_batches_tracked.clone() for norm in self.batch_norms]
         for module in self.normed:
             norm = module.parametrizations.weight[0]
             norm.train()
@@ -65,6 +67,8 @@ class StepwiseNormalisation:
         for norm, momentum, kept, sums in zip(self.batch_norms, self.momentums, self._kept, self._sums):
             for running, old, new in zip((norm.running_mean, norm.running_var), kept, sums):
                 running.copy_(torch.lerp(old, run.accelerator.reduce(new, "mean"), momentum))
+        for norm, steps in zip(self.batch_norms, self._steps):
+            norm.num_batches_tracked.copy_(steps + 1)
 
     def fold(self) -> None:
         """Make the spectral norms part of the weights."""

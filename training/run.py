@@ -75,8 +75,7 @@ class Run:
                 ...
                 run.backward(loss)
                 run.update(model, optimizer)
-            if run.ends_step:
-                run.finish_step({"loss": loss})
+            run.finish_pass({"loss": loss})
         run.finish()
 
     Args:
@@ -98,6 +97,9 @@ class Run:
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "log")),
         )
         self.distribution = self.accelerator.distributed_type
+        if self.accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+            # What `accelerate launch --cpu --num_processes N` does where it has no MPI to start the others with.
+            print("warning: this is the only process of the launch; training/README.md says how to start several on CPUs", file=sys.stderr)
         if self.distribution == DistributedType.FSDP and options.ema_decay:
             raise ValueError(f"`ema_decay` must be 0 under FSDP, which shards the weights, but is {options.ema_decay}.")
         if self.distribution == DistributedType.FSDP and part != "unet":
@@ -111,6 +113,7 @@ class Run:
         self.accelerator.register_for_checkpointing(self.progress)
         self.ema: Optional[EMAModel] = None
         self.passes: List[Dict[str, torch.Tensor]] = []  # the current step's batches so far
+        self._sums: Dict[str, torch.Tensor] = {}  # of the values that they gave
         self._export: Optional[Callable[[Path], None]] = None
         self._validation: Optional[Tuple[Validation, int, str]] = None
         self._signal = 0
@@ -306,19 +309,25 @@ class Run:
         save_file(tensors, path)
         raise FloatingPointError(f"{reason} at step {self.progress.step}; the batches that caused it are in {path}.")
 
-    def finish_step(self, values: Dict[str, torch.Tensor]) -> None:
-        """Count the step, log `values`, and do what is due: validate, save, stop.
+    def finish_pass(self, values: Dict[str, torch.Tensor]) -> None:
+        """Note the `values` of a forward pass; after the last of a step, count it and do what is due: log the means,
+        validate, save, stop.
 
         Raises:
             SystemExit: after saving, with 128 + the signal's number, if the process was told to end by SIGTERM or SIGINT.
         """
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
+            self._sums[name] = self._sums.get(name, 0) + value
+        if not self.ends_step:
+            return
         self._schedule.step()
         if self.ema is not None:
             self.ema.step(self._model.parameters())
-        self.passes = []
         self.progress.step += 1
         self.progress.samples += self.samples_per_step
-        self._log(values)
+        self._log({name: value / len(self.passes) for name, value in self._sums.items()})
+        self.passes, self._sums = [], {}
         last = self.progress.step >= self.options.steps
         best = False
         if self._validation is not None and (last or self.progress.step % self.options.validate_every == 0):
@@ -416,9 +425,8 @@ class Run:
         """Append a row to `summary.csv`, where this step is one to log. Values are averaged over the processes."""
         if self.progress.step % self.options.log_every and self.progress.step != self.options.steps:
             return
-        numbers = {}
+        numbers: Dict[str, float] = {}
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
             numbers[name] = self.accelerator.reduce(value, "mean").item()
         if self.options.on_unreadable == "skip":
             count = torch.tensor(self.progress.unreadable, device=self.accelerator.device)

@@ -129,8 +129,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             run.update(unet, optimizer)
 
         # 3.3 count, log, save
-        if run.ends_step:
-            run.finish_step({"loss": loss})
+        run.finish_pass({"loss": loss})
     run.finish(lambda folder: build_pipeline(UNet2DModel.from_pretrained(folder / "unet")).save_pretrained(folder / "pipeline"))
 
 

@@ -122,17 +122,16 @@ def main(argv: Optional[List[str]] = None) -> None:
                 disc_loss = adversary.update(torch.cat([frames, truth], dim=1), torch.cat([frames, events], dim=1))
 
         # 3.3 count, log, save
-        if run.ends_step:
-            run.finish_step(
-                {
-                    "l1": F.l1_loss(events, truth),
-                    "l1_of_zeros": truth.abs().mean(),
-                    "mse": F.mse_loss(events, truth),
-                    "mse_of_zeros": truth.square().mean(),
-                    "gan": gan,
-                    "disc": disc_loss,
-                }
-            )
+        run.finish_pass(
+            {
+                "l1": F.l1_loss(events, truth),
+                "l1_of_zeros": truth.abs().mean(),
+                "mse": F.mse_loss(events, truth),
+                "mse_of_zeros": truth.square().mean(),
+                "gan": gan,
+                "disc": disc_loss,
+            }
+        )
     run.finish()
 
 

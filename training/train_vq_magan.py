@@ -87,18 +87,20 @@ class CodeUsage:
         self.codebook = model.quantize.embedding.weight
         self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=run.accelerator.device)
         self.share = 0.0  # of the codes, in use over the whole of the last period
+        self._next_share = 0.0
         self.latents: List[torch.Tensor] = []  # of the passes of a step that ends with a revival
 
     def state_dict(self) -> Dict[str, torch.Tensor]:
-        return {"used": self.used, "share": torch.tensor(self.share)}
+        return {"used": self.used, "shares": torch.tensor([self.share, self._next_share])}
 
     def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
         self.used.copy_(state["used"])
-        self.share = state["share"].item()
+        self.share, self._next_share = state["shares"].tolist()
 
     @torch.no_grad()
     def note(self, indices: torch.Tensor, latents: torch.Tensor) -> None:
         """Take down the codes of a pass. At the end of every period's first step, unused codes are revived."""
+        self.share = self._next_share  # the same in all passes of a step
         self.used[indices] = True
         if not self.every or self.run.progress.step % self.every:
             return
@@ -120,7 +122,7 @@ class CodeUsage:
         self.codebook[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
         self.run.jumped(self.codebook, ~alive)
         self.used.zero_()
-        self.share = alive.float().mean().item()
+        self._next_share = alive.float().mean().item()
 
 
 @torch.no_grad()
@@ -224,19 +226,18 @@ def main(argv: Optional[List[str]] = None) -> None:
             disc_loss = adversary.update(truth, decoded.sample) if adversarial else zero
 
         # 3.3 count, log, save
-        if run.ends_step:
-            run.finish_step(
-                {
-                    "l1": l1,
-                    "lpips": perceptual,
-                    "vq": vq,
-                    "anchor": anchor,
-                    "flow": flow,
-                    "gan": gan,
-                    "disc": disc_loss,
-                    "codes_in_use": codes.share,
-                }
-            )
+        run.finish_pass(
+            {
+                "l1": l1,
+                "lpips": perceptual,
+                "vq": vq,
+                "anchor": anchor,
+                "flow": flow,
+                "gan": gan,
+                "disc": disc_loss,
+                "codes_in_use": codes.share,
+            }
+        )
     run.finish()
 
 

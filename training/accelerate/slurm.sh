@@ -1,0 +1,30 @@
+#!/bin/bash
+# Four nodes of eight GPUs; the arguments are the module and its options:
+#
+#     sbatch training/accelerate/slurm.sh training.train_vq_magan --config paper --data … --i2e … --output …
+#
+# Two minutes before its time is over, and when it is preempted, the job gets SIGTERM, saves and ends with 143; it is then
+# queued again, and the same command resumes.
+#SBATCH --job-name=madiff
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%j.log
+set -u
+MAIN_PROCESS_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MAIN_PROCESS_IP
+GPUS=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
+export GPUS
+srun bash -c 'exec accelerate launch --config_file training/accelerate/multi_node.yaml --num_machines "$SLURM_NNODES" \
+    --num_processes "$GPUS" --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_PROCESS_IP" -m "$@"' madiff "$@"
+status=$?
+# Interrupted, not failed: the agents that start the processes report a child's 143 as 1, so that the log decides.
+if [ "$status" -ne 0 ] && grep -q "^stopped by SIGTERM" "${SLURM_JOB_NAME}_${SLURM_JOB_ID}.log"; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
