@@ -232,7 +232,7 @@ def _load_dataset(path: str, streaming: bool):
         return table.to_iterable_dataset() if streaming else table
     try:
         return datasets.load_dataset(path, split="train", streaming=streaming)
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(f"`data`: {path!r} is no dataset with a split `train`: {error}") from error
 
 
@@ -299,8 +299,7 @@ def parse_sources(data: str) -> List[Tuple[str, str, float]]:
     """
     sources = []
     for item in data.split(","):
-        match = re.fullmatch(r"(?:([a-z-]+):)?(.+?)(?:@([^@/]*))?", item.strip())
-        name, path, weight = match.groups() if match else (None, "", None)
+        name, path, weight = re.fullmatch(r"(?:([a-z-]+):)?(.*?)(?:@([^@/]*))?", item.strip(), re.DOTALL).groups()
         if not path or (name or "videos") not in LAYOUTS:
             raise ValueError(f"`data` must be FORMAT:PATH with a format of {', '.join(LAYOUTS)}, but is {item!r}.")
         try:
@@ -584,7 +583,7 @@ class StreamedSamples(IterableDataset):
     """Samples from a streamed Hugging Face dataset of triplets, shuffled anew in every epoch.
 
     In an epoch, each triplet comes once on one of the processes. A process whose run is resumed reads the stream up to
-    where it was, without decoding. Use at most one loader process.
+    where it was, without decoding. Use at most one loader process, and the same number all along: the order depends on it.
 
     Args:
         path: what `datasets.load_dataset` takes.
@@ -612,8 +611,8 @@ class StreamedSamples(IterableDataset):
         """This process's rows of an epoch, pictures as bytes."""
         from datasets.distributed import split_dataset_by_node
 
-        shuffled = self.table.shuffle(seed=self.options.seed, buffer_size=self.shuffle_buffer)
-        shuffled.set_epoch(epoch)
+        seed = int(np.random.SeedSequence((self.options.seed, epoch)).generate_state(1)[0])
+        shuffled = self.table.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
         yield from split_dataset_by_node(shuffled, rank=self.process, world_size=self.processes)
 
     def __iter__(self) -> Iterator[Sample]:
