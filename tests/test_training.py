@@ -2,57 +2,151 @@
 
 import csv
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import REPOSITORY, load_config, moving_picture
-from training.data import EventSamples, TripletSamples, move_still, read_clip, read_clips
 from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
+from training.options import parse_options
+from training.train_i2e import I2EOptions
+from training.train_vq_magan import VQMAGANOptions
 
+SLOW = pytest.mark.slow
 STAGES = {"i2e": "train_i2e", "vqvae": "train_vq_magan", "unet": "train_denoiser"}
 
 
-def command(stage: str, clips: Path, runs: Path, *flags: str) -> list:
+def arguments(stage: str, clips: Path, runs: Path, *flags: str) -> list:
+    """Module and options of a stage whose inputs lie in `runs`."""
     needs = {"i2e": [], "vqvae": ["i2e"], "unet": ["i2e", "vqvae"]}[stage]
     folders = [part for name in needs for part in (f"--{name}", str(runs / name / name))]
-    base = [sys.executable, "-m", f"training.{STAGES[stage]}", "--config", "tiny", "--data", str(clips)]
+    base = [f"training.{STAGES[stage]}", "--config", "tiny", "--data", str(clips)]
     return [*base, "--output", str(runs / stage), *folders, *flags]
 
 
-def launch(arguments: list, **keywords) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, **keywords)
+def command(stage: str, clips: Path, runs: Path, *flags: str) -> list:
+    return [sys.executable, "-m", *arguments(stage, clips, runs, *flags)]
 
 
-def rows(folder: Path) -> list:
-    with (folder / "summary.csv").open(newline="") as file:
+def two_processes(module_and_options: list) -> list:
+    """As `command`, on two CPU processes that talk through gloo."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", *module_and_options]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def launch(arguments: list) -> subprocess.CompletedProcess:
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT)
+    return done
+
+
+def succeed(arguments: list) -> str:
+    done = launch(arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start(arguments: list) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+
+
+def stop_at(process: subprocess.Popen, line_start: str, number: int) -> str:
+    """Signal a process once it prints a line; its output, after it has ended."""
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith(line_start):
+            os.kill(process.pid, number)
+    process.wait()
+    return "".join(printed)
+
+
+def rows(folder: Path, name: str = "summary.csv") -> list:
+    with (folder / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def link(stage: str, trained: Path, runs: Path) -> Path:
+    """A new folder of runs that has what a stage needs."""
+    runs.mkdir(exist_ok=True)
+    for name in STAGES:
+        if name != stage:
+            (runs / name).symlink_to(trained / name)
+    return runs
+
+
+def flat(value, name: str = "") -> dict:
+    """Every leaf of nested dictionaries and lists by its path."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {path: leaf for key, each in items for path, leaf in flat(each, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def checkpoint(folder: Path) -> dict:
+    """All that a checkpoint holds: weights, optimisers, EMA, schedules, random states, the exported part."""
+    content = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            content.update(flat(load_file(path), name))
+        elif path.suffix in (".bin", ".pkl"):
+            content.update(flat(torch.load(path, weights_only=False), name))
+        elif path.is_file():
+            content[name] = path.read_text()
+    return content
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return bool(np.array_equal(a, b))
+
+
+VALIDATION = ["--validation_samples", "5", "--validation_crop", "32", "--validate_every", "10", "--panels", "2"]
 
 
 @pytest.fixture(scope="module")
 def trained(clips, tmp_path_factory) -> Path:
-    """All three stages, 20 steps each."""
+    """All three stages, 20 steps each, validated at steps 10 and 20."""
     runs = tmp_path_factory.mktemp("runs")
     for stage in STAGES:
-        done = launch(command(stage, clips, runs))
-        assert done.returncode == 0, done.stderr
+        succeed(command(stage, clips, runs, "--validation", f"videos:{clips}", *VALIDATION))
     return runs
+
+
+# ---- what a run leaves ----
 
 
 def test_three_stages_make_a_pipeline(trained):
     for stage in STAGES:
         assert [int(row["step"]) for row in rows(trained / stage)] == list(range(1, 21))
-        assert [path.name for path in (trained / stage / "checkpoints").iterdir()] == ["step_00000020"]
         assert yaml.safe_load((trained / stage / "args.yaml").read_text())["steps"] == 20
+        environment = yaml.safe_load((trained / stage / "environment.yaml").read_text())
+        assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert re.fullmatch("[0-9a-f]{40}|unknown", environment["git_revision"])
+        assert list((trained / stage / "log").rglob("events.out.tfevents.*")), "TensorBoard"
     i2e = EventGANModel.from_pretrained(trained / "i2e" / "i2e")
     assert not any("parametrizations" in name for name in i2e.state_dict()), "spectral norm is folded"
     vqvae = VQMAGANModel.from_pretrained(trained / "vqvae" / "vqvae")
@@ -65,16 +159,42 @@ def test_three_stages_make_a_pipeline(trained):
     assert torch.equal(unet.conv_in.weight, pipeline.unet.conv_in.weight)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_bf16_and_accumulation(stage, clips, trained, tmp_path):
-    for name in STAGES:
-        if name != stage:
-            (tmp_path / name).symlink_to(trained / name)
-    done = launch(
-        command(stage, clips, tmp_path, "--mixed_precision", "bf16", "--accumulation", "2", "--steps", "6")
-    )
-    assert done.returncode == 0, done.stderr
-    assert [int(row["samples"]) for row in rows(tmp_path / stage)] == list(range(4, 28, 4))
+def test_the_newest_checkpoint_and_the_best_are_kept_and_can_be_loaded(trained):
+    for stage, model in (("i2e", EventGANModel), ("vqvae", VQMAGANModel), ("unet", UNet2DModel)):
+        folder = trained / stage / "checkpoints"
+        scores = {int(row["step"]): float(row["l1"]) for row in rows(trained / stage, "validation.csv")}
+        best = yaml.safe_load((folder / "best.yaml").read_text())
+        assert set(scores) == {10, 20} and best["step"] == min(scores, key=scores.get)
+        kept = {f"step_{step:08d}" for step in (best["step"], 20)}
+        assert {path.name for path in folder.iterdir()} == kept | {"best.yaml"}
+        for name in kept:
+            loaded = model.from_pretrained(folder / name / stage)
+        last = model.from_pretrained(trained / stage / stage)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), last.parameters())) == (name.endswith("20"))
+
+
+def test_what_is_exported_is_the_moving_average(trained):
+    folder = trained / "unet" / "checkpoints" / "step_00000020"
+    exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    assert any(not torch.equal(exported[name], weights[name]) for name in weights)
+    states = [torch.load(path, weights_only=False) for path in folder.glob("custom*")]
+    average = next(state["shadow_params"] for state in states if "shadow_params" in state)
+    names = [name for name, _ in UNet2DModel.from_pretrained(folder / "unet").named_parameters()]
+    assert all(torch.equal(exported[name], value) for name, value in zip(names, average, strict=True))
+
+
+def test_validation_shows_pictures(trained):
+    for stage, columns in (("i2e", 4), ("vqvae", 11), ("unet", 11)):
+        for step in (10, 20):
+            sheet = np.array(Image.open(trained / stage / "panels" / f"step_{step:08d}.png"))
+            assert sheet.shape == (2 * (32 + 16), columns * 32, 3)
+        assert all(int(row["count"]) == 5 for row in rows(trained / stage, "validation.csv"))
+        truth = sheet[16:48, 64:96].astype(float)
+        if stage != "i2e":
+            result = sheet[16:48, 96:128]
+            l1 = float(rows(trained / stage, "validation.csv")[-1]["l1"])
+            assert np.abs(truth - result).mean() / 255 < 4 * l1
 
 
 def test_discriminators_take_part_from_their_first_step_on(trained):
@@ -84,50 +204,161 @@ def test_discriminators_take_part_from_their_first_step_on(trained):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_loss_falls_on_one_fixed_batch(stage, clips, trained, tmp_path):
+def test_loss_falls_on_one_fixed_batch(stage, trained, tmp_path):
     # One clip of three frames as large as the crop: every sample is the same picture, turned or mirrored.
-    import cv2
-
     fixed = tmp_path / "fixed"
     fixed.mkdir()
     writer = cv2.VideoWriter(str(fixed / "only.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (32, 32))
     for i in range(3):
         writer.write(cv2.cvtColor(moving_picture(2 * i, 32, 32), cv2.COLOR_RGB2BGR))
     writer.release()
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    for name in STAGES:
-        if name != stage:
-            (runs / name).symlink_to(trained / name)
-    flags = ["--steps", "60", "--disc_start", "1000"] if stage != "unet" else ["--steps", "60"]
-    done = launch(command(stage, fixed, runs, *flags))
-    assert done.returncode == 0, done.stderr
+    flags = ["--steps", "60", "--save_every", "100", *(["--disc_start", "1000"] if stage != "unet" else [])]
+    runs = link(stage, trained, tmp_path / "runs")
+    succeed(command(stage, fixed, runs, *flags))
     name = {"i2e": "l1", "vqvae": "l1", "unet": "loss"}[stage]
     losses = [float(row[name]) for row in rows(runs / stage)]
     assert np.mean(losses[-15:]) < 0.9 * np.mean(losses[:15])
 
 
+@pytest.mark.parametrize("stage", [pytest.param("i2e", marks=SLOW), "vqvae", pytest.param("unet", marks=SLOW)])
+def test_speed_and_memory_options_keep_training_going(stage, clips, trained, tmp_path):
+    runs = link(stage, trained, tmp_path / "runs")
+    flags = ["--mixed_precision", "bf16", "--accumulation", "2", "--gradient_checkpointing", "--channels_last", "false"]
+    motion = ["--random_motion_share", "0.5", "--colour_jitter", "0.1", "--ema_decay", "0.9", "--steps", "6"]
+    succeed(command(stage, clips, runs, *flags, *motion, "--tracker", "none", "--workers", "1"))
+    assert [int(row["samples"]) for row in rows(runs / stage)] == list(range(4, 28, 4))
+
+
+# ---- several processes ----
+
+
+def compare_launches(stage, clips, trained, tmp_path, *flags) -> None:
+    """Two processes, and one that accumulates two passes, come to the same weights, scores and log."""
+    folders = []
+    for name in ("two", "one"):
+        runs = link(stage, trained, tmp_path / name)
+        options = ["--steps", "5", *flags, "--validation", f"videos:{clips}", *VALIDATION]
+        options += ["--validate_every", "5", *(["--disc_start", "1"] if stage != "unet" else [])]
+        if name == "two":
+            succeed(two_processes(arguments(stage, clips, runs, *options)))
+            environment = yaml.safe_load((runs / stage / "environment.yaml").read_text())
+            assert environment["processes"] == 2 and environment["distribution"] == "MULTI_CPU"
+        else:
+            succeed(command(stage, clips, runs, *options, "--accumulation", "2"))
+        folders.append(runs / stage)
+    last = [folder / "checkpoints" / "step_00000005" for folder in folders]
+    weights = [{path.name: load_file(path) for path in folder.glob("*.safetensors")} for folder in last]
+    assert set(weights[0]) == set(weights[1]) and len(weights[0]) == (1 if stage == "unet" else 2)
+    for file in weights[0]:
+        for name, value in weights[0][file].items():
+            assert (value.float() - weights[1][file][name].float()).abs().max() <= 1e-5, (file, name)
+    for name in ("summary.csv", "validation.csv"):
+        for two, one in zip(rows(folders[0], name), rows(folders[1], name)):
+            assert list(map(float, two.values())) == pytest.approx(list(map(float, one.values())), rel=1e-4, abs=1e-6)
+    assert rows(folders[0], "validation.csv")[0]["count"] == "5", "five samples on two processes, each once"
+
+
+def test_two_processes_equal_accumulation(clips, trained, tmp_path):
+    compare_launches("vqvae", clips, trained, tmp_path, "--revive_every", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["i2e", "unet"])
+def test_two_processes_equal_accumulation_in_the_other_stages(stage, clips, trained, tmp_path):
+    compare_launches(stage, clips, trained, tmp_path)
+
+
+# ---- interrupted runs ----
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_started_again_goes_on_from_where_it_was(stage, clips, trained, tmp_path):
-    for name in STAGES:
-        if name != stage:
-            (tmp_path / name).symlink_to(trained / name)
-    arguments = command(stage, clips, tmp_path)
-    process = subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:  # the checkpoint of step 10 is whole once step 11 is logged
-        if line.startswith("step=11 "):
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.stdout.close()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / stage / stage).exists()
-    done = launch(arguments)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"resumed at step 1[05]\b", done.stdout), "it may have come to the next checkpoint before it died"
-    assert rows(tmp_path / stage) == rows(trained / stage)
-    done = launch(arguments)
-    assert done.returncode == 0 and "resumed at step 20" in done.stdout, "a finished run finishes at once"
+def test_four_steps_are_two_a_kill_and_two_more(stage, clips, trained, tmp_path):
+    flags = ["--steps", "4", "--save_every", "2", "--keep", "2", "--tracker", "none"]
+    if stage != "unet":
+        flags += ["--disc_start", "1", "--ema_decay", "0.9"]
+    straight, broken = (link(stage, trained, tmp_path / name) for name in ("straight", "broken"))
+    succeed(command(stage, clips, straight, *flags))
+    process = start(command(stage, clips, broken, *flags))
+    printed = stop_at(process, "step=3 ", signal.SIGKILL)  # the checkpoint of step 2 is whole by then
+    assert process.returncode == -signal.SIGKILL and not (broken / stage / stage).exists(), printed
+    (broken / stage / "checkpoints" / "writing_00000004").mkdir(exist_ok=True)  # as a kill while saving leaves it
+    assert "resumed at step 2" in succeed(command(stage, clips, broken, *flags))
+    # Step 3 is logged again: that its losses are those of the straight run tells that it saw the same batch.
+    assert rows(broken / stage) == rows(straight / stage)
+    whole, resumed = (checkpoint(runs / stage / "checkpoints" / "step_00000004") for runs in (straight, broken))
+    assert set(whole) == set(resumed) and any("shadow_params" in name for name in whole)
+    assert any("exp_avg" in name for name in whole) and any("rng" in name or "random" in name for name in whole)
+    assert [name for name in whole if not same(whole[name], resumed[name])] == []
+    names = {path.name for path in (broken / stage / "checkpoints").iterdir()}
+    assert names == {"step_00000002", "step_00000004"}
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)]
+)
+def test_a_signal_saves_and_ends_the_run(number, code, clips, trained, tmp_path):
+    flags = ["--steps", "400", "--save_every", "1000", "--workers", "1"]
+    process = start(command("i2e", clips, tmp_path, *flags))
+    printed = stop_at(process, "step=3 ", number)
+    assert process.returncode == code, printed
+    step = int(re.search(rf"stopped by {number.name} at step (\d+), which is saved", printed).group(1))
+    assert 3 <= step < 400
+    assert [path.name for path in (tmp_path / "i2e" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
+    process = start(command("i2e", clips, tmp_path, *flags))
+    assert f"resumed at step {step}" in stop_at(process, f"step={step + 1} ", number)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_of_two_processes_saves(clips, trained, tmp_path):
+    flags = ["--steps", "400", "--save_every", "1000"]
+    printed = stop_at(start(two_processes(arguments("i2e", clips, tmp_path, *flags))), "step=3 ", signal.SIGTERM)
+    step = int(re.search(r"stopped by SIGTERM at step (\d+), which is saved", printed).group(1))
+    assert [path.name for path in (tmp_path / "i2e" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
+    process = start(two_processes(arguments("i2e", clips, tmp_path, *flags)))
+    assert f"resumed at step {step}" in stop_at(process, f"step={step + 1} ", signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_always_goes_on(clips, trained, tmp_path):
+    straight, broken = (link("vqvae", trained, tmp_path / name) for name in ("straight", "broken"))
+    # A checkpoint at every step: most of the time goes into saving.
+    flags = ["--steps", "40", "--save_every", "1", "--keep", "2", "--tracker", "none"]
+    succeed(command("vqvae", clips, straight, *flags))
+    rng = random.Random(0)
+    reached, checkpoints = [], broken / "vqvae" / "checkpoints"
+    for _ in range(20):
+        process = start(command("vqvae", clips, broken, *flags))
+        for line in process.stdout:
+            if line.startswith(("step=", "resumed")):
+                break
+        time.sleep(rng.uniform(0, 0.6))
+        process.kill()
+        process.stdout.close()
+        process.wait()
+        whole = sorted(checkpoints.glob("step_*"))
+        for folder in whole:
+            assert checkpoint(folder)
+            VQMAGANModel.from_pretrained(folder / "vqvae")
+        reached.append(int(whole[-1].name[5:]) if whole else 0)
+    assert reached == sorted(reached) and reached[-1] > 3
+    succeed(command("vqvae", clips, broken, *flags))
+    whole, resumed = (checkpoint(runs / "vqvae" / "checkpoints" / "step_00000040") for runs in (straight, broken))
+    assert [name for name in whole if not same(whole[name], resumed[name])] == []
+    assert rows(broken / "vqvae") == rows(straight / "vqvae")
+
+
+def test_a_batch_that_breaks_training_is_saved(clips, tmp_path):
+    done = launch(command("i2e", clips, tmp_path, "--learning_rate", "1e30", "--accumulation", "2"))
+    assert done.returncode == 1
+    match = re.search(r"error: The gradient's norm is (nan|inf) at step (\d+); the batches that caused it are in (\S+)\.\n", done.stderr)
+    assert match, done.stderr
+    batches = load_file(match.group(3))
+    assert {name.split(".")[0] for name in batches} == {"pass_0", "pass_1"}
+    assert batches["pass_1.frame_first"].shape == (2, 1, 32, 32) and batches["pass_0.events"].isfinite().all()
+    assert "Traceback" not in done.stderr
+
+
+# ---- options ----
 
 
 @pytest.mark.parametrize(
@@ -135,73 +366,69 @@ def test_killed_and_started_again_goes_on_from_where_it_was(stage, clips, traine
     [
         (["--config", "giant"], "--config must be one of compact, paper, tiny"),
         (["--steps", "5", "--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["--data", "/nowhere"], "'/nowhere' has none"),
         (["--steps", "1e5x"], "--steps must be of type int"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "true"], "--steps must be of type int"),
         (["--gaps", "0.5,0.5"], "--gaps must be of type"),
-        (["--mixed_precision", "fp16", "--accumulation", "2"], "fp16 with `accumulation` > 1"),
+        (["--gaps", "[0, 0]"], "--gaps must be chances"),
+        (["--mixed_precision", "fp16", "--accumulation", "2"], "fp16 with --accumulation > 1"),
+        (["--mixed_precision", "fp8"], "--mixed_precision must be one of no, bf16, fp16, but is 'fp8'"),
+        (["--output", ""], "--output is required"),
     ],
 )
-def test_wrong_options_are_named(clips, tmp_path, flags, message):
-    done = launch(command("i2e", clips, tmp_path, *flags))
-    assert done.returncode != 0 and message in done.stderr
+def test_wrong_options_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(I2EOptions, "train_i2e", ["--config", "tiny", "--data", "x", "--output", "y", *flags], "")
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_unknown_keys_of_a_configuration_are_named(clips, tmp_path, tiny):
-    tiny["train_i2e"]["stepz"] = 3
+@pytest.mark.parametrize(
+    "section, key, message",
+    [
+        ("train_i2e", "stepz", "section train_i2e: unknown key(s) stepz"),
+        ("vqvae", "widths", "section vqvae: unknown key(s) widths"),
+        ("unet", "widths", "section unet: unknown key(s) widths"),
+        ("scheduler", "steps", "section scheduler: unknown key(s) steps"),
+        ("pipeline", "steps", "section pipeline: unknown key(s) steps"),
+        (None, "train_everything", "unknown section(s) train_everything"),
+    ],
+)
+def test_unknown_keys_of_a_configuration_are_named(section, key, message, tmp_path, tiny, capsys):
+    (tiny if section is None else tiny[section])[key] = 3
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(tiny))
-    done = launch(command("i2e", clips, tmp_path, "--config", str(path)))
-    assert done.returncode == 2 and "unknown key(s) stepz" in done.stderr
+    with pytest.raises(SystemExit):
+        parse_options(I2EOptions, "train_i2e", ["--config", str(path), "--data", "x", "--output", "y"], "")
+    assert message in capsys.readouterr().err
 
 
-def samples(clips: Path, **changes) -> TripletSamples:
-    settings = {"crop": 32, "gaps": (0.5, 0.5), "candidates": 2, "length": 40, "seed": 0, **changes}
-    return TripletSamples(read_clips(str(clips)), **settings)
+def test_flags_go_before_the_file_and_the_file_before_defaults():
+    flags = ["--config", "tiny", "--data", "x", "--output", "y", "--crop", "64", "--compile", "--adam_betas", "[0.8, 0.95]"]
+    options, config = parse_options(VQMAGANOptions, "train_vq_magan", flags, "")
+    assert (options.crop, options.compile, options.adam_betas) == (64, True, (0.8, 0.95))
+    assert options.batch_size == 2 and options.weight_decay == 0.0 and config["vqvae"]["stem_stride"] == 2
 
 
-def test_samples_follow_from_seed_and_index(clips):
-    first, second = samples(clips), samples(clips)
-    assert all(torch.equal(first[7][name], second[7][name]) for name in first[7])
-    assert not torch.equal(first[7]["frame_mid"], first[8]["frame_mid"])
-    assert not torch.equal(first[7]["frame_mid"], samples(clips, seed=1)[7]["frame_mid"])
-    assert first[0]["frame_prev"].shape == (3, 32, 32)
-    assert -1 <= first[0]["frame_prev"].min() and first[0]["frame_prev"].max() <= 1
+def test_bad_input_is_one_message_without_a_traceback(clips, tmp_path):
+    done = launch(command("i2e", clips, tmp_path, "--data", "/nowhere", "--tracker", "none"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: `data`: '/nowhere' is not of the format videos: there is no such folder.")
 
 
-def test_the_middle_frame_lies_between_the_others(clips):
-    for sample in (samples(clips)[i] for i in range(10)):
-        prev, mid, next_ = (sample[name] for name in ("frame_prev", "frame_mid", "frame_next"))
-        assert (prev - mid).abs().mean() < (prev - next_).abs().mean()
+def test_a_finished_run_finishes_at_once(clips, trained):
+    before = rows(trained / "i2e")
+    assert "resumed at step 20" in succeed(command("i2e", clips, trained))
+    assert rows(trained / "i2e") == before
 
 
-def test_event_samples_match_their_frames(clips):
-    settings = {"crop": 32, "gaps": (1.0,), "candidates": 1, "length": 20, "seed": 0}
-    for share in (0.0, 1.0):
-        data = EventSamples(
-            read_clips(str(clips)), num_bins=5, frames=3, upsampling=2, moved_still_share=share, **settings
-        )
-        change, events = [], []
-        for i in range(20):
-            sample = data[i]
-            assert sample["events"].shape == (10, 32, 32)
-            change.append(float((sample["frame_second"] - sample["frame_first"]).mean()))
-            events.append(float(sample["events"][:5].mean() - sample["events"][5:].mean()))
-        assert np.corrcoef(change, events)[0, 1] > 0.5, "where it gets brighter, increases prevail"
+def test_help_says_what_every_option_is(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(VQMAGANOptions, "train_vq_magan", ["--help"], "")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--latent_noise LATENT_NOISE noise on the latents" in printed and "(default: 0.0)" in printed
 
 
-def test_a_moved_still_moves_smoothly():
-    frames = move_still(moving_picture(0)[..., 0], 9, np.random.default_rng(0)).astype(float)
-    steps = [np.abs(a - b).mean() for a, b in zip(frames[:-1], frames[1:])]
-    assert frames.shape == (9, 64, 96) and max(steps) < 0.5 * np.abs(frames[0] - frames[-1]).mean()
-
-
-def test_clips_that_are_too_small_or_unreadable_are_named(clips, tmp_path):
-    with pytest.raises(ValueError, match="`crop` 80"):
-        samples(clips, crop=80)
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"no video")
-    with pytest.raises(ValueError, match="broken.mp4"):
-        read_clip(broken)
+# ---- losses ----
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients():

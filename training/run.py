@@ -245,6 +245,8 @@ class Run:
             "num_workers": self.options.workers,
             "drop_last": True,
             "worker_init_fn": _leave_signals_to_the_parent,
+            # Otherwise a seed is drawn from torch's own state, which would differ after a resumption.
+            "generator": torch.Generator().manual_seed(self.options.seed),
         }
         if isinstance(dataset, IterableDataset):  # a stream shares itself among processes and finds its own place
             world = self.accelerator.num_processes
