@@ -314,7 +314,7 @@ def test_a_scene_moves_smoothly_and_layers_hide_what_is_behind():
     assert steps.max() < 0.4 * np.abs(frames[0] - frames[-1]).mean()
     background, layer = scene.layers
     matrix = layer.matrix(0.0)
-    middle = matrix @ [(layer.opacity.shape[1] - 1) / 2, (layer.opacity.shape[0] - 1) / 2, 1]
+    middle = matrix @ [(layer.picture.shape[1] - 1) / 2, (layer.picture.shape[0] - 1) / 2, 1]
     assert middle == pytest.approx(layer.centre), "a layer lies at its centre at time 0"
     x, y = np.clip(layer.centre.round().astype(int), 0, 63)
     assert (frames[8, y, x] == 255).all()
@@ -336,7 +336,7 @@ def test_no_point_moves_farther_than_the_largest_shift():
     for seed in range(20):
         scene = MovingScene([moving_picture(0)] * 3, 48, 64, np.random.default_rng(seed))
         for layer in scene.layers:
-            height, width = layer.opacity.shape
+            height, width = layer.picture.shape[:2]
             corners = np.array([[0, 0, 1], [width - 1, 0, 1], [0, height - 1, 1], [width - 1, height - 1, 1]]).T
             paths = np.stack([layer.matrix(time) @ corners for time in np.linspace(-1, 1, 9)])
             assert np.linalg.norm(paths[-1] - paths[0], axis=0).max() <= scene.largest_shift

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import REPOSITORY, load_config, moving_picture
+from tests.local_hub import local_hub
 from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
 from training.options import parse_options
 from training.train_i2e import I2EOptions
@@ -55,13 +56,13 @@ def two_processes(module_and_options: list) -> list:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(arguments: list) -> subprocess.CompletedProcess:
-    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT)
-    return done
+def launch(arguments: list, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**ENVIRONMENT, **environment}
+    return subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
 
 
-def succeed(arguments: list) -> str:
-    done = launch(arguments)
+def succeed(arguments: list, **environment: str) -> str:
+    done = launch(arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -227,6 +228,32 @@ def test_speed_and_memory_options_keep_training_going(stage, clips, trained, tmp
     motion = ["--random_motion_share", "0.5", "--colour_jitter", "0.1", "--ema_decay", "0.9", "--steps", "6"]
     succeed(command(stage, clips, runs, *flags, *motion, "--tracker", "none", "--workers", "1"))
     assert [int(row["samples"]) for row in rows(runs / stage)] == list(range(4, 28, 4))
+
+
+def test_the_result_is_sent_to_the_hub_with_a_filled_card(clips, trained):
+    with local_hub() as hub:
+        environment = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1"}
+        flags = ["--push_to_hub", "somebody/madiff-tiny", "--tracker", "none"]
+        # The run is finished: the same command with a destination trains nothing more.
+        succeed(command("unet", clips, trained, *flags, "--hub_private"), **environment)
+        sent = hub.repositories["somebody/madiff-tiny"]
+        request = hub.created["somebody/madiff-tiny"]
+        assert request.get("visibility") == "private" or request.get("private"), "by whichever name the client gives it"
+        folder = trained / "unet" / "pipeline"
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert sent == files and "model_index.json" in sent and "unet/diffusion_pytorch_model.safetensors" in sent
+        card = sent["README.md"].decode()
+        header = yaml.safe_load(card.split("---")[1])
+        assert header["library_name"] == "diffusers"
+        score = rows(trained / "unet", "validation.csv")[-1]["psnr"]
+        assert f" {score} " in card and 'MADiffPipeline.from_pretrained("somebody/madiff-tiny")' in card
+        assert "steps: 20" in card and torch.__version__.split("+")[0] in card
+
+        hub.refuses = True
+        done = launch(command("i2e", clips, trained, *flags), **environment)
+        assert done.returncode == 1 and "Run the same command again to upload it" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert EventGANModel.from_pretrained(trained / "i2e" / "i2e")
 
 
 # ---- several processes ----

@@ -103,7 +103,7 @@ class VideoClips:
             try:
                 count, size = self.decoder.measure(path)
                 if size <= room:
-                    frames = self.decoder.frames(path)
+                    frames = self._decode(path, 0, count, whole=True)
                     room -= frames.nbytes
                     for scene in np.split(frames, find_cuts(frames)):
                         self.scenes.append(scene)
@@ -119,10 +119,26 @@ class VideoClips:
         scene = self.scenes[number]
         if isinstance(scene, np.ndarray):
             return scene[times.start : times.stop : times.step]
-        frames = self.decoder.frames(scene, times.start, times[-1] - times.start + 1)
+        frames = self._decode(scene, times.start, times[-1] - times.start + 1)
         if find_cuts(frames):
             raise Unreadable(f"There is a scene cut in {scene} between frames {times.start} and {times[-1]}.")
         return frames[:: times.step]
+
+    def _decode(self, path: Path, first: int, count: int, whole: bool = False) -> np.ndarray:
+        """Frames in one array; of a `whole` file as many as there are, whatever `count` its header told."""
+        frames, found = None, 0
+        for frame in self.decoder.decode(path, first, threads=whole):  # loaders, which read parts, are parallel already
+            if frames is None:
+                frames = np.empty((count, *frame.shape), np.uint8)
+            if found == len(frames):
+                frames = np.concatenate([frames, np.empty_like(frames[: found // 4 + 1])])
+            frames[found] = frame
+            found += 1
+            if found == count and not whole:
+                break
+        if frames is None or (found < count and not whole):
+            raise Unreadable(f"The video file {path} gives {found} frames where {count} were looked for.")
+        return frames[:found]
 
 
 class _PyAV:
@@ -147,12 +163,11 @@ class _PyAV:
         except (self.av.FFmpegError, IndexError, OSError) as error:
             raise Unreadable(f"No video can be read from {path}: {error}.") from error
 
-    def frames(self, path: Path, first: int = 0, count: Optional[int] = None) -> np.ndarray:
-        out: List[np.ndarray] = []
+    def decode(self, path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
         try:
             with self.av.open(str(path)) as container:
                 stream = container.streams.video[0]
-                stream.thread_type = "NONE"  # loaders are parallel already
+                stream.thread_type = "AUTO" if threads else "NONE"
                 start = 0.0
                 if first and stream.average_rate:
                     start = first / float(stream.average_rate) - 0.5 / float(stream.average_rate)
@@ -160,14 +175,10 @@ class _PyAV:
                     container.seek(int(start / stream.time_base) + offset, stream=stream)
                     start += float(offset * stream.time_base)
                 for frame in container.decode(stream):
-                    if first and frame.time is not None and frame.time < start:
-                        continue
-                    out.append(frame.to_ndarray(format="rgb24"))
-                    if count is not None and len(out) == count:
-                        break
+                    if not first or frame.time is None or frame.time >= start:
+                        yield frame.to_ndarray(format="rgb24")
         except (self.av.FFmpegError, IndexError, OSError, ValueError) as error:
             raise Unreadable(f"The video file {path} cannot be decoded: {error}.") from error
-        return _stack(out, path, count)
 
 
 class _OpenCV:
@@ -183,24 +194,16 @@ class _OpenCV:
             raise Unreadable(f"No video can be read from {path}.")
         return int(count), count * width * height * 3
 
-    def frames(self, path: Path, first: int = 0, count: Optional[int] = None) -> np.ndarray:
+    def decode(self, path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
         capture = cv2.VideoCapture(str(path))
         if first:
             capture.set(cv2.CAP_PROP_POS_FRAMES, first)
-        out: List[np.ndarray] = []
-        while count is None or len(out) < count:
+        while True:
             more, frame = capture.read()
             if not more:
                 break
-            out.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         capture.release()
-        return _stack(out, path, count)
-
-
-def _stack(frames: List[np.ndarray], path: Path, count: Optional[int]) -> np.ndarray:
-    if not frames or (count is not None and len(frames) < count):
-        raise Unreadable(f"The video file {path} gives {len(frames)} frames where {count or 'some'} were looked for.")
-    return np.stack(frames)
 
 
 def _decoder(name: str) -> Union[_PyAV, _OpenCV]:

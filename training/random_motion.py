@@ -16,8 +16,7 @@ import numpy as np
 class Layer:
     """A picture that moves. Times run from -1 (previous frame) to 1 (next frame); it lies at `centre` at time 0."""
 
-    picture: np.ndarray  # (h, w, 3) float32, in [0, 255]
-    opacity: np.ndarray  # (h, w) float32, in [0, 1]
+    picture: np.ndarray  # (h, w, 4) uint8: colours times opacity, and opacity
     centre: np.ndarray  # (2,) x, y in pixels of the scene
     velocity: np.ndarray  # (2,) pixels per unit of time
     acceleration: np.ndarray  # (2,) pixels per squared unit of time
@@ -28,7 +27,7 @@ class Layer:
 
     def matrix(self, time: float) -> np.ndarray:
         """Affine map `(2, 3)` from the picture's pixels to the scene's."""
-        height, width = self.opacity.shape
+        height, width = self.picture.shape[:2]
         scale = self.scale * float(np.exp(self.growth * time))
         matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), self.angle + self.spin * time, scale)
         place = self.centre + self.velocity * time + 0.5 * self.acceleration * time**2
@@ -60,11 +59,9 @@ class MovingScene:
             centre = np.array([width - 1, height - 1]) / 2
             if not background:
                 centre = rng.uniform(0, 1, 2) * np.array([width - 1, height - 1])
-            picture, opacity = self._cut_out(still, size, rng, whole=background)
             self.layers.append(
                 Layer(
-                    picture=picture,
-                    opacity=opacity,
+                    picture=self._cut_out(still, size, rng, whole=background),
                     centre=centre,
                     velocity=velocity,
                     acceleration=rng.normal(size=2) * speed * 0.1,
@@ -75,8 +72,8 @@ class MovingScene:
             )
 
     @staticmethod
-    def _cut_out(still: np.ndarray, size: np.ndarray, rng: np.random.Generator, whole: bool):
-        """A piece of a picture of about `size` (x, y), and a smooth random outline of it."""
+    def _cut_out(still: np.ndarray, size: np.ndarray, rng: np.random.Generator, whole: bool) -> np.ndarray:
+        """A piece of a picture of about `size` (x, y), with a smooth random outline unless it is `whole`."""
         height, width = still.shape[:2]
         wanted = np.maximum(size.round().astype(int), 8)
         # A piece is not magnified, unless the picture is smaller than what is wanted.
@@ -85,7 +82,7 @@ class MovingScene:
         picture = still[top : top + piece[1], left : left + piece[0]]
         picture = cv2.resize(picture, tuple(int(side) for side in wanted), interpolation=cv2.INTER_LINEAR)
         if whole:
-            return picture.astype(np.float32), np.ones(picture.shape[:2], np.float32)
+            return np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)])
         # Radius over angle: a circle with a few random harmonics.
         angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
         radius = np.ones(64)
@@ -95,7 +92,8 @@ class MovingScene:
         points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius[:, None] * (wanted / 2) + wanted / 2
         opacity = np.zeros((wanted[1], wanted[0]), np.uint8)
         cv2.fillPoly(opacity, [(points * 16).round().astype(np.int32)], 255, lineType=cv2.LINE_AA, shift=4)
-        return picture.astype(np.float32), opacity.astype(np.float32) / 255
+        colours = picture.astype(np.float32) * (opacity[..., None].astype(np.float32) / 255)
+        return np.dstack([colours.round().astype(np.uint8), opacity])
 
     def render(self, time: float, exposure: float = 0.0, moments: int = 5) -> np.ndarray:
         """The scene `(H, W, 3)` uint8 at a time in [-1, 1].
@@ -111,16 +109,12 @@ class MovingScene:
     def _sharp(self, time: float) -> np.ndarray:
         size = (self.width, self.height)
         background, *layers = self.layers
-        frame = cv2.warpAffine(
-            background.picture, background.matrix(time), size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-        )
+        matrix = background.matrix(time)
+        frame = cv2.warpAffine(background.picture, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        frame = frame[..., :3].astype(np.float32)
         for layer in layers:
-            matrix = layer.matrix(time)
-            picture = cv2.warpAffine(
-                layer.picture, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-            )
-            opacity = cv2.warpAffine(layer.opacity, matrix, size, flags=cv2.INTER_LINEAR)[..., None]
-            frame = opacity * picture + (1 - opacity) * frame
+            moved = cv2.warpAffine(layer.picture, layer.matrix(time), size, flags=cv2.INTER_LINEAR).astype(np.float32)
+            frame = moved[..., :3] + (1 - moved[..., 3:] / 255) * frame
         return frame
 
     @property
@@ -128,7 +122,7 @@ class MovingScene:
         """Upper bound of how far a point of the scene moves between times -1 and 1, in pixels."""
         shifts = []
         for layer in self.layers:
-            reach = float(np.hypot(*layer.opacity.shape)) / 2 * layer.scale
+            reach = float(np.hypot(*layer.picture.shape[:2])) / 2 * layer.scale
             turning = reach * (np.radians(abs(layer.spin)) + abs(layer.growth)) * 1.1
             shifts.append(2 * (np.linalg.norm(layer.velocity) + np.linalg.norm(layer.acceleration) + turning))
         return float(max(shifts))

@@ -391,7 +391,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
         if self._export is not None:
-            self._export(temporary / self.part)
+            # Random states were just saved; what building a network for export draws must not show in those to come.
+            with torch.random.fork_rng(devices=[]):
+                self._export(temporary / self.part)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             for path in temporary.rglob("*"):  # a rename may reach the disk before the files that it names

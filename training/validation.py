@@ -9,7 +9,7 @@ import torch
 from torchvision.utils import flow_to_image
 
 from madiff_diffusers.metrics import psnr, ssim
-from training.data import StillClips, parse_sources, read_source
+from training.data import Unreadable, parse_sources, read_source
 from training.options import RunOptions
 
 
@@ -22,7 +22,8 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[
     Raises:
         ValueError: if the data has no clip that is long enough, or holds still pictures or recorded events.
     """
-    options = dataclasses.replace(options, data=options.validation)
+    # Videos are read where a window lies, not whole.
+    options = dataclasses.replace(options, data=options.validation, cache_gib=0.0)
     windows: List[np.ndarray] = []
     sources = parse_sources(options.validation)
     for place, (name, path, _) in enumerate(sources):
@@ -30,7 +31,7 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[
             raise ValueError(f"`validation` must be clips that are there to be read, but has the format {name}.")
         clips = read_source(name, path, options)
         long_enough = np.flatnonzero(clips.lengths >= frames)
-        if isinstance(clips, StillClips) or not len(long_enough):
+        if not len(long_enough):
             raise ValueError(f"`validation`: no clip in {path!r} has {frames} frames.")
         count = len(range(place, options.validation_samples, len(sources)))
         for i in range(count):
@@ -39,7 +40,10 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[
             same = [j for j in range(count) if j * len(long_enough) // count == i * len(long_enough) // count]
             spare = int(clips.lengths[number]) - frames
             first = spare * (2 * same.index(i) + 1) // (2 * len(same))
-            window = clips.read(number, range(first, first + frames))
+            try:
+                window = clips.read(number, range(first, first + frames))
+            except Unreadable:  # if that is for a scene cut, there is none right before it
+                window = clips.read(number, range(max(first - frames, 0), max(first - frames, 0) + frames))
             height, width = (min(options.validation_crop, side) // multiple * multiple for side in window.shape[1:3])
             if not height or not width:
                 raise ValueError(f"`validation`: frames of {window.shape[1]}x{window.shape[2]} in {path!r} are smaller than {multiple} pixels.")
