@@ -2,10 +2,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["transformers>=5.23", "datasets>=5.2", "lpips>=0.1.4", "torchvision", "PyYAML>=6.0.2"]
 EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22"]
 VIDEO = ["av>=12.3"]
-TEST = ["pytest>=8.0", *TRAIN, *EVAL, *VIDEO]
+TRAIN = [*EVAL, *VIDEO, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
+TEST = ["pytest>=8.0", *TRAIN]
 
 setup(
     name="madiff_diffusers",
@@ -32,7 +32,7 @@ setup(
         "eval": EVAL,
         "video": VIDEO,
         "test": TEST,
-        "all": sorted({*TRAIN, *EVAL, *VIDEO, *TEST}),
+        "all": TEST,
     },
     entry_points={"console_scripts": ["madiff=madiff_diffusers.cli:main"]},
 )

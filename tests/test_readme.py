@@ -1,5 +1,7 @@
 """What the README prints is what happens."""
 
+import dataclasses
+import importlib
 import re
 import shlex
 import shutil
@@ -7,9 +9,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY
+from training.data import LAYOUTS
+from training.options import RunOptions
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -44,3 +49,21 @@ def test_python_snippets_run(tmp_path):
 def test_ci_runs_the_test_command():
     lines = [line for line in README.splitlines() if "-m pytest" in line]
     assert len(lines) == 1 and "grep -m 1 -- '-m pytest' README.md" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "training/README.md"])
+def test_training_commands_have_options_that_exist(name):
+    commands = re.findall(r"accelerate launch ([^\n]*?)-m training\.(\w+)([^#\n]*)", (REPOSITORY / name).read_text().replace("\\\n", ""))
+    assert len(commands) >= 3
+    for launcher, module, flags in commands:
+        options = importlib.import_module(f"training.{module}")
+        owner = next(each for each in vars(options).values() if isinstance(each, type) and each.__name__.endswith("Options") and each is not RunOptions)
+        known = {field.name for field in dataclasses.fields(owner)} | {"config"}
+        assert set(re.findall(r"--(\w+)", flags)) <= known
+        for path in re.findall(r"--config_file (\S+)", launcher):
+            assert (REPOSITORY / path).is_file()
+
+
+def test_every_data_format_is_described():
+    described = (REPOSITORY / "training" / "README.md").read_text()
+    assert all(f"| `{name}`" in described or f"`{name}` |" in described or f"`{name}`," in described for name in LAYOUTS)

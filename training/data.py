@@ -28,6 +28,8 @@ from training.random_motion import MovingScene
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".y4m")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
+MOST_MOMENTS = 12  # frames between two, at most, that events are simulated from: more cost time, and change little
+
 Sample = Dict[str, torch.Tensor]
 
 
@@ -454,10 +456,10 @@ class EventMaker:
         # A pair's gap varies from one step to the whole window.
         last = int(rng.integers(1, len(frames)))
         grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames[: last + 1]])
-        return self._simulate(*upsample_frames(grey), rng)
+        return self._simulate(*upsample_frames(grey, most=MOST_MOMENTS), rng)
 
     def from_scene(self, scene: MovingScene, rng: np.random.Generator) -> Sample:
-        count = int(np.clip(np.ceil(scene.largest_shift), 2, 24)) + 1
+        count = int(np.clip(np.ceil(scene.largest_shift), 2, MOST_MOMENTS)) + 1
         times = np.linspace(-1, 1, count)
         grey = np.stack([cv2.cvtColor(scene.render(time), cv2.COLOR_RGB2GRAY) for time in times])
         return self._simulate(grey, (times + 1) / 2, rng)
