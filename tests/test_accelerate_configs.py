@@ -2,14 +2,16 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from diffusers import UNet2DModel
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, load_config
 
 FOLDER = REPOSITORY / "training" / "accelerate"
 
@@ -43,7 +45,39 @@ def test_fsdp_plugin(monkeypatch):
     assert os.environ["ACCELERATE_USE_FSDP"].lower() == "true"
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-    assert plugin.min_num_params == 1_000_000 and not plugin.activation_checkpointing
+    assert not plugin.activation_checkpointing
+    network = UNet2DModel(**load_config("tiny")["unet"])
+    plugin.set_auto_wrap_policy(network)
+    wrapped = [module for module in network.modules() if plugin.auto_wrap_policy(module, recurse=False, nonwrapped_numel=0)]
+    assert {type(module).__name__ for module in wrapped} == {"ResnetBlock2D", "Attention"}
+
+
+CHILD = """
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from tests.conftest import load_config
+mesh = init_device_mesh("cpu", (1,))
+settings = load_config("tiny")["unet"]
+network = UNet2DModel(**settings)
+for module in list(network.modules()):
+    if isinstance(module, (ResnetBlock2D, Attention)):
+        fully_shard(module, mesh=mesh)
+fully_shard(network, mesh=mesh)
+loss = network(torch.randn(2, settings["in_channels"], 8, 8), torch.tensor([3, 900])).sample.square().mean()
+loss.backward()
+assert all(p.grad is not None for p in network.parameters())
+print("sharded")
+"""
+
+
+def test_the_denoiser_can_be_sharded():
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", CHILD], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("sharded"), done.stderr
 
 
 def test_deepspeed_plugin(monkeypatch):
@@ -55,7 +89,7 @@ def test_deepspeed_plugin(monkeypatch):
         if name.startswith("ACCELERATE"):
             monkeypatch.setenv(name, value)
     plugin = DeepSpeedPlugin()
-    assert plugin.zero_stage == 2 and plugin.gradient_clipping == 1.0
+    assert plugin.zero_stage == 2
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == 2
 
 

@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +52,10 @@ def two_processes(module_and_options: list) -> list:
         port = str(free.getsockname()[1])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
     return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", *module_and_options]
+
+
+def one_process(module_and_options: list) -> list:
+    return [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", *module_and_options]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -225,7 +230,7 @@ def test_loss_falls_on_one_fixed_batch(stage, trained, tmp_path):
 def test_speed_and_memory_options_keep_training_going(stage, clips, trained, tmp_path):
     runs = link(stage, trained, tmp_path / "runs")
     flags = ["--mixed_precision", "bf16", "--accumulation", "2", "--gradient_checkpointing", "--channels_last", "false"]
-    motion = ["--random_motion_share", "0.5", "--colour_jitter", "0.1", "--ema_decay", "0.9", "--steps", "6"]
+    motion = ["--random_motion_share", "0.5", "--colour_jitter", "0.1", "--steps", "6"]
     succeed(command(stage, clips, runs, *flags, *motion, "--tracker", "none", "--workers", "1"))
     assert [int(row["samples"]) for row in rows(runs / stage)] == list(range(4, 28, 4))
 
@@ -301,8 +306,7 @@ def test_two_processes_equal_accumulation_in_the_other_stages(stage, clips, trai
 @pytest.mark.parametrize("stage", STAGES)
 def test_four_steps_are_two_a_kill_and_two_more(stage, clips, trained, tmp_path):
     flags = ["--steps", "4", "--save_every", "2", "--keep", "2", "--tracker", "none"]
-    if stage != "unet":
-        flags += ["--disc_start", "1", "--ema_decay", "0.9"]
+    flags += {"i2e": ["--disc_start", "1"], "vqvae": ["--disc_start", "1", "--ema_decay", "0.9"], "unet": []}[stage]
     straight, broken = (link(stage, trained, tmp_path / name) for name in ("straight", "broken"))
     succeed(command(stage, clips, straight, *flags))
     process = start(command(stage, clips, broken, *flags))
@@ -313,7 +317,7 @@ def test_four_steps_are_two_a_kill_and_two_more(stage, clips, trained, tmp_path)
     # Step 3 is logged again: that its losses are those of the straight run tells that it saw the same batch.
     assert rows(broken / stage) == rows(straight / stage)
     whole, resumed = (checkpoint(runs / stage / "checkpoints" / "step_00000004") for runs in (straight, broken))
-    assert set(whole) == set(resumed) and any("shadow_params" in name for name in whole)
+    assert set(whole) == set(resumed) and any("shadow_params" in name for name in whole) == (stage != "i2e")
     assert any("exp_avg" in name for name in whole) and any("rng" in name or "random" in name for name in whole)
     assert [name for name in whole if not same(whole[name], resumed[name])] == []
     names = {path.name for path in (broken / stage / "checkpoints").iterdir()}
@@ -336,12 +340,16 @@ def test_a_signal_saves_and_ends_the_run(number, code, clips, trained, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_of_two_processes_saves(clips, trained, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_launcher_saves(processes, clips, tmp_path):
     flags = ["--steps", "400", "--save_every", "1000"]
-    printed = stop_at(start(two_processes(arguments("i2e", clips, tmp_path, *flags))), "step=3 ", signal.SIGTERM)
+    launcher = two_processes if processes == 2 else one_process
+    process = start(launcher(arguments("i2e", clips, tmp_path, *flags)))
+    printed = stop_at(process, "step=3 ", signal.SIGTERM)
+    assert process.returncode != 0
     step = int(re.search(r"stopped by SIGTERM at step (\d+), which is saved", printed).group(1))
     assert [path.name for path in (tmp_path / "i2e" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
-    process = start(two_processes(arguments("i2e", clips, tmp_path, *flags)))
+    process = start(launcher(arguments("i2e", clips, tmp_path, *flags)))
     assert f"resumed at step {step}" in stop_at(process, f"step={step + 1} ", signal.SIGTERM)
 
 
@@ -398,8 +406,11 @@ def test_a_batch_that_breaks_training_is_saved(clips, tmp_path):
         (["--steps", "true"], "--steps must be of type int"),
         (["--gaps", "0.5,0.5"], "--gaps must be of type"),
         (["--gaps", "[0, 0]"], "--gaps must be chances"),
-        (["--mixed_precision", "fp16", "--accumulation", "2"], "fp16 with --accumulation > 1"),
-        (["--mixed_precision", "fp8"], "--mixed_precision must be one of no, bf16, fp16, but is 'fp8'"),
+        (["--validate_every", "0"], "--validate_every must be at least 1"),
+        (["--frames", "1"], "--frames must be at least 2"),
+        (["--crop", "[1"], "--crop must be of type int"),
+        (["--cro", "64"], "unrecognized arguments: --cro 64"),
+        (["--mixed_precision", "fp8"], "--mixed_precision must be one of , no, bf16, fp16, but is 'fp8'"),
         (["--output", ""], "--output is required"),
     ],
 )
@@ -442,10 +453,27 @@ def test_bad_input_is_one_message_without_a_traceback(clips, tmp_path):
     assert done.stderr.startswith("error: `data`: '/nowhere' is not of the format videos: there is no such folder.")
 
 
-def test_a_finished_run_finishes_at_once(clips, trained):
-    before = rows(trained / "i2e")
-    assert "resumed at step 20" in succeed(command("i2e", clips, trained))
-    assert rows(trained / "i2e") == before
+def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(clips, trained, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(trained / "i2e", runs / "i2e")
+    before = rows(runs / "i2e")
+    assert "resumed at step 20" in succeed(command("i2e", clips, runs))
+    assert rows(runs / "i2e") == before
+    done = launch(command("i2e", clips, runs, "--steps", "22", "--learning_rate", "1e-4"))
+    assert done.returncode == 0 and len(rows(runs / "i2e")) == 22
+    assert "changed since the last start: learning_rate was 0.002, is 0.0001" in done.stderr
+
+
+def test_two_runs_do_not_share_a_folder(clips, tmp_path):
+    process = start(command("i2e", clips, tmp_path, "--steps", "100000"))
+    for line in process.stdout:
+        if line.startswith("step=2 "):
+            break
+    done = launch(command("i2e", clips, tmp_path))
+    process.kill()
+    process.stdout.close()
+    process.wait()
+    assert done.returncode == 2 and "is being written by another run" in done.stderr, done.stderr
 
 
 def test_help_says_what_every_option_is(capsys):

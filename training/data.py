@@ -8,11 +8,12 @@ Every drawn sample follows from (seed, number) alone, so that a run that is resu
 the same samples in the same order.
 """
 
+import importlib.util
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Protocol, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -37,6 +38,17 @@ class Unreadable(ValueError):
     """A file that holds no picture, or not the pictures that it should."""
 
 
+class NoWindow(Exception):
+    """There is a scene cut in a window of frames, or the clip ends in it: another is to be drawn."""
+
+
+def report(error: Unreadable, on_unreadable: str) -> None:
+    """What happens with a file that cannot be read: stop ("error"), or say so and go on ("skip")."""
+    if on_unreadable == "error":
+        raise error
+    print(f"left out: {error}", file=sys.stderr, flush=True)
+
+
 class Clips(Protocol):
     """A source of clips.
 
@@ -51,6 +63,7 @@ class Clips(Protocol):
 
         Raises:
             Unreadable: naming the file.
+            NoWindow: if these frames are no sample of motion.
         """
 
 
@@ -97,7 +110,7 @@ class VideoClips:
     """Scenes of video files. As many files as fit into `cache_gib` are decoded once and kept; of others, what is drawn
     is decoded when it is drawn, and given up where it goes across a cut."""
 
-    def __init__(self, paths: Sequence[Path], decoder: str, cache_gib: float, on_unreadable: Callable[[Unreadable], None]):
+    def __init__(self, paths: Sequence[Path], decoder: str, cache_gib: float, on_unreadable: str):
         self.decoder = _decoder(decoder)
         self.scenes: List[Union[np.ndarray, Path]] = []
         lengths, room = [], cache_gib * 2**30
@@ -114,7 +127,7 @@ class VideoClips:
                     self.scenes.append(path)
                     lengths.append(count)
             except Unreadable as error:
-                on_unreadable(error)
+                report(error, on_unreadable)
         self.lengths = np.array(lengths, dtype=int)
 
     def read(self, number: int, times: range) -> np.ndarray:
@@ -122,8 +135,8 @@ class VideoClips:
         if isinstance(scene, np.ndarray):
             return scene[times.start : times.stop : times.step]
         frames = self._decode(scene, times.start, times[-1] - times.start + 1)
-        if find_cuts(frames):
-            raise Unreadable(f"There is a scene cut in {scene} between frames {times.start} and {times[-1]}.")
+        if len(frames) <= times[-1] - times.start or find_cuts(frames):
+            raise NoWindow
         return frames[:: times.step]
 
     def _decode(self, path: Path, first: int, count: int, whole: bool = False) -> np.ndarray:
@@ -132,54 +145,57 @@ class VideoClips:
         for frame in self.decoder.decode(path, first, threads=whole):  # loaders, which read parts, are parallel already
             if frames is None:
                 frames = np.empty((count, *frame.shape), np.uint8)
+            if frame.shape != frames.shape[1:]:
+                raise Unreadable(f"The frames of {path} change their size.")
             if found == len(frames):
                 frames = np.concatenate([frames, np.empty_like(frames[: found // 4 + 1])])
             frames[found] = frame
             found += 1
             if found == count and not whole:
                 break
-        if frames is None or (found < count and not whole):
-            raise Unreadable(f"The video file {path} gives {found} frames where {count} were looked for.")
+        if frames is None:
+            raise Unreadable(f"The video file {path} gives no frame from number {first} on.")
         return frames[:found]
 
 
 class _PyAV:
-    """Video files through PyAV."""
-
-    def __init__(self):
-        import av
-
-        self.av = av
+    """Video files through PyAV. Imported where it is used: a loader process may be handed this object."""
 
     def measure(self, path: Path) -> Tuple[int, float]:
         """Frames of a file, as its header says, and bytes that they take decoded."""
+        import av
+
         try:
-            with self.av.open(str(path)) as container:
+            with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 count = stream.frames
                 if not count and (stream.duration or container.duration):
                     seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
-                    count = int(seconds * float(stream.average_rate or 25))
+                    count = round(seconds * float(stream.average_rate or 25))
                 count = count or sum(1 for _ in container.decode(stream))
                 return count, float(count) * stream.width * stream.height * 3
-        except (self.av.FFmpegError, IndexError, OSError) as error:
+        except (av.FFmpegError, IndexError, OSError) as error:
             raise Unreadable(f"No video can be read from {path}: {error}.") from error
 
     def decode(self, path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
+        """Frames from number `first` on, by their times; without a frame rate, by counting."""
+        import av
+
         try:
-            with self.av.open(str(path)) as container:
+            with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO" if threads else "NONE"
-                start = 0.0
+                start, number = 0.0, 0
                 if first and stream.average_rate:
                     start = first / float(stream.average_rate) - 0.5 / float(stream.average_rate)
                     offset = stream.start_time or 0
                     container.seek(int(start / stream.time_base) + offset, stream=stream)
                     start += float(offset * stream.time_base)
                 for frame in container.decode(stream):
-                    if not first or frame.time is None or frame.time >= start:
+                    if (number >= first) if not stream.average_rate else (frame.time is None or frame.time >= start):
                         yield frame.to_ndarray(format="rgb24")
-        except (self.av.FFmpegError, IndexError, OSError, ValueError) as error:
+                    number += 1
+        except (av.FFmpegError, IndexError, OSError, ValueError) as error:
             raise Unreadable(f"The video file {path} cannot be decoded: {error}.") from error
 
 
@@ -200,21 +216,22 @@ class _OpenCV:
         capture = cv2.VideoCapture(str(path))
         if first:
             capture.set(cv2.CAP_PROP_POS_FRAMES, first)
-        while True:
-            more, frame = capture.read()
-            if not more:
-                break
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        capture.release()
+        try:
+            while True:
+                more, frame = capture.read()
+                if not more:
+                    break
+                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        finally:
+            capture.release()
 
 
 def _decoder(name: str) -> Union[_PyAV, _OpenCV]:
     if name == "opencv":
         return _OpenCV()
-    try:
-        return _PyAV()
-    except ImportError as error:
-        raise ValueError("`decoder` av needs the package av (PyAV); install it, or use `decoder` opencv.") from error
+    if importlib.util.find_spec("av") is None:
+        raise ValueError("`decoder` av needs the package av (PyAV); install it, or use `decoder` opencv.")
+    return _PyAV()
 
 
 class DatasetClips:
@@ -238,14 +255,15 @@ def _load_dataset(path: str, streaming: bool):
     try:
         return datasets.load_dataset(path, split="train", streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise ValueError(f"`data`: {path!r} is no dataset with a split `train`: {error}") from error
+        reason = f"it is no dataset with a split `train` ({error})"
+        raise _wrong_layout("datasets-stream" if streaming else "datasets", path, reason) from error
 
 
 def _without_decoding(table, path: str, columns: Sequence[str]):
     """The table with pictures left as bytes, so that what is not drawn is not decoded."""
     import datasets
 
-    known = table.column_names or []
+    known = table.column_names or list(next(iter(table), {}))  # a stream may not know its columns beforehand
     if len(columns) != 3 or not set(columns) <= set(known):
         raise ValueError(f"`columns` must name three image columns of {path!r}, which has {known}, but is {list(columns)}.")
     for column in columns:
@@ -256,8 +274,11 @@ def _without_decoding(table, path: str, columns: Sequence[str]):
 def _decode_triplet(row: Dict, columns: Sequence[str], where: str) -> np.ndarray:
     frames = []
     for column in columns:
-        content = row[column]["bytes"] or Path(row[column]["path"]).read_bytes()
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        try:
+            content = row[column]["bytes"] or Path(row[column]["path"]).read_bytes()
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        except (TypeError, OSError, cv2.error):  # an empty cell, or a file that is not there
+            image = None
         if image is None:
             raise Unreadable(f"No picture can be read from column {column} of {where}.")
         frames.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
@@ -317,8 +338,8 @@ def parse_sources(data: str) -> List[Tuple[str, str, float]]:
     return sources
 
 
-def read_source(name: str, path: str, options: RunOptions) -> Clips:
-    """The clips of a folder in one of the formats in `LAYOUTS`.
+def read_source(name: str, path: str, options: RunOptions, split: str = "train") -> Clips:
+    """The clips of a folder in one of the formats in `LAYOUTS`; of Vimeo-90K those of the list of a `split`, train or test.
 
     Raises:
         ValueError: if the folder does not have that layout, showing the one that it should have.
@@ -333,7 +354,7 @@ def read_source(name: str, path: str, options: RunOptions) -> Clips:
         paths = sorted((p for p in root.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES), key=natural_order)
         if not paths:
             raise _wrong_layout(name, path, "there is no video file in it")
-        clips = VideoClips(paths, options.decoder, options.cache_gib, _policy(options.on_unreadable))
+        clips = VideoClips(paths, options.decoder, options.cache_gib, options.on_unreadable)
         if not len(clips.lengths):
             raise Unreadable(f"`data`: none of the {len(paths)} video files in {path!r} can be read.")
         return clips
@@ -352,7 +373,7 @@ def read_source(name: str, path: str, options: RunOptions) -> Clips:
             raise _wrong_layout(name, path, f"{wrong[0]} does not hold five pictures")
         return ImageClips(lists)
     prefix, count = ("tri", 3) if name == "vimeo-triplet" else ("sep", 7)
-    list_file = root / f"{prefix}_trainlist.txt"
+    list_file = root / f"{prefix}_{split}list.txt"
     if not list_file.is_file():
         raise _wrong_layout(name, path, f"there is no {list_file.name}")
     names = [line.strip() for line in list_file.read_text().splitlines() if line.strip()]
@@ -360,17 +381,6 @@ def read_source(name: str, path: str, options: RunOptions) -> Clips:
     if not folders or not folders[0].is_dir():
         raise _wrong_layout(name, path, f"{list_file.name} is empty" if not folders else f"there is no {folders[0]}")
     return ImageClips([[folder / f"im{i + 1}.png" for i in range(count)] for folder in folders])
-
-
-def _policy(on_unreadable: str) -> Callable[[Unreadable], None]:
-    """What happens with a file that cannot be read: stop, or say so and go on."""
-
-    def act(error: Unreadable) -> None:
-        if on_unreadable == "error":
-            raise error
-        print(f"left out: {error}", file=sys.stderr, flush=True)
-
-    return act
 
 
 # ---- samples ----
@@ -523,21 +533,19 @@ class DrawnSamples(Dataset):
             self.chances.append(chances / chances[-1])
             shares.append(share)
         self.shares = np.array(shares) / sum(shares)
-        self._act = _policy(options.on_unreadable)
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((self.options.seed, index))
-        unreadable = 0
-        while True:
+        unreadable, last = 0, "scene cuts only"
+        for _ in range(100):
             try:
-                sample = self._draw(rng)
-                break
+                return unread(self._draw(rng), unreadable)
+            except NoWindow:
+                continue
             except Unreadable as error:
-                self._act(error)
-                unreadable += 1
-                if unreadable == 100:
-                    raise ValueError(f"`data`: 100 draws in a row met nothing that can be read, the last: {error}") from error
-        return unread(sample, unreadable)
+                report(error, self.options.on_unreadable)
+                unreadable, last = unreadable + 1, error
+        raise ValueError(f"`data`: 100 draws in a row met nothing that can be used, the last: {last}")
 
     def _draw(self, rng: np.random.Generator) -> Sample:
         source = rng.choice(len(self.sources), p=self.shares)
@@ -605,7 +613,6 @@ class StreamedSamples(IterableDataset):
         self.columns = options.columns.split(",")
         self.augmentation = Augmentation(options.crop, options.colour_jitter)
         self.table = _without_decoding(_load_dataset(path, streaming=True), path, self.columns)
-        self._act = _policy(options.on_unreadable)
         self.start(0, 1, 1, 0)
 
     def start(self, process: int, processes: int, batch_size: int, batches: int) -> None:
@@ -638,7 +645,7 @@ class StreamedSamples(IterableDataset):
                     frames = _decode_triplet(row, self.columns, f"a row of {self.path}")
                     frames = self.augmentation(self.augmentation.place(frames, rng), rng)
                 except Unreadable as error:
-                    self._act(error)
+                    report(error, self.options.on_unreadable)
                     unreadable += 1
                     continue
                 yield unread(self.maker(frames, rng), unreadable)

@@ -34,20 +34,29 @@ class EventRecordings:
             import h5py
         except ImportError as error:
             raise ValueError("`data` in the format mvsec needs the package h5py.") from error
-        self.h5py, self.num_bins, self.crop = h5py, num_bins, crop
-        self.paths = sorted(Path(path).glob("*.hdf5")) + sorted(Path(path).glob("*.h5"))
+        self.num_bins, self.crop = num_bins, crop
+        found = sorted(each for each in Path(path).glob("*") if each.suffix in (".hdf5", ".h5"))
+        self.paths: List[Path] = []
         self.lengths: List[int] = []
         expected = LAYOUT.replace("PATH", path).replace("\n", "\n    ")
-        if not self.paths:
-            raise ValueError(f"`data`: {path!r} is not of the format mvsec: no HDF5 file is in it. Expected:\n    {expected}")
-        for file_path in self.paths:
-            with h5py.File(file_path, "r") as file:
-                missing = [name for name in (EVENTS, IMAGES, TIMES) if name not in file]
+        for file_path in found:
+            try:
+                file = h5py.File(file_path, "r")
+            except OSError as error:
+                raise ValueError(f"`data`: {file_path} is no HDF5 file that can be read: {error}.") from error
+            with file:
+                if EVENTS not in file:  # of MVSEC, the files with the truth for other tasks
+                    continue
+                missing = [name for name in (IMAGES, TIMES) if name not in file]
                 if missing:
                     raise ValueError(f"`data`: {file_path} has no {', '.join(missing)}. Expected:\n    {expected}")
                 if min(file[IMAGES].shape[1:3]) < crop:
                     raise ValueError(f"`crop` {crop} is larger than the pictures of {file_path}, {file[IMAGES].shape[1:3]}.")
+                self.paths.append(file_path)
                 self.lengths.append(len(file[TIMES]))
+        if not self.paths:
+            reason = f"no HDF5 file in it holds {EVENTS}"
+            raise ValueError(f"`data`: {path!r} is not of the format mvsec: {reason}. Expected:\n    {expected}")
         if max(self.lengths) < 2:
             raise ValueError(f"`data`: no recording in {path!r} has two pictures.")
         self.gaps = np.array(gaps) / sum(gaps)
@@ -61,7 +70,9 @@ class EventRecordings:
         if self._process != os.getpid():
             self._open, self._process = {}, os.getpid()
         if number not in self._open:
-            self._open[number] = self.h5py.File(self.paths[number], "r")
+            import h5py
+
+            self._open[number] = h5py.File(self.paths[number], "r")
         return self._open[number]
 
     def draw(self, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,6 +83,8 @@ class EventRecordings:
         gap = min(1 + int(rng.choice(len(self.gaps), p=self.gaps)), self.lengths[number] - 1)
         first = int(rng.integers(self.lengths[number] - gap))
         start, end = file[TIMES][first], file[TIMES][first + gap]
+        if end <= start:
+            raise ValueError(f"`data`: pictures {first} and {first + gap} of {self.paths[number]} are not in the order of time.")
         height, width = file[IMAGES].shape[1:3]
         top, left = int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1))
         images = [file[IMAGES][i, top : top + crop, left : left + crop] for i in (first, first + gap)]

@@ -6,7 +6,6 @@ from typing import List
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from training.options import RunOptions
 
@@ -67,7 +66,7 @@ def push(run_folder: Path, part: str, options: RunOptions) -> None:
         api = HfApi()
         api.create_repo(repository, private=options.hub_private or None, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {part} trained by madiff_diffusers")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # whatever goes wrong on the way: the result is there, and the user must know how to go on
         raise SystemExit(
             f"The upload to {repository} failed: {error}\nNothing is lost: the result is in {folder}. Run the same command "
             "again to upload it; nothing is trained a second time."

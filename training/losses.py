@@ -57,17 +57,9 @@ class Adversary:
         channels: of the discriminator's first layer.
         betas: of its Adam.
         start: step at which it begins to take part.
-
-    Raises:
-        ValueError: under FSDP or DeepSpeed, which train one network with one optimiser.
     """
 
     def __init__(self, run: Run, in_channels: int, channels: int, betas: Tuple[float, ...], start: int):
-        if run.distribution.value in ("FSDP", "DEEPSPEED"):
-            raise ValueError(
-                f"The adversarial loss is not supported under {run.distribution.value}, which trains one network; "
-                "set its weight to 0, or launch with plain data parallelism."
-            )
         self.run, self.start = run, start
         self.bare = PatchDiscriminator(in_channels, channels)
         optimizer = torch.optim.Adam(self.bare.parameters(), lr=run.options.learning_rate, betas=tuple(betas))
@@ -92,15 +84,14 @@ class Adversary:
         logits_real, logits_fake = self.network(torch.cat([real, fake.detach()])).chunk(2)
         loss = discriminator_hinge_loss(logits_real, logits_fake)
         self.run.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.run.update(self.network, self.optimizer)
         if self.run.ends_step:
             self.schedule.step()
         return loss.detach()
 
 
 def lpips_loss(options: RunOptions, device: torch.device) -> Optional[nn.Module]:
-    """The frozen LPIPS network that the options name, on a device; None for `lpips_net` "none"."""
-    if options.lpips_net == "none":
+    """The frozen LPIPS network that the options name, on a device; None for `lpips_net` "none", or if nothing asks for it."""
+    if options.lpips_net == "none" or not (options.validation or getattr(options, "lpips_weight", 0) > 0):
         return None
     return build_lpips(options.lpips_net, options.lpips_backbone or None).to(device)

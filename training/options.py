@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import inspect
 import sys
+import traceback
 import typing
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -13,6 +14,7 @@ import diffusers
 import yaml
 from diffusers import UNet2DModel
 
+import madiff_diffusers
 from madiff_diffusers.eventgan import EventGANModel
 from madiff_diffusers.motion_hints import HINT_SOURCES
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
@@ -43,7 +45,7 @@ class RunOptions:
     colour_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation, one for a sample")
     random_motion_share: float = option(0.0, "share of samples composed of frames of the data in random, known motion")
     decoder: str = option("av", "what decodes video files: av (PyAV) or opencv")
-    cache_gib: float = option(8.0, "decoded clips kept in memory, GiB; others are decoded when they are drawn")
+    cache_gib: float = option(8.0, "decoded clips that a process keeps in memory, GiB for each folder of videos; others are decoded when drawn")
     columns: str = option("prev,mid,next", "image columns of Hugging Face datasets")
     on_unreadable: str = option("error", "a file that cannot be read stops the run (error) or is reported and left out (skip)")
     workers: int = option(1, "loader processes per training process")
@@ -58,7 +60,7 @@ class RunOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     ema_decay: float = option(0.0, "decay of the moving average of the weights, which is what is exported; 0: none")
     # speed and memory
-    mixed_precision: str = option("no", "no, bf16 or fp16")
+    mixed_precision: str = option("", "no, bf16 or fp16; empty: what the launch says")
     channels_last: bool = option(True, "weights in channels-last layout")
     compile: bool = option(False, "torch.compile the network")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
@@ -82,10 +84,10 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
     """Options of a stage, and the whole configuration.
 
     Raises:
-        SystemExit: on an unknown flag, an unknown key anywhere in the configuration, a value of the wrong type, or a
-            missing `--data` or `--output`.
+        SystemExit: on an unknown flag, an unknown section, an unknown key in this stage's or a network's section, a value
+            of the wrong type, or a missing `--data` or `--output`.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="paper, compact, tiny, or the path of a YAML file")
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     types = typing.get_type_hints(options_class)
@@ -109,7 +111,10 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
     _check_keys(section, fields, f"section {stage}", parser, path)
     for name in fields:
         if flags[name] is not None:
-            section[name] = flags[name] if types[name] is str else yaml.safe_load(flags[name])
+            try:
+                section[name] = flags[name] if types[name] is str else yaml.safe_load(flags[name])
+            except yaml.YAMLError:
+                section[name] = flags[name]  # which is of the wrong type, as is said below
     for name, value in section.items():
         try:
             section[name] = _as_type(value, types[name])
@@ -145,7 +150,7 @@ def check_config(config: Any) -> None:
     if config["hint_source"] not in HINT_SOURCES:
         raise ValueError(f"hint_source must be one of {', '.join(HINT_SOURCES)}, but is {config['hint_source']!r}")
     classes = dict(MODEL_SECTIONS)
-    name = config["scheduler"].get("class")
+    name = (config["scheduler"] or {}).get("class")
     classes["scheduler"] = getattr(diffusers, str(name), None)
     if classes["scheduler"] is None:
         raise ValueError(f"section scheduler: class must be a scheduler of diffusers, but is {name!r}")
@@ -153,7 +158,7 @@ def check_config(config: Any) -> None:
         arguments = {*inspect.signature(owner.__init__).parameters} - {"self"}
         if section == "scheduler":
             arguments.add("class")
-        unknown = sorted(set(config[section]) - arguments)
+        unknown = sorted(set(config[section] or {}) - arguments)
         if unknown:
             raise ValueError(f"section {section}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(arguments))}")
 
@@ -166,7 +171,7 @@ def _check_keys(section: Dict, fields: Dict, where: str, parser: argparse.Argume
 
 def _check_values(options: RunOptions) -> None:
     choices = {
-        "mixed_precision": ("no", "bf16", "fp16"),
+        "mixed_precision": ("", "no", "bf16", "fp16"),
         "tracker": ("tensorboard", "wandb", "none"),
         "decoder": ("av", "opencv"),
         "on_unreadable": ("error", "skip"),
@@ -175,18 +180,17 @@ def _check_values(options: RunOptions) -> None:
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, but is {getattr(options, name)!r}")
-    for name in ("crop", "candidates", "steps", "batch_size", "accumulation", "save_every", "keep", "log_every"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, but is {getattr(options, name)}")
+    least = dict.fromkeys(("crop", "candidates", "steps", "batch_size", "accumulation", "save_every", "keep", "log_every"), 1)
+    least.update(validate_every=1, validation_samples=1, validation_crop=1, guess_rounds=1, frames=2, workers=0, cache_gib=0)
+    for name, number in least.items():
+        if getattr(options, name, number) < number:
+            raise ValueError(f"--{name} must be at least {number}, but is {getattr(options, name)}")
+    if getattr(options, "squared_until", 1.0) <= 0:
+        raise ValueError(f"--squared_until must be more than 0, but is {options.squared_until}")
     if options.lpips_net == "none" and getattr(options, "lpips_weight", 0) > 0:
         raise ValueError(f"--lpips_weight must be 0 with --lpips_net none, but is {options.lpips_weight}")
     if min(options.gaps) < 0 or sum(options.gaps) <= 0:
         raise ValueError(f"--gaps must be chances, not all of them zero, but is {_shown(options.gaps)}")
-    if options.mixed_precision == "fp16" and options.accumulation > 1:
-        raise ValueError(
-            "--mixed_precision fp16 with --accumulation > 1 is not supported: the loss scale of one optimiser would be "
-            "applied to the gradients of another. Use bf16"
-        )
 
 
 def _as_type(value: Any, wanted: Any) -> Any:
@@ -206,6 +210,11 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        ours = Path(calls[-1].filename).parent in (Path(__file__).parent, Path(madiff_diffusers.__file__).parent)
+        training = any(call.name in ("batches", "finish_pass", "finish") for call in calls)
+        if not ours and (training or not isinstance(error, OSError)):
+            raise  # no bad input: where it happened is worth knowing
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 

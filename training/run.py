@@ -16,6 +16,7 @@ Running the same command again resumes from the newest one.
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import importlib.metadata
 import math
@@ -40,8 +41,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from training.data import Unreadable
 from training.hub import push
 from training.options import RunOptions
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 PACKAGES = ("madiff_diffusers", "torch", "diffusers", "accelerate", "transformers", "datasets", "lpips", "numpy", "opencv-python-headless")
 
@@ -54,14 +61,27 @@ class Progress:
 
     def __init__(self):
         self.step, self.samples = 0, 0
-        self.unreadable = 0  # draws of this process that met a file which cannot be read
         self.best: Dict[str, float] = {}  # step and value of the best validation
+        self.unreadable_before = 0  # draws that met a file which cannot be read, of all processes, until the last start
+        self.unreadable = 0  # and of this process since then
+
+    def total_unreadable(self, accelerator: Accelerator) -> int:
+        count = torch.tensor(self.unreadable, device=accelerator.device)
+        return self.unreadable_before + int(accelerator.reduce(count, "sum"))
+
+
+class SavedProgress:
+    """A run's progress as it is saved: one file for all processes, each of which calls this."""
+
+    def __init__(self, progress: Progress, accelerator: Accelerator):
+        self.progress, self.accelerator = progress, accelerator
 
     def state_dict(self) -> Dict[str, Any]:
-        return dict(self.__dict__)
+        unreadable = self.progress.total_unreadable(self.accelerator)
+        return {**self.progress.__dict__, "unreadable_before": unreadable, "unreadable": 0}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.progress.__dict__.update(state)
 
 
 class Run:
@@ -90,27 +110,39 @@ class Run:
         self.options, self.part = options, part
         self.folder = Path(options.output)
         self.checkpoints = self.folder / "checkpoints"
+        self._follow_the_launcher()
+        # The launch's own would go before what is asked for here, and steps would be counted wrongly.
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.accumulation)
+        os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(options.max_grad_norm)
         self.accelerator = Accelerator(
             gradient_accumulation_steps=options.accumulation,
-            mixed_precision=options.mixed_precision,
+            mixed_precision=options.mixed_precision or None,
             log_with=None if options.tracker == "none" else options.tracker,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "log")),
         )
         self.distribution = self.accelerator.distributed_type
+        self.fp16 = self.accelerator.mixed_precision == "fp16"
+        if self.fp16 and options.accumulation > 1:
+            raise ValueError(
+                "`mixed_precision` fp16 with `accumulation` > 1 is not supported: the loss scale of one optimiser would be "
+                "applied to the gradients of another. Use bf16."
+            )
         if self.accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
             # What `accelerate launch --cpu --num_processes N` does where it has no MPI to start the others with.
             print("warning: this is the only process of the launch; training/README.md says how to start several on CPUs", file=sys.stderr)
-        if self.distribution == DistributedType.FSDP and options.ema_decay:
-            raise ValueError(f"`ema_decay` must be 0 under FSDP, which shards the weights, but is {options.ema_decay}.")
-        if self.distribution == DistributedType.FSDP and part != "unet":
-            raise ValueError("FSDP is for train_denoiser; the other stages' networks fit on any device: use data parallelism.")
+        if self.distribution in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            kind = self.distribution.value
+            if part != "unet":
+                raise ValueError(f"{kind} is for train_denoiser; the other stages' networks are small: use data parallelism.")
+            if options.ema_decay:
+                raise ValueError(f"`ema_decay` must be 0 under {kind}, which keeps the weights its own way, but is {options.ema_decay}.")
         if self.distribution == DistributedType.DEEPSPEED:
             # Loaders are not prepared by DeepSpeed, which therefore cannot tell the batch size by itself.
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
             settings["train_micro_batch_size_per_gpu"] = options.batch_size
         set_seed(options.seed)
         self.progress = Progress()
-        self.accelerator.register_for_checkpointing(self.progress)
+        self.accelerator.register_for_checkpointing(SavedProgress(self.progress, self.accelerator))
         self.ema: Optional[EMAModel] = None
         self.passes: List[Dict[str, torch.Tensor]] = []  # the current step's batches so far
         self._sums: Dict[str, torch.Tensor] = {}  # of the values that they gave
@@ -120,14 +152,17 @@ class Run:
         self._clock: Tuple[float, int] = (0.0, 0)  # time and samples when speed was last measured
         if self.accelerator.is_main_process:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.yaml").write_text(yaml.safe_dump(dataclasses.asdict(options)))
-            (self.folder / "environment.yaml").write_text(yaml.safe_dump(self._environment(), sort_keys=False))
+            self._lock = _lock(self.folder)
+            finished = self._saved() and int(self._saved()[-1].name[len("step_") :]) >= options.steps
+            if not finished:  # what is on record is what trained, not what sends the result
+                self._say_what_changed()
+                _write(self.folder / "args.yaml", yaml.safe_dump(dataclasses.asdict(options)))
+                _write(self.folder / "environment.yaml", yaml.safe_dump(self._environment(), sort_keys=False))
         if options.tracker != "none":
             shown = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(options).items()}
-            try:
-                self.accelerator.init_trackers("madiff", config=shown)
-            except (ImportError, ValueError) as error:
-                raise ValueError(f"`tracker` {options.tracker!r} cannot be used: {error}") from error
+            if not self.accelerator.log_with:
+                raise ValueError(f"`tracker` {options.tracker!r} needs its package; install it, or use `tracker` none.")
+            self.accelerator.init_trackers("madiff", config=shown)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.accelerator.wait_for_everyone()
 
@@ -138,7 +173,10 @@ class Run:
                 versions[name] = importlib.metadata.version(name)
 
         def git(*arguments: str) -> str:
-            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+            try:
+                done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+            except OSError:  # git is not installed
+                return ""
             return done.stdout.strip() if done.returncode == 0 else ""
 
         device = self.accelerator.device
@@ -154,13 +192,31 @@ class Run:
             "processes": self.accelerator.num_processes,
         }
 
+    def _say_what_changed(self) -> None:
+        """A run that goes on with other options is no longer what its first options say; nobody should overlook that."""
+        path = self.folder / "args.yaml"
+        before = yaml.safe_load(path.read_text()) if path.exists() and self._saved() else {}
+        for name, value in yaml.safe_load(yaml.safe_dump(dataclasses.asdict(self.options))).items():
+            if name in before and before[name] != value:
+                print(f"changed since the last start: {name} was {before[name]!r}, is {value!r}", file=sys.stderr)
+
+    @staticmethod
+    def _follow_the_launcher() -> None:
+        """`accelerate launch` with one process does not pass signals on, and would leave it behind when it is ended."""
+        if not sys.platform.startswith("linux"):
+            return
+        with contextlib.suppress(OSError):
+            if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+                end_with_parent = 1  # PR_SET_PDEATHSIG
+                ctypes.CDLL(None).prctl(end_with_parent, signal.SIGTERM)
+
     # ---- what is trained ----
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tuple[torch.nn.Module, Any]:
         """The network and its optimiser for this launch, with a schedule, and a moving average if the options want one."""
         if self.options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        if self.options.channels_last:
+        if self.options.channels_last and self.distribution != DistributedType.FSDP:  # which wants contiguous weights
             model = model.to(memory_format=torch.channels_last)
         if self.options.compile:
             model.compile()  # in place: parameters keep their names
@@ -232,12 +288,20 @@ class Run:
         if self.progress.step >= self.options.steps:
             return
         self._clock = (time.perf_counter(), self.progress.samples)
-        for batch in self._loader(dataset):
+        for batch in self._readable(self._loader(dataset)):
             self.progress.unreadable += int(batch.pop("unreadable").sum())
             self.passes.append(batch)
             yield batch
             if self.progress.step >= self.options.steps:
                 return
+
+    @staticmethod
+    def _readable(batches: Iterable[Dict[str, torch.Tensor]]) -> Iterator[Dict[str, torch.Tensor]]:
+        """The batches; a loader process's error about a file without that process's traceback around it."""
+        try:
+            yield from batches
+        except Unreadable as error:
+            raise Unreadable(str(error).strip().splitlines()[-1].removeprefix("training.data.Unreadable: ")) from None
 
     def _loader(self, dataset: Dataset) -> Iterable[Dict[str, torch.Tensor]]:
         settings = {
@@ -280,7 +344,7 @@ class Run:
         Raises:
             FloatingPointError: in fp16, if the loss is not finite. Its gradients may be: the scaler skips such steps.
         """
-        if self.options.mixed_precision == "fp16" and not torch.isfinite(loss):
+        if self.fp16 and not torch.isfinite(loss):
             self._fail(f"The loss is {loss.item()}")
         self.accelerator.backward(loss)
 
@@ -292,10 +356,14 @@ class Run:
                 is from before.
         """
         if self.ends_step:
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
-            # DeepSpeed clips by itself, and may give None.
-            if self.options.mixed_precision != "fp16" and norm is not None and not math.isfinite(float(norm)):
-                self._fail(f"The gradient's norm is {float(norm)}")
+            if self.fp16:  # this optimiser's gradients alone: others share the scaler
+                self.accelerator.unscale_gradients(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
+            else:
+                norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
+                # DeepSpeed clips by itself, and may give None.
+                if norm is not None and not math.isfinite(float(norm)):
+                    self._fail(f"The gradient's norm is {float(norm)}")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -360,12 +428,12 @@ class Run:
             os.replace(temporary, final)
             if complete is not None:
                 complete(self.folder)
-            if self.options.push_to_hub:
-                push(self.folder, self.part, self.options)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.accelerator.is_main_process and self.options.push_to_hub:
+            push(self.folder, self.part, self.options)
 
     # ---- checkpoints ----
 
@@ -379,6 +447,8 @@ class Run:
         if found:
             self.accelerator.load_state(str(found[-1]))
             self.accelerator.print(f"resumed at step {self.progress.step} from {found[-1]}")
+            if self.accelerator.is_main_process:
+                self._rotate()  # in case the last start was killed before it did
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # checkpoints are loaded to the CPU
 
@@ -401,20 +471,27 @@ class Run:
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
             os.replace(temporary, final)
-            best = self.checkpoints / f"step_{self.progress.best.get('step', -1):08d}"
-            if self.progress.best:
-                _write(self.checkpoints / "best.yaml", yaml.safe_dump(self.progress.best))
-            for old in self._saved()[: -self.options.keep]:
-                if old != best:
-                    shutil.rmtree(old)
+            self._rotate()
         self.accelerator.wait_for_everyone()
+
+    def _rotate(self) -> None:
+        best = self.checkpoints / f"step_{self.progress.best.get('step', -1):08d}"
+        if self.progress.best:
+            _write(self.checkpoints / "best.yaml", yaml.safe_dump(self.progress.best))
+        for old in self._saved()[: -self.options.keep]:
+            if old != best:
+                # No folder with a checkpoint's name is ever incomplete, while it is removed neither.
+                removed = old.with_name(f"writing_removed_{old.name}")
+                os.replace(old, removed)
+                shutil.rmtree(removed)
 
     def _saved(self) -> List[Path]:
         return sorted(self.checkpoints.glob("step_*"))
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = number
-        signal.signal(number, self._handlers[number])  # a second one ends the process at once
+        # Launchers repeat a SIGTERM that the whole group got already; a second Ctrl-C is meant to end the process at once.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else self._handlers[number])
 
     def _told_to_stop(self) -> int:
         """The signal that any process has received, 0 if none; the same on all processes."""
@@ -433,8 +510,7 @@ class Run:
         for name, value in values.items():
             numbers[name] = self.accelerator.reduce(value, "mean").item()
         if self.options.on_unreadable == "skip":
-            count = torch.tensor(self.progress.unreadable, device=self.accelerator.device)
-            numbers["unreadable"] = self.accelerator.reduce(count, "sum").item()
+            numbers["unreadable"] = self.progress.total_unreadable(self.accelerator)
         numbers["learning_rate"] = self._schedule.get_last_lr()[0]
         self.accelerator.log(numbers, step=self.progress.step)
         before, samples = self._clock
@@ -472,14 +548,16 @@ class Run:
             _append(self.folder / "validation.csv", row)
             print("validation", " ".join(f"{name}={value}" for name, value in row.items()), flush=True)
             if pictures:
-                sheet = np.concatenate([picture for _, picture in pictures])
+                width = max(picture.shape[1] for _, picture in pictures)
+                padding = [np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0))) for _, picture in pictures]
+                sheet = np.concatenate(padding)
                 folder = self.folder / "panels"
                 folder.mkdir(exist_ok=True)
                 Image.fromarray(sheet).save(folder / f"step_{self.progress.step:08d}.png")
                 for tracker in self.accelerator.trackers:
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({"panels": sheet[None]}, step=self.progress.step, **layout)
-        if self.progress.best and self.progress.best[metric] <= means[metric]:
+        if not math.isfinite(means[metric]) or self.progress.best.get(metric, math.inf) <= means[metric]:
             return False
         self.progress.best = {"step": self.progress.step, metric: means[metric]}
         return True
@@ -494,7 +572,8 @@ def _append(path: Path, row: Dict[str, Any]) -> None:
             rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row), restval="", extrasaction="ignore")
+        columns = dict.fromkeys([*(rows[0] if rows else {}), *row])  # a resumed run may log others
+        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
         writer.writeheader()
         writer.writerows([*rows, row])
     os.replace(temporary, path)
@@ -504,6 +583,25 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _lock(folder: Path) -> Any:
+    """Keep other runs out of a folder for as long as this process lives.
+
+    Raises:
+        ValueError: if one is in it.
+    """
+    if fcntl is None:
+        return None
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"`output` {str(folder)!r} is being written by another run that has not ended yet.") from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

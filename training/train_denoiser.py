@@ -123,7 +123,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             }[scheduler.config.prediction_type]()
 
         with run.accumulate(unet):
-            prediction = unet(torch.cat([noisy, prev, next_, *hints], dim=1), timesteps, return_dict=False)[0]
+            inputs = torch.cat([noisy, prev, next_, *hints], dim=1).to(bare_unet.dtype)
+            prediction = unet(inputs, timesteps, return_dict=False)[0]
             loss = F.mse_loss(prediction.float(), target.float())
             run.backward(loss)
             run.update(unet, optimizer)

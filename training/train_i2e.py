@@ -46,6 +46,8 @@ def volume_loss(events: torch.Tensor, truth: torch.Tensor, squared_weight: float
 
 def main(argv: Optional[List[str]] = None) -> None:
     options, config = parse_options(I2EOptions, "train_i2e", argv, __doc__)
+    if options.ema_decay:
+        raise ValueError(f"`ema_decay` must be 0 here, but is {options.ema_decay}: BatchNorm's statistics are not those of averaged weights.")
     run = Run(options, "i2e")
     device = run.accelerator.device
 

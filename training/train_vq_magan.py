@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.vq_magan import VQMAGANModel
@@ -80,39 +80,52 @@ def offset_loss(offsets: Tuple[torch.Tensor, ...], flow: Tuple[torch.Tensor, tor
 
 
 class CodeUsage:
-    """Which codes of the codebook were used since unused ones were last revived; saved with every checkpoint."""
+    """Which codes of the codebook were used in a period of steps; at its end, unused ones can be revived.
 
-    def __init__(self, run: Run, model: VQMAGANModel, every: int):
-        self.run, self.every = run, every
+    Saved with every checkpoint; all processes call `state_dict`, of which one is saved.
+
+    Args:
+        every: steps of a period.
+        revives: whether codes that no process used are moved to latents of the step.
+    """
+
+    def __init__(self, run: Run, model: VQMAGANModel, every: int, revives: bool):
+        self.run, self.every, self.revives = run, every, revives
         self.codebook = model.quantize.embedding.weight
         self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=run.accelerator.device)
-        self.share = 0.0  # of the codes, in use over the whole of the last period
-        self._next_share = 0.0
+        # Of the last period: share of the codes that were in use, and number of those that were revived at its end.
+        self.share, self.revived = 0.0, 0.0
+        self._next = (0.0, 0.0)
         self.latents: List[torch.Tensor] = []  # of the passes of a step that ends with a revival
 
     def state_dict(self) -> Dict[str, torch.Tensor]:
-        return {"used": self.used, "shares": torch.tensor([self.share, self._next_share])}
+        used = self.run.accelerator.reduce(self.used.float(), "sum") > 0
+        return {"used": used, "reported": torch.tensor([self.share, self.revived, *self._next])}
 
     def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
         self.used.copy_(state["used"])
-        self.share, self._next_share = state["shares"].tolist()
+        self.share, self.revived, *following = state["reported"].tolist()
+        self._next = tuple(following)
 
     @torch.no_grad()
     def note(self, indices: torch.Tensor, latents: torch.Tensor) -> None:
-        """Take down the codes of a pass. At the end of every period's first step, unused codes are revived."""
-        self.share = self._next_share  # the same in all passes of a step
+        """Take down the codes of a pass. A period ends with every step whose number is a multiple of `every`."""
+        self.share, self.revived = self._next  # the same in all passes of a step
         self.used[indices] = True
-        if not self.every or self.run.progress.step % self.every:
+        if self.run.progress.step % self.every:
             return
         self.latents.append(rearrange(latents.detach().float(), "b c h w -> (b h w) c"))
         if self.run.ends_step:
-            self._revive()
+            alive = self.run.accelerator.reduce(self.used.float(), "sum") > 0
+            if self.revives:
+                self._revive(alive)
+            self._next = (alive.float().mean().item(), float((~alive).sum()) * self.revives)
+            self.used.zero_()
             self.latents = []
 
-    def _revive(self) -> None:
-        """Move the codes that no process used to latents of this step, and start to count anew."""
+    def _revive(self, alive: torch.Tensor) -> None:
+        """Move the codes that are not alive to latents of this step."""
         accelerator = self.run.accelerator
-        alive = accelerator.reduce(self.used.float(), "sum") > 0
         latents = accelerator.gather(torch.stack(self.latents))  # [processes * passes, n, c]
         # In the order that the passes of one process would have.
         latents = rearrange(latents, "(w p) n c -> (p w n) c", w=accelerator.num_processes)
@@ -121,16 +134,20 @@ class CodeUsage:
         jitter = torch.randn(len(index), latents.shape[1], generator=generator).to(latents.device)
         self.codebook[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
         self.run.jumped(self.codebook, ~alive)
-        self.used.zero_()
-        self._next_share = alive.float().mean().item()
+
+
+def first_frames(data: Dataset, count: int = 96) -> torch.Tensor:
+    """The middle frames `(count, 3, H, W)` of the first training samples."""
+    samples = iter(data) if isinstance(data, IterableDataset) else (data[i] for i in range(count))
+    return torch.stack([sample["frame_mid"] for _, sample in zip(range(count), samples)])
 
 
 @torch.no_grad()
-def measure_scaling_factor(model: VQMAGANModel, data: Dataset, count: int = 128) -> float:
-    """1 / standard deviation of the latents over training samples (Rombach et al., 2022, appendix G)."""
-    samples = iter(data) if isinstance(data, torch.utils.data.IterableDataset) else (data[i] for i in range(count))
-    latents = [model.encode(next(samples)["frame_mid"][None]).latents for _ in range(count)]
-    return 1 / torch.cat(latents).float().std().item()
+def measure_scaling_factor(model: VQMAGANModel, frames: torch.Tensor) -> float:
+    """1 / standard deviation of the latents over training frames (Rombach et al., 2022, appendix G)."""
+    device = model.device
+    latents = [model.encode(part.to(device)).latents.float().cpu() for part in frames.split(8)]
+    return 1 / torch.cat(latents).std().item()
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -151,18 +168,20 @@ def main(argv: Optional[List[str]] = None) -> None:
     if options.disc_weight > 0:
         channels = bare_model.config.out_channels
         adversary = Adversary(run, channels, options.disc_channels, options.adam_betas, options.disc_start)
-    codes = CodeUsage(run, bare_model, options.revive_every)
+    codes = CodeUsage(run, bare_model, options.revive_every or options.log_every, revives=options.revive_every > 0)
     run.register(codes)
 
     # 2. data, validation, export
     data = build_samples(options, TripletMaker())
+    measured = first_frames(data) if run.accelerator.is_main_process else None
 
     def export(folder: Path) -> None:
         state = run.weights()
         if run.accelerator.is_main_process:
             exported = VQMAGANModel.from_config(bare_model.config).eval()
             exported.load_state_dict(state)
-            exported.register_to_config(scaling_factor=measure_scaling_factor(exported, data))
+            exported.to(device)
+            exported.register_to_config(scaling_factor=measure_scaling_factor(exported, measured))
             exported.save_pretrained(folder)
 
     run.exports(export)
@@ -236,6 +255,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 "gan": gan,
                 "disc": disc_loss,
                 "codes_in_use": codes.share,
+                "codes_revived": codes.revived,
             }
         )
     run.finish()

@@ -9,7 +9,7 @@ import torch
 from torchvision.utils import flow_to_image
 
 from madiff_diffusers.metrics import psnr, ssim
-from training.data import Unreadable, parse_sources, read_source
+from training.data import Clips, NoWindow, parse_sources, read_source
 from training.options import RunOptions
 
 
@@ -29,7 +29,7 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[
     for place, (name, path, _) in enumerate(sources):
         if name in ("stills", "mvsec", "datasets-stream"):
             raise ValueError(f"`validation` must be clips that are there to be read, but has the format {name}.")
-        clips = read_source(name, path, options)
+        clips = read_source(name, path, options, split="test")
         long_enough = np.flatnonzero(clips.lengths >= frames)
         if not len(long_enough):
             raise ValueError(f"`validation`: no clip in {path!r} has {frames} frames.")
@@ -40,16 +40,28 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[
             same = [j for j in range(count) if j * len(long_enough) // count == i * len(long_enough) // count]
             spare = int(clips.lengths[number]) - frames
             first = spare * (2 * same.index(i) + 1) // (2 * len(same))
-            try:
-                window = clips.read(number, range(first, first + frames))
-            except Unreadable:  # if that is for a scene cut, there is none right before it
-                window = clips.read(number, range(max(first - frames, 0), max(first - frames, 0) + frames))
+            window = _nearest_window(clips, number, first, frames)
             height, width = (min(options.validation_crop, side) // multiple * multiple for side in window.shape[1:3])
             if not height or not width:
                 raise ValueError(f"`validation`: frames of {window.shape[1]}x{window.shape[2]} in {path!r} are smaller than {multiple} pixels.")
             top, left = (window.shape[1] - height) // 2, (window.shape[2] - width) // 2
             windows.append(window[:, top : top + height, left : left + width].copy())
     return windows
+
+
+def _nearest_window(clips: Clips, number: int, first: int, frames: int) -> np.ndarray:
+    """The window of a clip that begins nearest to a frame and has no scene cut.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    starts = range(int(clips.lengths[number]) - frames + 1)
+    for start in sorted(starts, key=lambda start: (abs(start - first), start)):
+        try:
+            return clips.read(number, range(start, start + frames))
+        except NoWindow:
+            continue
+    raise ValueError(f"`validation`: clip {number} has no {frames} frames without a scene cut.")
 
 
 def to_frames(window: np.ndarray, device: torch.device) -> Tuple[torch.Tensor, ...]:
