@@ -4,7 +4,7 @@
 
 Starts the training scripts as a user does, on the networks of `--checkpoint`, for a few steps each, and prints Markdown
 tables: samples per second (the median over the logged steps after a warm-up) and peak memory of the process, plain and
-with each option; at several crops; and what the loader gives by itself, with the same options and as many workers.
+with each option; at several crops; and what the loader gives by itself, with the same options and loader processes.
 Nothing else should run on the machine.
 """
 
@@ -39,7 +39,9 @@ VARIANTS: Dict[str, List[str]] = {
 
 
 def flags_of(stage: str, args: argparse.Namespace, output: str) -> List[str]:
-    flags = ["--config", args.config, "--data", args.data, "--output", output, "--workers", str(args.workers)]
+    flags = ["--config", args.config, "--data", args.data, "--output", output]
+    if args.workers is not None:
+        flags += ["--workers", str(args.workers)]
     if stage != "train_i2e":
         flags += ["--i2e", str(args.checkpoint / "i2e"), "--lpips_backbone", args.lpips_backbone]
     if stage == "train_vq_magan":  # every loss from the first step on, as in most of a run
@@ -74,7 +76,7 @@ def loader_speed(stage: str, args: argparse.Namespace) -> float:
     maker = EventMaker(config["i2e"]["num_bins"], options.frames) if stage == "train_i2e" else TripletMaker()
     samples = build_samples(options, maker)
     count = options.batch_size * 40
-    batches = iter(DataLoader(Subset(samples, range(count)), batch_size=options.batch_size, num_workers=args.workers))
+    batches = iter(DataLoader(Subset(samples, range(count)), batch_size=options.batch_size, num_workers=options.workers))
     for _ in range(10):  # the workers' start and what they have made ahead
         next(batches)
     start, seen = time.perf_counter(), 0
@@ -99,17 +101,18 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--crops", nargs="*", type=int, default=[], help="also measure these crops, at as many pixels a batch")
-    parser.add_argument("--workers", type=int, default=1, help="loader processes")
+    parser.add_argument("--workers", type=int, help="loader processes; as configured if not given")
     parser.add_argument("--warmup", type=int, default=10, help="steps before the measured ones")
     parser.add_argument("--steps", type=int, default=30, help="measured steps")
     args = parser.parse_args(argv)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.workers} loader process(es)")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for stage in args.stages:
         options, _ = parse_options(STAGES[stage], stage, flags_of(stage, args, "unused"), "")
-        shape = f"batch {options.batch_size}, crop {options.crop}"
+        shape = f"batch {options.batch_size}, crop {options.crop}, {options.workers} loader process(es)"
         results = {name: measure(stage, args, VARIANTS[name]) for name in args.variants}
         rows = [[name, f"{speed:.1f}", f"{memory:.2f}"] for name, (speed, memory) in results.items()]
-        table(f"{stage}, {shape}", ["", "samples/s", "peak memory, GiB"], rows)
+        if rows:
+            table(f"{stage}, {shape}", ["", "samples/s", "peak memory, GiB"], rows)
         rows = []
         for crop in args.crops:
             batch = max(round(options.batch_size * (options.crop / crop) ** 2), 1)

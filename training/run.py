@@ -162,7 +162,9 @@ class Run:
             shown = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(options).items()}
             if not self.accelerator.log_with:
                 raise ValueError(f"`tracker` {options.tracker!r} needs its package; install it, or use `tracker` none.")
-            self.accelerator.init_trackers("madiff", config=shown)
+            (self.folder / "log").mkdir(parents=True, exist_ok=True)
+            places = {"wandb": {"dir": str(self.folder / "log")}}  # TensorBoard's is given above
+            self.accelerator.init_trackers("madiff", config=shown, init_kwargs=places)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.accelerator.wait_for_everyone()
 
