@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -322,6 +323,27 @@ def test_four_steps_are_two_a_kill_and_two_more(stage, clips, trained, tmp_path)
     assert [name for name in whole if not same(whole[name], resumed[name])] == []
     names = {path.name for path in (broken / stage / "checkpoints").iterdir()}
     assert names == {"step_00000002", "step_00000004"}
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_they_were_killed(clips, trained, tmp_path):
+    flags = ["--steps", "4", "--save_every", "2", "--revive_every", "3", "--disc_start", "1", "--tracker", "none"]
+    straight, broken = (link("vqvae", trained, tmp_path / name) for name in ("straight", "broken"))
+    succeed(two_processes(arguments("vqvae", clips, straight, *flags)))
+    process = start(two_processes(arguments("vqvae", clips, broken, *flags)))
+    for line in process.stdout:
+        if line.startswith("step=3 "):
+            family = psutil.Process(process.pid)
+            for member in (*family.children(recursive=True), family):
+                member.kill()
+            break
+    process.stdout.close()
+    process.wait()
+    assert "resumed at step 2" in succeed(two_processes(arguments("vqvae", clips, broken, *flags)))
+    assert rows(broken / "vqvae") == rows(straight / "vqvae")
+    whole, resumed = (checkpoint(runs / "vqvae" / "checkpoints" / "step_00000004") for runs in (straight, broken))
+    assert set(whole) == set(resumed) and any("random_states_1" in name for name in whole)
+    assert [name for name in whole if not same(whole[name], resumed[name])] == []
 
 
 @pytest.mark.parametrize(
