@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22"]
 VIDEO = ["av>=12.3"]
 TRAIN = [*EVAL, *VIDEO, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
+# What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
+TRAIN += ["numpy>=2.0", "opencv-python-headless>=4.10", "scikit-image>=0.24"]
 TEST = ["pytest>=8.0", *TRAIN]
 
 setup(

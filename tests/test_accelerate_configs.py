@@ -10,6 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from diffusers import UNet2DModel
+from diffusers.utils import is_accelerate_version, is_torch_version
 
 from tests.conftest import REPOSITORY, load_config
 
@@ -38,6 +39,12 @@ def test_nodes_are_told_apart_by_flags():
     assert arguments.main_process_ip == "10.0.0.1"
 
 
+needs_fsdp2 = pytest.mark.skipif(
+    is_accelerate_version("<", "1.6") or is_torch_version("<", "2.8"), reason="FSDP2, on a CPU too, needs newer versions"
+)
+
+
+@needs_fsdp2
 def test_fsdp_plugin(monkeypatch):
     for name, value in prepare_multi_gpu_env(parsed("fsdp.yaml")).items():
         if name.startswith(("FSDP", "ACCELERATE")):
@@ -74,6 +81,7 @@ print("sharded")
 """
 
 
+@needs_fsdp2
 def test_the_denoiser_can_be_sharded():
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run([sys.executable, "-c", CHILD], cwd=REPOSITORY, env=environment, capture_output=True, text=True)

@@ -499,7 +499,7 @@ class EventMaker:
 Maker = Union[TripletMaker, EventMaker]
 
 
-def unread(sample: Sample, count: int = 0) -> Sample:
+def with_unreadable(sample: Sample, count: int = 0) -> Sample:
     """A sample with the number of files that could not be read before it was found."""
     return {**sample, "unreadable": torch.tensor(count)}
 
@@ -539,7 +539,7 @@ class DrawnSamples(Dataset):
         unreadable, last = 0, "scene cuts only"
         for _ in range(100):
             try:
-                return unread(self._draw(rng), unreadable)
+                return with_unreadable(self._draw(rng), unreadable)
             except NoWindow:
                 continue
             except Unreadable as error:
@@ -589,7 +589,7 @@ class RecordedSamples(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         drawn = self.recordings.draw(np.random.default_rng((self.seed, index)))
-        return unread(EventMaker.from_events(*drawn, (np.nan, np.nan)))
+        return with_unreadable(EventMaker.from_events(*drawn, (np.nan, np.nan)))
 
 
 class StreamedSamples(IterableDataset):
@@ -648,7 +648,7 @@ class StreamedSamples(IterableDataset):
                     report(error, self.options.on_unreadable)
                     unreadable += 1
                     continue
-                yield unread(self.maker(frames, rng), unreadable)
+                yield with_unreadable(self.maker(frames, rng), unreadable)
                 unreadable = 0
             if not found:
                 raise ValueError(f"`data`: process {self.process} of {self.processes} gets no row of {self.path!r}.")
