@@ -38,6 +38,7 @@ class DenoiserOptions(RunOptions):
     adam_betas: Tuple[float, ...] = option((0.9, 0.999), "of AdamW")
     weight_decay: float = option(0.01, "of AdamW")
     ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is exported; 0: none")
+    lpips_net: str = option("alex", "features of LPIPS in validations, which are the field's score: alex, vgg, or none for no LPIPS")
     hint_dropout: float = option(0.5, "share of samples with start hints instead of refined ones")
     guess_share: float = option(0.0, "share of the refined hints that comes from a guess and not from the true middle frame")
     guess_rounds: int = option(1, "such a guess is refined up to this many times")
