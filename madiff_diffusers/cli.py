@@ -203,7 +203,7 @@ def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiff
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for devices it cannot use
         raise CommandError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     try:
         return MADiffPipeline.from_pretrained(checkpoint, dtype=dtype).to(place)

@@ -83,6 +83,7 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, frames, tmp_path):
         ((prev, next_, "-o", out, *known, "--num-frames", 2), "`num_frames` must be 1, 3, 7"),
         ((prev, next_, "-o", out, *known, "--steps", 0), "`num_inference_steps`"),
         ((prev, next_, "-o", out, *known, "--device", "warp9"), "--device 'warp9'"),
+        ((prev, next_, "-o", out, *known, "--device", "hpu"), "--device 'hpu'"),  # known to torch, but not in its build
         ((prev, next_, "-o", out, *known, "--seed", -1), "--seed must be in [0, 2^63), but is -1"),
         ((prev, next_, "-o", tmp_path / "out.ico", *known), "must end in an image format"),
     ]

@@ -233,7 +233,8 @@ def test_no_sample_goes_across_a_cut(cache, tmp_path):
     if cache:
         assert list(source.lengths) == [6, 6]
     else:
-        for times in (range(5, 8), range(4, 9, 2), range(10, 13)):  # across the cut, and beyond the end
+        # Across the cut, over the end, and beyond it, where a header may say that there is more.
+        for times in (range(5, 8), range(4, 9, 2), range(10, 13), range(40, 43)):
             with pytest.raises(NoWindow):
                 source.read(0, times)
 
@@ -373,9 +374,9 @@ def test_paths_are_not_linear_and_blur_is_the_mean_over_the_exposure():
     scene = MovingScene([moving_picture(0), moving_picture(20)], 64, 64, np.random.default_rng(1))
     places = [scene.layers[1].matrix(time) @ [0, 0, 1] for time in (-1, 0, 1)]
     assert np.abs(places[0] + places[2] - 2 * places[1]).max() > 0.1
-    sharp = np.mean([scene.render(time).astype(float) for time in np.linspace(-0.3, 0.3, 5)], axis=0)
+    sharp = np.mean([scene.render(time).astype(float) for time in np.linspace(-0.3, 0.3, 61)], axis=0)
     blurred = scene.render(0.0, exposure=0.6)
-    assert np.abs(blurred - sharp).max() <= 1.5
+    assert np.abs(blurred - sharp).mean() < 0.4 * np.abs(scene.render(0.0) - sharp).mean()
     assert np.abs(np.diff(blurred.astype(float), axis=1)).mean() < np.abs(np.diff(scene.render(0.0).astype(float), axis=1)).mean()
 
 

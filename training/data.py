@@ -153,8 +153,10 @@ class VideoClips:
             found += 1
             if found == count and not whole:
                 break
+        if frames is None and first > 0:  # a header may tell of more frames than there are
+            raise NoWindow
         if frames is None:
-            raise Unreadable(f"The video file {path} gives no frame from number {first} on.")
+            raise Unreadable(f"The video file {path} gives no frame.")
         return frames[:found]
 
 

@@ -95,13 +95,14 @@ class MovingScene:
         colours = picture.astype(np.float32) * (opacity[..., None].astype(np.float32) / 255)
         return np.dstack([colours.round().astype(np.uint8), opacity])
 
-    def render(self, time: float, exposure: float = 0.0, moments: int = 5) -> np.ndarray:
+    def render(self, time: float, exposure: float = 0.0) -> np.ndarray:
         """The scene `(H, W, 3)` uint8 at a time in [-1, 1].
 
         Args:
-            exposure: time over which the frame is exposed, around `time`; 0 gives a sharp frame.
-            moments: rendered moments that a blurred frame is the mean of.
+            exposure: time over which the frame is exposed, around `time`; 0 gives a sharp frame. A blurred one is the mean
+                of moments between which nothing moves much farther than a pixel.
         """
+        moments = int(np.clip(np.ceil(self.largest_shift / 2 * exposure), 2, 16)) + 1 if exposure else 1
         times = time + exposure * (np.linspace(-0.5, 0.5, moments) if exposure else np.zeros(1))
         frame = sum(self._sharp(moment) for moment in times) / len(times)
         return np.clip(frame.round(), 0, 255).astype(np.uint8)

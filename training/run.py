@@ -50,6 +50,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LAUNCHERS = (b"accelerate", b"accelerate-launch", b"accelerate.commands.launch")
 PACKAGES = ("madiff_diffusers", "torch", "diffusers", "accelerate", "transformers", "datasets", "lpips", "numpy", "opencv-python-headless")
 
 # Scores a validation sample by its number, and shows it as a picture `(H, W, 3)` uint8 if asked to.
@@ -208,7 +209,8 @@ class Run:
         if not sys.platform.startswith("linux"):
             return
         with contextlib.suppress(OSError):
-            if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+            if any(os.path.basename(each) in LAUNCHERS for each in arguments):
                 end_with_parent = 1  # PR_SET_PDEATHSIG
                 ctypes.CDLL(None).prctl(end_with_parent, signal.SIGTERM)
 
@@ -482,7 +484,7 @@ class Run:
             _write(self.checkpoints / "best.yaml", yaml.safe_dump(self.progress.best))
         for old in self._saved()[: -self.options.keep]:
             if old != best:
-                # No folder with a checkpoint's name is ever incomplete, while it is removed neither.
+                # No folder with a checkpoint's name is ever incomplete, not even while it is being removed.
                 removed = old.with_name(f"writing_removed_{old.name}")
                 os.replace(old, removed)
                 shutil.rmtree(removed)
