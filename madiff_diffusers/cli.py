@@ -4,8 +4,17 @@ import argparse
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Optional
+from typing import Iterator, List, Optional
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+BENCHMARK_NAMES = (
+    "middlebury", "ucf101", "davis", "snu-film-easy", "snu-film-medium", "snu-film-hard", "snu-film-extreme", "vimeo-triplet",
+    "vimeo-septuplet", "xiph-2k", "xiph-4k", "vfitex", "triplets",
+)  # fmt: skip
 
 
 class CommandError(Exception):
@@ -51,47 +60,51 @@ def build_parser() -> argparse.ArgumentParser:
     interpolate.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "float16", "bfloat16"),
+        choices=DTYPES,
         metavar="T",
         help="float32, float16 or bfloat16 (default: float32)",
     )
     interpolate.set_defaults(run=run_interpolate)
 
-    for name, run, text in (
-        ("evaluate", run_evaluate, "Interpolate the triplets of a benchmark folder and print the mean scores."),
-        ("ablate", run_ablate, "Print a table of scores: where motion hints come from, by the number of sampling steps."),
-    ):
-        command = commands.add_parser(name, help=text[0].lower() + text[1:-1], description=text)
-        command.add_argument(
-            "--root",
-            required=True,
-            metavar="DIR",
-            help="input/NAME/frame10.png, frame11.png with gt/NAME/frame10i11.png, "
-            "or NAME/frame_00.png, frame_02.png, frame_01_gt.png",
-        )
-        command.add_argument("--checkpoint", default="madiff-compact", metavar="DIR", help="as for interpolate")
-        command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise (default: 0)")
-        command.add_argument("--device", default="cpu", metavar="D", help="as for interpolate")
-        command.add_argument(
-            "--lpips-backbone",
-            metavar="FILE",
-            help="safetensors file of AlexNet's feature layers; downloaded by torchvision if not given",
-        )
-        if name == "evaluate":
-            command.add_argument("-o", "--output", metavar="DIR", help="folder to write the frames to, as NAME.png")
-            command.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the checkpoint's own)")
-        else:
-            command.add_argument(
-                "--steps", type=int, nargs="+", default=[1, 2, 5, 10, 25, 50], metavar="N", help="default: 1 2 5 10 25 50"
-            )
-            command.add_argument(
-                "--policies",
-                nargs="+",
-                default=["none", "neighbours", "sampling"],
-                metavar="P",
-                help="none, start, neighbours or sampling (default: none neighbours sampling)",
-            )
-        command.set_defaults(run=run)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="run methods on a benchmark: frames, scores, tables, pages",
+        description="Make the middle frames of a benchmark, score the files, and write frames, tables (results.md, .csv, .json), a "
+        "chart and pages (index.html) into a folder. The folder may hold other benchmarks and methods already; its tables then "
+        "hold all of them. The same command takes up what was stopped.",
+    )
+    evaluate.add_argument(
+        "--method",
+        nargs="+",
+        default=["madiff"],
+        metavar="M",
+        help="madiff (a checkpoint), average, flow (OpenCV's DIS), or MODULE:FUNCTION that takes two (H, W, 3) uint8 arrays and "
+        "gives the one between (default: madiff)",
+    )
+    evaluate.add_argument("--label", metavar="TEXT", help="row in the tables, for a single method (default: what it is)")
+    evaluate.set_defaults(run=run_evaluate)
+
+    ablate = commands.add_parser(
+        "ablate",
+        help="what a checkpoint's parts are worth, on a benchmark",
+        description="Compare settings of a checkpoint on a benchmark, all else being equal, and print a table; writes what "
+        "evaluate writes.",
+    )
+    ablate.add_argument(
+        "question",
+        metavar="QUESTION",
+        choices=("hints", "source", "interval", "steps", "scheduler", "quantised"),
+        help="hints: where motion hints come from (none, neighbours, start, sampling); source: events, flow or both; interval: steps "
+        "between re-extractions (8 steps unless told); steps: sampling steps; scheduler: which; quantised: latents moved to "
+        "their nearest codes or not",
+    )
+    ablate.add_argument(
+        "--values", nargs="+", metavar="V", help="what to compare, instead of: all hints; all sources; intervals 1 2 4 8; steps "
+        "1 2 5 10 25 50; six schedulers; quantised yes no",
+    )
+    ablate.set_defaults(run=run_ablate)
+    for command in (evaluate, ablate):
+        add_evaluation_options(command, gallery=20 if command is evaluate else 0)
 
     convert = commands.add_parser(
         "convert-eventgan",
@@ -149,39 +162,155 @@ def run_interpolate(args: argparse.Namespace) -> None:
     print("\n".join(str(path) for path in paths))
 
 
-def build_evaluator(args: argparse.Namespace) -> "Evaluator":  # noqa: F821
+def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> None:
+    command.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(BENCHMARK_NAMES)}")
+    command.add_argument("--root", required=True, metavar="DIR", help="folder of the benchmark; a wrong one is told the layout")
+    command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write into, or to go on in")
+    command.add_argument("--checkpoint", default="madiff-compact", metavar="DIR", help="as for interpolate")
+    command.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the checkpoint's own)")
+    command.add_argument("--hint-policy", metavar="P", help="sampling (default), start, neighbours or none")
+    command.add_argument("--hint-interval", type=int, metavar="N", help="steps between re-extractions (default: the checkpoint's)")
+    command.add_argument("--hint-source", metavar="S", help="use only this part of the checkpoint's hints: events or flow")
+    command.add_argument("--scheduler", metavar="CLASS", help="a scheduler class of Diffusers (default: the checkpoint's own)")
+    command.add_argument("--no-quantise", action="store_true", help="decode latents as they are, not as their nearest codes")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every item (default: 0)")
+    command.add_argument("--device", default="cpu", metavar="D", help="as for interpolate; cuda is each process's own")
+    command.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for interpolate")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["psnr", "ssim", "lpips"],
+        metavar="M",
+        help="psnr, ssim, lpips, flolpips (flow by RAFT), fid (default: psnr ssim lpips); what cannot be had is left out by name",
+    )
+    for option, network in (
+        ("--lpips-backbone", "AlexNet's feature layers (.safetensors)"),
+        ("--raft-weights", "torchvision's raft_large (.pth or .safetensors), for flolpips"),
+        ("--inception-weights", "torch-fidelity's Inception network (.pth), for fid"),
+    ):
+        command.add_argument(option, metavar="FILE", help=f"file of {network}; downloaded if not given")
+    command.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="items of one size made and scored at once (default: 1)"
+    )
+    command.add_argument(
+        "--gallery", type=int, default=gallery, metavar="N", help=f"items on a run's page, worst first; 0: none (default: {gallery})"
+    )
+
+
+class EvaluationCommand:
+    """What `evaluate` and `ablate` share: loads what the options name, runs methods, prints the table."""
+
+    def __init__(self, args: argparse.Namespace):
+        import torch
+
+        from .evaluation.evaluate import this_process
+        from .evaluation.methods import Settings
+        from .evaluation.metrics import Scorer
+
+        if not 0 <= args.seed < 2**63:
+            raise CommandError(f"--seed must be in [0, 2^63), but is {args.seed}")
+        self.args, self._pipeline = args, None
+        device = usable_device(args.device)
+        self.state = this_process(device)
+        # One device for each process; of a single process, the one that it was told.
+        self.device = self.state.device if device.type == "cuda" and self.state.num_processes > 1 else device
+        self.dtype = getattr(torch, args.dtype)
+        quantised = False if args.no_quantise else None
+        self.settings = Settings(args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised)
+        self.scorer = Scorer(args.metrics, self.device, args.lpips_backbone, args.raft_weights, args.inception_weights)
+        for name, reason in self.scorer.left_out.items():
+            print(f"madiff: {name} is left out: {reason}", file=sys.stderr)
+        if not self.scorer.names:
+            raise CommandError("--metrics: none of them can be had")
+
+    @property
+    def pipeline(self) -> "MADiffPipeline":  # noqa: F821
+        if self._pipeline is None:
+            self._pipeline = load_pipeline(self.args.checkpoint, str(self.device), self.dtype)
+            self._pipeline.set_progress_bar_config(disable=True)
+        return self._pipeline
+
+    def method(self, name: str) -> "Method":  # noqa: F821
+        from .evaluation.methods import BASELINES, Baseline, FunctionMethod
+
+        if name == "madiff":
+            return self.checkpoint(self.settings)
+        if name in BASELINES:
+            return Baseline(name)
+        if ":" in name:
+            return FunctionMethod(name)
+        raise CommandError(f"--method must be madiff, {', '.join(BASELINES)} or MODULE:FUNCTION, but is {name!r}")
+
+    def checkpoint(self, settings: "Settings") -> "MADiffMethod":  # noqa: F821
+        from .evaluation.methods import MADiffMethod, checkpoint_digest
+
+        name = Path(self.args.checkpoint).resolve().name if Path(self.args.checkpoint).exists() else self.args.checkpoint
+        return MADiffMethod(self.pipeline, name, checkpoint_digest(self.args.checkpoint), settings, self.args.seed)
+
+    def run(self, methods: "Sequence[Method]", label: Optional[str] = None) -> None:  # noqa: F821
+        from .evaluation.evaluate import evaluate
+        from .evaluation.report import markdown
+
+        args, output = self.args, Path(self.args.output)
+        summaries = evaluate(
+            args.benchmark,
+            args.root,
+            output,
+            methods,
+            self.scorer,
+            label=label,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            gallery=args.gallery,
+            state=self.state,
+        )
+        if self.state.is_main_process:
+            print(markdown(summaries), end="")
+            print(f"madiff: {output / 'index.html'}", file=sys.stderr)
+
+
+@contextmanager
+def evaluation_errors() -> Iterator[None]:
     import torch
 
     try:
-        from .evaluation import Evaluator, find_triplets
-
-        triplets = find_triplets(args.root)
-        pipeline = load_pipeline(args.checkpoint, args.device, torch.float32)
-        return Evaluator(pipeline, triplets, args.lpips_backbone, args.seed)
+        yield
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is missing; pip install 'madiff_diffusers[eval]'") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         raise CommandError(error) from error
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from .evaluation import summary
-
-    evaluator = build_evaluator(args)
-    output = None if args.output is None else Path(args.output)
-    try:
-        means = evaluator.score(output, num_inference_steps=args.steps)
-    except (OSError, ValueError) as error:
-        raise CommandError(error) from error
-    print(summary(Path(args.root).name, len(evaluator.triplets), means))
+    if args.label is not None and len(args.method) > 1:
+        raise CommandError(f"--label is for one method, but --method names {len(args.method)}")
+    with evaluation_errors():
+        command = EvaluationCommand(args)
+        command.run([command.method(name) for name in args.method], args.label)
 
 
 def run_ablate(args: argparse.Namespace) -> None:
+    with evaluation_errors():
+        from .evaluation.evaluate import QUESTIONS, ablation
+
+        setting, _ = QUESTIONS[args.question]
+        values = None if args.values is None else [parse_setting(setting, value) for value in args.values]
+        if args.question == "interval" and args.steps is None:
+            args.steps = 8  # at a small checkpoint's one or two steps, there is nothing to space out
+        command = EvaluationCommand(args)
+        variants = ablation(args.question, command.settings, command.pipeline.config.hint_source, values)
+        command.run([command.checkpoint(settings) for settings in variants])
+
+
+def parse_setting(name: str, text: str) -> "Union[int, bool, str]":  # noqa: F821
     try:
-        for row in build_evaluator(args).ablate(args.policies, args.steps):
-            print(row, flush=True)
-    except (OSError, ValueError) as error:
-        raise CommandError(error) from error
+        if name in ("steps", "hint_interval"):
+            return int(text)
+        return {"yes": True, "no": False}[text] if name == "quantised" else text
+    except (KeyError, ValueError) as error:
+        kind = "yes or no" if name == "quantised" else "integers"
+        raise CommandError(f"--values must be {kind}, but has {text!r}") from error
 
 
 def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiffPipeline":  # noqa: F821
@@ -190,8 +319,6 @@ def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiff
     Raises:
         CommandError: if there is no such checkpoint or device.
     """
-    import torch
-
     from .pipeline_madiff import CHECKPOINT_FOLDER, MADiffPipeline
 
     bundled = sorted(path.name for path in CHECKPOINT_FOLDER.glob("*") if path.is_dir())
@@ -200,15 +327,26 @@ def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiff
             f"--checkpoint must be a folder with a model_index.json or one of {', '.join(bundled)}, "
             f"but is {checkpoint!r}"
         )
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for devices it cannot use
-        raise CommandError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    place = usable_device(device)
     try:
         return MADiffPipeline.from_pretrained(checkpoint, dtype=dtype).to(place)
     except (OSError, ValueError) as error:
         raise CommandError(f"--checkpoint {checkpoint!r} cannot be loaded: {error}") from error
+
+
+def usable_device(name: str) -> "torch.device":  # noqa: F821
+    """
+    Raises:
+        CommandError: if torch cannot use it.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for devices it cannot use
+        raise CommandError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def run_convert(args: argparse.Namespace) -> None:

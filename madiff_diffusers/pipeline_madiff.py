@@ -161,6 +161,7 @@ class MADiffPipeline(DiffusionPipeline):
         hint_interval: Optional[int] = None,
         generator: Optional[Union[torch.Generator, List[torch.Generator]]] = None,
         latents: Optional[torch.Tensor] = None,
+        force_not_quantize: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, Dict], Dict]] = None,
@@ -186,6 +187,8 @@ class MADiffPipeline(DiffusionPipeline):
             latents (`torch.Tensor` of shape `(B, num_frames, C, h, w)`, or `(B, C, h, w)` for one frame, *optional*):
                 noise to start from, of variance 1, for each frame in the order of time; h and w are those of the
                 padded frames' latents. Drawn from `generator` if not given.
+            force_not_quantize (`bool`, defaults to `False`): decode latents as they are, not moved to their nearest codes;
+                for ablations.
             output_type (`str`): `"pil"`, `"np"` or `"pt"`.
             return_dict (`bool`): whether to return a [`MADiffPipelineOutput`] or a plain tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
@@ -248,6 +251,7 @@ class MADiffPipeline(DiffusionPipeline):
                         hint_interval,
                         generator,
                         None if noise is None else noise[:, middle - 1],
+                        force_not_quantize,
                         callback_on_step_end,
                         callback_on_step_end_tensor_inputs,
                         progress_bar,
@@ -271,6 +275,7 @@ class MADiffPipeline(DiffusionPipeline):
         hint_interval: int,
         generator: Optional[Union[torch.Generator, List[torch.Generator]]],
         noise: Optional[torch.Tensor],
+        force_not_quantize: bool,
         callback: Optional[Callable],
         callback_inputs: Sequence[str],
         progress_bar: Any,
@@ -283,6 +288,11 @@ class MADiffPipeline(DiffusionPipeline):
         scaling_factor = self.vqvae.config.scaling_factor
         condition = torch.cat(encoded.latents.chunk(2), dim=1) * scaling_factor  # [B,2C,h,w]
         features_prev, features_next = zip(*(feature.chunk(2) for feature in encoded.features))
+
+        def decode(latents: torch.Tensor, hints_prev: torch.Tensor, hints_next: torch.Tensor) -> torch.Tensor:
+            latents = (latents / scaling_factor).to(dtype)
+            decoded = self.vqvae.decode(latents, features_prev, features_next, hints_prev, hints_next, force_not_quantize)
+            return decoded.sample.float().clamp(-1, 1)
 
         # 2. Hints to begin with: nothing is known of the middle frame yet.
         if hint_policy == "neighbours":
@@ -319,7 +329,7 @@ class MADiffPipeline(DiffusionPipeline):
 
             # 4.2 hints from the frame that these latents stand for
             if hint_policy == "sampling" and i % hint_interval == 0:
-                guess = self._decode(clean_latents, features_prev, features_next, hints_prev, hints_next)
+                guess = decode(clean_latents, hints_prev, hints_next)
                 hints_prev, hints_next = self.hints.from_guess(frames_prev, guess, frames_next)
 
             # 4.3 the caller's turn
@@ -335,25 +345,7 @@ class MADiffPipeline(DiffusionPipeline):
             progress_bar.update()
 
         # 5. The middle frame.
-        return self._decode(clean_latents, features_prev, features_next, hints_prev, hints_next)
-
-    def _decode(
-        self,
-        latents: torch.Tensor,
-        features_prev: Tuple[torch.Tensor, ...],
-        features_next: Tuple[torch.Tensor, ...],
-        hints_prev: torch.Tensor,
-        hints_next: torch.Tensor,
-    ) -> torch.Tensor:
-        dtype = self.vqvae.dtype
-        decoded = self.vqvae.decode(
-            (latents / self.vqvae.config.scaling_factor).to(dtype),
-            features_prev,
-            features_next,
-            hints_prev,
-            hints_next,
-        )
-        return decoded.sample.float().clamp(-1, 1)
+        return decode(clean_latents, hints_prev, hints_next)
 
     def _clean_latents(
         self, step: BaseOutput, model_output: torch.Tensor, model_input: torch.Tensor, t: torch.Tensor

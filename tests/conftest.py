@@ -1,6 +1,8 @@
 """Fixtures: the networks of the `tiny` configuration, pictures, and video clips made from CC0 photographs."""
 
 import os
+import socket
+import sys
 from pathlib import Path
 
 import cv2
@@ -49,6 +51,15 @@ def excite(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.fixture
 def tiny() -> dict:
     return load_config("tiny")
+
+
+def two_processes(module_and_options: list) -> list:
+    """The command that runs a module on two processes; on CPUs (ACCELERATE_USE_CPU=true) they talk through gloo."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", *module_and_options]
 
 
 def build_pipeline(config: dict) -> MADiffPipeline:

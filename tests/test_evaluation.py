@@ -1,99 +1,431 @@
-import importlib.util
+"""From a benchmark's files to tables and pages: real processes, real files, a real browser."""
+
+import csv
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from madiff_diffusers.evaluation import Evaluator, find_triplets
+from madiff_diffusers.cli import main
+from madiff_diffusers.evaluation.benchmarks import find_triplets
+from madiff_diffusers.evaluation.evaluate import QUESTIONS, ablation, evaluate
+from madiff_diffusers.evaluation.methods import Baseline, FunctionMethod, MADiffMethod, Settings, checkpoint_digest
+from madiff_diffusers.evaluation.metrics import Scorer, psnr
+from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.image_io import read_image
-from madiff_diffusers.metrics import build_lpips, lpips_distance, psnr, ssim
-from tests.conftest import moving_picture
+from tests.conftest import moving_picture, two_processes
+from tests.test_metrics import load_scorer
+
+NAMES = ["2", "3", "11", "12"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
-def layouts(tmp_path) -> list:
-    """The same two triplets in both layouts."""
-    names = {
-        "middlebury": ("input/{}/frame10.png", "gt/{}/frame10i11.png", "input/{}/frame11.png"),
-        "ucf101": ("{}/frame_00.png", "{}/frame_01_gt.png", "{}/frame_02.png"),
-    }
-    for layout, patterns in names.items():
-        for name, shift in (("2", 0), ("11", 5)):
-            for pattern, time in zip(patterns, (-1, 0, 1)):
-                path = tmp_path / layout / pattern.format(name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(moving_picture(time + shift, 40, 48)).save(path)
-    return [tmp_path / layout for layout in names]
+def root(tmp_path) -> Path:
+    """Four triplets of two sizes in the layout of UCF101."""
+    for number, name in enumerate(NAMES):
+        for frame, time_ in (("frame_00", -1), ("frame_01_gt", 0), ("frame_02", 1)):
+            path = tmp_path / "ucf101" / name / f"{frame}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(moving_picture(time_ + 5 * number, 40, 48 + 16 * (number % 2))).save(path)
+    return tmp_path / "ucf101"
 
 
-def test_both_layouts_hold_the_same_triplets(layouts):
-    for root in layouts:
-        triplets = find_triplets(str(root))
-        assert {triplet.name for triplet in triplets} == {"2", "11"}
-        for triplet in triplets:
-            truth = np.array(read_image(triplet.truth))
-            assert np.array_equal(truth, moving_picture(0 if triplet.name == "2" else 5, 40, 48))
-
-
-def test_missing_files_and_empty_folders_are_named(layouts, tmp_path):
-    (layouts[1] / "11" / "frame_02.png").unlink()
-    with pytest.raises(FileNotFoundError, match="11/frame_02.png"):
-        find_triplets(str(layouts[1]))
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(ValueError, match="`root` must hold triplets"):
-        find_triplets(str(empty))
-
-
-def load_scorer(shared_data: Path):
-    spec = importlib.util.spec_from_file_location("score", shared_data / "tools" / "score.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_metrics_agree_with_an_independent_scorer(shared_data, tmp_path):
-    score = load_scorer(shared_data)
-    images = [moving_picture(time, 72, 91) for time in (0, 1)]
-    for name, image in zip(("a", "b"), images):
-        Image.fromarray(image).save(tmp_path / f"{name}.png")
-    a, b = (score.load(tmp_path / f"{name}.png") for name in ("a", "b"))
-    metric = build_lpips("alex", str(shared_data / "weights" / "lpips_alexnet_features.safetensors"))
-    assert psnr(*images) == pytest.approx(score.psnr(a, b), abs=1e-3)
-    assert ssim(*images) == pytest.approx(score.ssim(a, b), abs=1e-4)
-    assert lpips_distance(metric, *images) == pytest.approx(score.LPIPS(str(shared_data / "weights"))(a, b), abs=1e-4)
-    assert psnr(images[0], images[0]) == pytest.approx(120)
-
-
-def test_scores_are_of_the_files_that_are_written(pipeline, layouts, shared_data, tmp_path):
-    backbone = str(shared_data / "weights" / "lpips_alexnet_features.safetensors")
-    triplets = find_triplets(str(layouts[0]))
-    means = Evaluator(pipeline, triplets, backbone).score(tmp_path / "out")
-    written = [psnr(np.array(read_image(tmp_path / "out" / f"{t.name}.png")), np.array(read_image(t.truth))) for t in triplets]
-    assert means["psnr"] == pytest.approx(np.mean(written))
-    assert means["seconds"] > 0
-
-
-def test_commands(pipeline, layouts, shared_data, tmp_path):
+@pytest.fixture
+def checkpoint(pipeline, tmp_path) -> Path:
     pipeline.save_pretrained(tmp_path / "checkpoint")
-    common = ["--root", str(layouts[0]), "--checkpoint", str(tmp_path / "checkpoint")]
-    common += ["--lpips-backbone", str(shared_data / "weights" / "lpips_alexnet_features.safetensors")]
+    return tmp_path / "checkpoint"
 
-    def madiff(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "madiff_diffusers", *arguments], capture_output=True, text=True)
 
-    done = madiff("evaluate", *common, "-o", str(tmp_path / "out"))
+@pytest.fixture
+def peer(tmp_path) -> Path:
+    """A working directory with a module of functions to evaluate; each call is a line of `calls`."""
+    folder = tmp_path / "peer"
+    folder.mkdir()
+    (folder / "peers.py").write_text(
+        "import time\n"
+        "import numpy as np\n"
+        "def slow(prev, next):\n"
+        "    open('calls', 'a').write('call\\n')\n"
+        "    time.sleep(0.3)\n"
+        "    return next\n"
+        "def blend(prev, next):\n"
+        "    prev *= 0  # nobody else's frame\n"
+        "    return next / 255\n"
+        "def broken(prev, next):\n"
+        "    raise RuntimeError('out of ideas')\n"
+        "def small(prev, next):\n"
+        "    return next[:-1]\n"
+        "def bright(prev, next):\n"
+        "    return next.astype(np.float32)\n"
+        "def nothing(prev, next):\n"
+        "    return None\n"
+        "number = 3\n"
+    )
+    return folder
+
+
+def madiff(*arguments, cwd=None, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "madiff_diffusers", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**ENVIRONMENT, **environment})
+
+
+def scorer() -> Scorer:
+    return Scorer(["psnr", "ssim"])
+
+
+def results(output: Path) -> list:
+    return json.loads((output / "results.json").read_text())["runs"]
+
+
+# ---- what is made and scored ----
+
+
+def test_frames_scores_and_tables(pipeline, root, tmp_path):
+    output = tmp_path / "out"
+    methods = [MADiffMethod(pipeline, "tiny", "0123"), Baseline("average"), Baseline("flow")]
+    summaries = evaluate("ucf101", str(root), output, methods, scorer(), gallery=2)
+    assert [summary["label"] for summary in summaries] == ["tiny", "flow", "average"]
+    assert results(output) == summaries
+    for summary in summaries:
+        triplets = find_triplets("ucf101", str(root))
+        written = [np.array(read_image(output / "frames" / summary["label"] / "ucf101" / f"{name}.png")) for name in NAMES]
+        scores = [psnr(image, triplet.read()[1]) for image, triplet in zip(written, triplets)]
+        assert [item["psnr"] for item in summary["items"]] == scores
+        assert summary["scores"]["psnr"]["mean"] == pytest.approx(np.mean(scores))
+        assert summary["scores"]["psnr"]["low"] <= np.mean(scores) <= summary["scores"]["psnr"]["high"]
+        assert summary["seconds_per_frame"]["median"] > 0
+    # The pipeline's own result with the same seed is what was written, and seeds do not depend on the order.
+    triplet = find_triplets("ucf101", str(root))[3]
+    expected = pipeline(*map(read_image, (triplet.prev, triplet.next)), generator=torch.Generator().manual_seed(0)).frames[0][0]
+    assert np.array_equal(np.array(expected), np.array(read_image(output / "frames" / "tiny" / "ucf101" / "12.png")))
+    protocol = summaries[0]["protocol"]
+    assert protocol["checkpoint_sha256"] == "0123" and protocol["steps"] == pipeline.config.default_num_inference_steps
+    libraries = summaries[0]["environments"][0]["libraries"]
+    assert libraries["torch"] == torch.__version__.split("+")[0] and {"diffusers", "scikit-image"} <= set(libraries)
+    rows = list(csv.DictReader((output / "results.csv").open()))
+    assert len(rows) == 3 * 4 and {row["name"] for row in rows} == set(NAMES)
+    table = (output / "results.md").read_text()
+    assert "### ucf101 (4 triplets)" in table and "| method | PSNR ↑ | SSIM ↑ | s/frame |" in table
+    assert re.search(r"\| flow \| \d\d\.\d\d \[\d\d\.\d\d, \d\d\.\d\d\] \| 0\.\d{4} ", table)
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_baselines():
+    prev, truth, next_ = (moving_picture(time_, 96, 128) for time_ in (-1, 0, 1))
+    average, = Baseline("average")([(prev, next_)])
+    assert np.abs(average.astype(float) - (prev.astype(float) + next_) / 2).max() <= 0.5
+    flow, = Baseline("flow")([(prev, next_)])
+    assert psnr(flow, truth) > psnr(average, truth) + 3
+    still, = Baseline("flow")([(prev, prev)])
+    assert np.array_equal(still, prev)
+
+
+# Published beside the sets; measured by a program that knows nothing of this one.
+REFERENCES = {
+    "middlebury": {"average": (28.00, 0.799, 0.0909), "flow": (34.16, 0.947, 0.0397)},
+    "davis": {"average": (22.13, 0.632, 0.1841), "flow": (26.09, 0.822, 0.1115)},
+    "ucf101": {"average": (33.05, 0.920, 0.0480), "flow": (34.14, 0.940, 0.0351)},
+}
+
+
+@pytest.mark.parametrize("benchmark", ["middlebury", *(pytest.param(name, marks=pytest.mark.slow) for name in ("davis", "ucf101"))])
+def test_reference_values_and_an_independent_scorer(benchmark, shared_data, tmp_path):
+    score = load_scorer(shared_data)
+    root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(benchmark, benchmark)
+    metrics = Scorer(lpips_backbone=str(shared_data / "weights" / "lpips_alexnet_features.safetensors"))
+    summaries = evaluate(benchmark, str(root), tmp_path, [Baseline("average"), Baseline("flow")], metrics, gallery=0)
+    independent = score.LPIPS(str(shared_data / "weights"))
+    for summary in summaries:
+        means = {name: value["mean"] for name, value in summary["scores"].items()}
+        expected = REFERENCES[benchmark][summary["label"]]
+        assert (round(means["psnr"], 2), round(means["ssim"], 3), round(means["lpips"], 4)) == expected
+        rows = []
+        for name, _, _, truth in score.triplets(str(shared_data / "bench"), benchmark):
+            pair = score.load(tmp_path / "frames" / summary["label"] / benchmark / f"{name}.png"), score.load(truth)
+            rows.append((score.psnr(*pair), score.ssim(*pair), independent(*pair)))
+        psnr_, ssim_, lpips_ = np.mean(rows, axis=0)
+        assert means["psnr"] == pytest.approx(psnr_, abs=1e-3)
+        assert means["ssim"] == pytest.approx(ssim_, abs=1e-4) and means["lpips"] == pytest.approx(lpips_, abs=1e-4)
+
+
+def test_intervals():
+    values = np.random.default_rng(1).normal(10, 2, 200)
+    result = mean_and_interval(values, [str(i) for i in range(200)])
+    assert result["mean"] == pytest.approx(values.mean())
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert result["low"] == pytest.approx(values.mean() - half, abs=half / 5)
+    assert result["high"] == pytest.approx(values.mean() + half, abs=half / 5)
+    # Clips count alike, however many frames they have, and are what is drawn again.
+    clips = mean_and_interval([1, 1, 1, 4], ["a", "a", "a", "b"])
+    assert clips == {"mean": 2.5, "low": 1.0, "high": 4.0}
+    assert mean_and_interval([3.0], ["a"]) == {"mean": 3.0}
+
+
+def test_batches_give_the_same_table(pipeline, root, tmp_path):
+    tables = []
+    for size in (1, 4):
+        (summary,) = evaluate("ucf101", str(root), tmp_path / str(size), [MADiffMethod(pipeline, "tiny", "0")], scorer(), batch_size=size, gallery=0)
+        tables.append([(item["name"], round(item["psnr"], 1)) for item in summary["items"]])
+    assert tables[0] == tables[1]
+
+
+def test_scores_are_those_of_the_files_that_are_there(root, tmp_path):
+    """Frames that were deleted are made again; another metric is added to what is known."""
+    first = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], Scorer(["psnr"]), gallery=0)[0]
+    frames = tmp_path / "out" / "frames" / "average" / "ucf101"
+    kept = (frames / "2.png").stat().st_mtime_ns
+    (frames / "3.png").unlink()
+    second = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], Scorer(["ssim"]), gallery=0)[0]
+    assert set(second["scores"]) == {"psnr", "ssim"} and second["scores"]["psnr"] == first["scores"]["psnr"]
+    assert (frames / "2.png").stat().st_mtime_ns == kept and (frames / "3.png").is_file()
+    Image.fromarray(moving_picture(0, 12, 12)).save(frames / "3.png")
+    (tmp_path / "out" / "runs" / "average" / "ucf101" / "progress-0.jsonl").write_text(
+        "".join(json.dumps({"item": name, "seconds": 1.0}) + "\n" for name in NAMES)
+    )
+    with pytest.raises(ValueError, match=r"average/ucf101/3.png is 12x12, but .*ucf101/3/frame_01_gt.png is 64x40"):
+        evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], scorer(), gallery=0)
+
+
+# ---- methods ----
+
+
+def test_functions(peer, monkeypatch):
+    monkeypatch.chdir(peer)
+    prev, next_ = moving_picture(0), moving_picture(3)
+    before = prev.copy()
+    (result,) = FunctionMethod("peers:blend")([(prev, next_)])
+    assert np.array_equal(result, next_) and np.array_equal(prev, before)
+    for name, message in (
+        ("peers:broken", "failed: RuntimeError: out of ideas .*peers.py, line 11"),
+        ("peers:small", r"must give an array \(64, 96, 3\), but gave an array \(63, 96, 3\)"),
+        ("peers:bright", r"must give uint8, or floating point in \[0, 1\], but gave float32"),
+        ("peers:nothing", "but gave a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FunctionMethod(name)([(prev, next_)])
+    for name in ("peers:none", "nowhere:f", "peers:number", "peers:"):
+        with pytest.raises(ValueError, match=f"`method` '{name}'"):
+            FunctionMethod(name)
+
+
+def test_settings_change_what_they_name_and_nothing_else(pipeline, root):
+    prev, _, next_ = find_triplets("ucf101", str(root))[0].read()
+    source = pipeline.config.hint_source
+    assert source == "events+flow"
+
+    def result(**settings) -> np.ndarray:
+        return MADiffMethod(pipeline, "tiny", "0", Settings(**settings))([(prev, next_)])[0]
+
+    own = result()
+    scheduler = pipeline.scheduler
+    for settings in (
+        {"steps": 3},
+        {"hint_policy": "none"},
+        {"steps": 3, "hint_interval": 2},
+        {"hint_source": "events"},
+        {"hint_source": "flow"},
+        {"scheduler": "LCMScheduler", "steps": 3},
+        {"quantised": False},
+    ):
+        assert not np.array_equal(result(**settings), own), settings
+        assert pipeline.scheduler is scheduler and np.array_equal(result(), own), f"{settings} are gone afterwards"
+    assert np.array_equal(result(hint_source=source, quantised=True, hint_policy="sampling"), own)
+    for settings, message in (
+        ({"steps": 0}, "`steps` must be a positive integer"),
+        ({"hint_interval": -1}, "`hint_interval`"),
+        ({"hint_policy": "guess"}, "`hint_policy` must be one of"),
+        ({"hint_source": "depth"}, "`hint_source` must be of the checkpoint's events\\+flow"),
+        ({"scheduler": "UNet2DModel"}, "`scheduler` must be the name of a scheduler"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            result(**settings)
+
+
+def test_questions():
+    own = Settings()
+    for question, (name, defaults) in QUESTIONS.items():
+        variants = ablation(question, own, "events+flow")
+        assert len({getattr(each, name) for each in variants}) == len(variants) == len(defaults or ("events+flow", "events", "flow"))
+        assert all(each._replace(**{name: None}) == own for each in variants)
+    assert [each.steps for each in ablation("steps", own, "flow", [7, 8])] == [7, 8]
+    with pytest.raises(ValueError, match="`question` source needs a checkpoint of several hint sources"):
+        ablation("source", own, "flow")
+    with pytest.raises(ValueError, match="`question` steps varies `steps`"):
+        ablation("steps", Settings(steps=3), "flow")
+
+
+def test_a_checkpoint_s_digest_is_of_weights_and_configurations(checkpoint, tmp_path):
+    digest = checkpoint_digest(str(checkpoint))
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    (copied / "README.md").write_text("other words")
+    assert checkpoint_digest(str(copied)) == digest
+    (copied / "model_index.json").write_text((copied / "model_index.json").read_text() + " ")
+    assert checkpoint_digest(str(copied)) != digest != checkpoint_digest("madiff-compact")
+
+
+# ---- stopped and taken up ----
+
+
+def test_killed_half_way_the_same_command_makes_only_what_is_left(root, peer):
+    arguments = ["evaluate", "--benchmark", "ucf101", "--root", root, "-o", "out", "--method", "peers:slow", "--metrics", "psnr", "--gallery", "0"]
+    calls, frames = peer / "calls", peer / "out" / "frames" / "peers_slow" / "ucf101"
+    process = subprocess.Popen([sys.executable, "-m", "madiff_diffusers", *map(str, arguments)], cwd=peer, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while len(list(frames.glob("*.png"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    progress = peer / "out" / "runs" / "peers_slow" / "ucf101" / "progress-0.jsonl"
+    progress.write_text(progress.read_text() + '{"item": "12", "seco')  # as a line looks that was being written
+    made = {path.name: path.stat().st_mtime_ns for path in frames.glob("[!.]*.png")}
+    recorded = len([line for line in progress.read_text().splitlines() if line.endswith("}")])
+    assert 2 <= len(made) < 4 and not (peer / "out" / "results.json").exists()
+    before = len(calls.read_text().splitlines())
+    done = madiff(*arguments, cwd=peer)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["n"] == 2 and len(list((tmp_path / "out").glob("*.png"))) == 2
-    done = madiff("ablate", *common, "--steps", "1", "2", "--policies", "none", "sampling")
+    sizes = 2 if recorded < 3 else 1  # the first frame of each size is made twice, to warm up
+    assert len(calls.read_text().splitlines()) - before == 4 - recorded + sizes
+    again = {path.name: path.stat().st_mtime_ns for path in frames.glob("*.png")}
+    assert len(again) == 4 and sum(again[name] == made[name] for name in made) >= recorded
+    assert results(peer / "out")[0]["scores"]["psnr"]["mean"] > 10
+    before = calls.read_text()
+    assert madiff(*arguments, cwd=peer).stdout == done.stdout and calls.read_text() == before, "nothing is left to do"
+
+
+def test_two_processes_give_the_table_of_one(root, checkpoint, tmp_path):
+    options = ["evaluate", "--benchmark", "ucf101", "--root", root, "--checkpoint", checkpoint, "--method", "madiff", "flow"]
+    options += ["--metrics", "psnr", "ssim", "--gallery", "1"]
+    assert main([*map(str, options), "-o", str(tmp_path / "one")]) == 0
+    command = two_processes(["madiff_diffusers", *map(str, options), "-o", str(tmp_path / "two")])
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|")[1:3] for line in done.stdout.splitlines()[2:]]
-    assert [[cell.strip() for cell in row] for row in rows] == [
-        ["none", "1"], ["none", "2"], ["sampling", "1"], ["sampling", "2"],
-    ]
-    done = madiff("evaluate", "--root", str(tmp_path), *common[2:])
-    assert done.returncode == 2 and "`root` must hold triplets" in done.stderr
+    assert done.stdout.count("### ucf101") == 1
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    for run, other in zip(one, two):
+        assert other["environments"][0]["hardware"]["processes"] == 2
+        made = [len((tmp_path / "two" / "runs" / run["label"] / "ucf101" / f"progress-{i}.jsonl").read_text().splitlines()) for i in (0, 1)]
+        assert made == [4, 4], "two frames, two scores each"
+        assert other["scores"] == run["scores"] and other["protocol"] == run["protocol"]
+        assert [{**item, "seconds": 0} for item in other["items"]] == [{**item, "seconds": 0} for item in run["items"]]
+    assert len(two) == 2
+
+
+def test_another_protocol_is_not_mixed_in(pipeline, root, tmp_path):
+    def run(seed=0, **arguments):
+        return evaluate("ucf101", str(root), tmp_path / "out", [MADiffMethod(pipeline, "tiny", "0", seed=seed)], scorer(), gallery=0, **arguments)
+
+    run()
+    with pytest.raises(ValueError, match="holds 'tiny' on ucf101 with seed 0, but it is 1 now: give another `output` or `label`"):
+        run(seed=1)
+    with pytest.raises(ValueError, match="with triplets 4, but it is 2 now"):
+        run(limit=2)
+    assert len(run(seed=1, label="tiny, second seed")) == 2
+
+
+# ---- errors ----
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(root, checkpoint, tmp_path, capsys):
+    truth = root / "12" / "frame_01_gt.png"
+    good = truth.read_bytes()
+    output = tmp_path / "out"
+
+    def fails(message: str, *options) -> None:
+        arguments = ["evaluate", "--benchmark", "ucf101", "--root", root, "-o", output, "--metrics", "psnr", *options]
+        assert main(list(map(str, arguments))) == 2
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in lines if line.startswith("madiff: error: ")]
+        assert re.search(message, line), line
+        assert not output.exists()
+
+    truth.unlink()
+    fails("No such image file: .*12/frame_01_gt.png", "--method", "average")
+    truth.write_bytes(good[:200])
+    fails("Cannot read .*12/frame_01_gt.png as an image", "--method", "average")
+    Image.fromarray(moving_picture(0, 40, 40)).save(truth)
+    fails("12/frame_01_gt.png is 40x40, but .*12/frame_00.png is 64x40", "--method", "average")
+    truth.write_bytes(good)
+    fails("`root` must hold ucf101", "--root", tmp_path / "nowhere", "--method", "average")
+    fails("`benchmark` must be one of", "--benchmark", "kodak", "--method", "average")
+    fails("--method must be madiff, average, flow or MODULE:FUNCTION, but is 'rife'", "--method", "rife")
+    fails("`method` 'nowhere:f' cannot be loaded", "--method", "nowhere:f")
+    fails("--checkpoint must be a folder", "--checkpoint", tmp_path)
+    fails("`steps` must be a positive integer", "--checkpoint", checkpoint, "--steps", "0")
+    fails("`scheduler` must be the name of a scheduler", "--checkpoint", checkpoint, "--scheduler", "Nothing")
+    fails("`scheduler` PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
+    fails("`metrics` must be among", "--metrics", "vmaf")
+    fails("--label is for one method", "--method", "average", "flow", "--label", "both")
+    fails("different labels", "--method", "average", "average")
+    fails("`batch_size` must be at least 1", "--method", "average", "--batch-size", "0")
+    fails("--device 'warp9'", "--device", "warp9")
+    fails("--seed must be in", "--seed", "-1")
+
+
+def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
+    options = ["--benchmark", "ucf101", "--root", root, "--checkpoint", checkpoint, "--metrics", "psnr", "--limit", "2", "-o", tmp_path / "out"]
+    for question, values, labels in (
+        ("hints", [], ["hint_policy=neighbours", "hint_policy=none", "hint_policy=sampling", "hint_policy=start"]),
+        ("source", [], ["hint_source=events", "hint_source=events+flow", "hint_source=flow"]),
+        ("interval", ["1", "2"], ["steps=8 hint_interval=1", "steps=8 hint_interval=2"]),
+        ("steps", ["1", "3", "12"], ["steps=1", "steps=3", "steps=12"]),
+        ("scheduler", ["DDIMScheduler", "LCMScheduler"], ["scheduler=DDIMScheduler", "scheduler=LCMScheduler"]),
+        ("quantised", [], ["quantised=no", "quantised=yes"]),
+    ):
+        options[-1] = tmp_path / question
+        values = ["--values", *values] if values else []
+        assert main(["ablate", question, *map(str, options), *values]) == 0
+        printed = re.findall(r"^\| checkpoint (\S.*?) \|", capsys.readouterr().out, flags=re.MULTILINE)
+        assert printed == labels
+        assert (tmp_path / question / "chart-ucf101.svg").read_text().count("<svg") == 1
+    assert main(["ablate", "steps", *map(str, options), "--values", "some"]) == 2
+    assert "--values must be integers, but has 'some'" in capsys.readouterr().err
+    assert main(["ablate", "quantised", *map(str, options), "--values", "perhaps"]) == 2
+    assert "--values must be yes or no" in capsys.readouterr().err
+
+
+# ---- pages ----
+
+
+def test_pages_open_in_a_browser_with_every_picture(pipeline, root, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium")
+    output = tmp_path / "out"
+    methods = [MADiffMethod(pipeline, 'tiny & "co" <b>', "0"), Baseline("flow")]
+    summaries = evaluate("ucf101", str(root), output, methods, scorer(), gallery=3)
+    worst = sorted(summaries[1]["items"], key=lambda item: item["psnr"])
+    page = output / "gallery" / "flow" / "ucf101" / "index.html"
+    names = re.findall(r"<h2>(.*?)</h2>", page.read_text())
+    assert names == [item["name"] for item in worst][:3], "the worst first; by PSNR, since LPIPS was not asked for"
+    count = """<script>addEventListener("load", () => {
+        const pictures = [...document.images], bad = pictures.filter(each => !each.naturalWidth).length;
+        const links = [...document.links].map(each => each.getAttribute("href"));
+        document.body.innerHTML = `pictures ${pictures.length} missing ${bad} links ${links.join(" ")} end`;
+    })</script></body>"""
+    pages = sorted(output.rglob("*.html"))
+    assert len(pages) == 3
+    shown = {}
+    for path in pages:
+        counted = path.with_name("counted.html")
+        counted.write_text(path.read_text().replace("</body>", count))
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", counted.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        pictures, missing, links = re.search(r"pictures (\d+) missing (\d+) links (.*) end", done.stdout).groups()
+        assert missing == "0", path
+        for link in links.split():
+            assert (path.parent / unquote(link)).exists(), link
+        shown[path.parent.parent.name] = int(pictures)
+    # Three items: prev, next, truth, result, error; of a checkpoint also events and flow to both sides, and the gate.
+    assert sorted(shown.values()) == [1, 3 * 5, 3 * 10]

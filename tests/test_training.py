@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
-from tests.conftest import REPOSITORY, load_config, moving_picture
+from tests.conftest import REPOSITORY, load_config, moving_picture, two_processes
 from tests.local_hub import local_hub
 from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
 from training.options import parse_options
@@ -44,15 +43,6 @@ def arguments(stage: str, clips: Path, runs: Path, *flags: str) -> list:
 
 def command(stage: str, clips: Path, runs: Path, *flags: str) -> list:
     return [sys.executable, "-m", *arguments(stage, clips, runs, *flags)]
-
-
-def two_processes(module_and_options: list) -> list:
-    """As `command`, on two CPU processes that talk through gloo."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
-    return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", *module_and_options]
 
 
 def one_process(module_and_options: list) -> list:

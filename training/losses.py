@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from madiff_diffusers.metrics import build_lpips
+from madiff_diffusers.evaluation.metrics import build_lpips
 from training.options import RunOptions
 from training.run import Run
 

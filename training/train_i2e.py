@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from madiff_diffusers.evaluation.pictures import events_image
 from madiff_diffusers.eventgan import EventGANModel
 from training.data import EventMaker, build_samples
 from training.losses import Adversary
 from training.normalisation import StepwiseNormalisation
 from training.options import RunOptions, one_line_errors, option, parse_options
 from training.run import Run
-from training.validation import events_image, panel, validation_windows
+from training.validation import panel, validation_windows
 
 
 @dataclasses.dataclass

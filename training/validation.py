@@ -6,9 +6,9 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import cv2
 import numpy as np
 import torch
-from torchvision.utils import flow_to_image
 
-from madiff_diffusers.metrics import psnr, ssim
+from madiff_diffusers.evaluation.metrics import psnr, ssim
+from madiff_diffusers.evaluation.pictures import gate_image, hints_images, offsets_image
 from training.data import Clips, NoWindow, parse_sources, read_source
 from training.options import RunOptions
 
@@ -88,30 +88,6 @@ def image_scores(result: torch.Tensor, truth: torch.Tensor, lpips: Optional[torc
 # ---- pictures ----
 
 
-def events_image(events: torch.Tensor) -> np.ndarray:
-    """An event volume `(2 * bins, H, W)` on white: increases red, decreases blue, mixed where there are both."""
-    increases, decreases = (part.sum(0).float().cpu().numpy() for part in events.chunk(2))
-    scale = max(float(np.percentile(increases + decreases, 99)), 1e-3)
-    red, blue = (np.clip(part / scale, 0, 1)[..., None] for part in (increases, decreases))
-    image = 1 - red * np.float32([0, 1, 1]) - blue * np.float32([1, 1, 0])
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def offsets_image(offsets: torch.Tensor) -> np.ndarray:
-    """Offsets `(2, H, W)` in pixels on the colour wheel: hue is direction, paleness is rest."""
-    return flow_to_image(offsets.float()).permute(1, 2, 0).cpu().numpy()
-
-
-def hints_images(hints: torch.Tensor, hint_source: str) -> List[Tuple[str, np.ndarray]]:
-    """The parts of one side's hints `(C, H, W)`, each with its name."""
-    images = []
-    if "events" in hint_source:
-        images.append(("events", events_image(hints[: hints.shape[0] - (2 if "flow" in hint_source else 0)])))
-    if "flow" in hint_source:
-        images.append(("flow", offsets_image(hints[-2:])))
-    return images
-
-
 def panel(images: Sequence[Tuple[str, np.ndarray]]) -> np.ndarray:
     """Named pictures of one size side by side, `(H + 16, n * W, 3)` uint8."""
     labelled = []
@@ -144,8 +120,7 @@ def decoded_panel(
     for side, each in zip(("previous", "next"), hints):
         images += [(f"{name} to {side}", image) for name, image in hints_images(each[0], hint_source)]
     size = (width, height)
-    weight = (gate[0, 0].float().clamp(0, 1) * 255).to(torch.uint8).cpu().numpy()
-    images.append(("gate", cv2.resize(cv2.cvtColor(weight, cv2.COLOR_GRAY2RGB), size, interpolation=cv2.INTER_NEAREST)))
+    images.append(("gate", gate_image(gate[0], (height, width))))
     for side, each in zip(("previous", "next"), offsets[0].chunk(2)):
         image = cv2.resize(offsets_image(each), size, interpolation=cv2.INTER_NEAREST)
         images.append((f"offsets to {side}", image))

@@ -1,0 +1,291 @@
+"""The benchmarks of the field: which frames of which files make a triplet, and how they are read."""
+
+import re
+from pathlib import Path
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from ..image_io import WRITABLE_FORMATS, read_image
+
+# Ways to look at a file: as it is, at half its size (areas averaged), or its central quarter.
+VIEWS = ("whole", "half", "centre")
+
+
+class Triplet(NamedTuple):
+    """Two neighbours and the true frame between them.
+
+    Args:
+        name: unique in its benchmark; a result's file is called so, folders included.
+        prev, truth, next: image files.
+        sequence: the clip that it comes from, where scores are averaged over each clip first.
+        view: how the files are read, one of `VIEWS`.
+    """
+
+    name: str
+    prev: Path
+    truth: Path
+    next: Path
+    sequence: Optional[str] = None
+    view: str = "whole"
+
+    @property
+    def files(self) -> Tuple[Path, Path, Path]:
+        return self.prev, self.truth, self.next
+
+    def read(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`(prev, truth, next)`, each `(H, W, 3)` uint8 RGB.
+
+        Raises:
+            OSError, ValueError: if a file is missing or no image, or the three differ in size; the message names it.
+        """
+        images = [look(np.asarray(read_image(path)), self.view) for path in self.files]
+        _check_sizes(self, [image.shape[1::-1] for image in images])
+        return tuple(images)
+
+
+class Benchmark(NamedTuple):
+    """
+    Args:
+        layout: what its folder holds, for people.
+        find: gives the triplets of a folder, in order; empty if the folder does not hold the layout.
+    """
+
+    layout: str
+    find: Callable[[Path], List[Triplet]]
+
+
+def look(image: np.ndarray, view: str) -> np.ndarray:
+    """An image `(H, W, 3)` uint8 in one of `VIEWS`."""
+    height, width = image.shape[:2]
+    if view == "half":
+        return cv2.resize(image, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    if view == "centre":
+        top, left = height // 4, width // 4
+        return np.ascontiguousarray(image[top : height - top, left : width - left])
+    return image
+
+
+def find_triplets(benchmark: str, root: str, limit: Optional[int] = None) -> List[Triplet]:
+    """The triplets of a benchmark, their files looked at: all are there, whole, and of one size in each triplet.
+
+    Args:
+        benchmark: a name in `BENCHMARKS`.
+        root: its folder.
+        limit: only the first so many.
+
+    Raises:
+        ValueError: if an argument is out of range, the folder does not hold the benchmark, or a file of it is not whole.
+        FileNotFoundError: if a file of a triplet is missing.
+    """
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"`benchmark` must be one of {', '.join(BENCHMARKS)}, but is {benchmark!r}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, but is {limit}.")
+    layout, find = BENCHMARKS[benchmark]
+    found = find(Path(root))
+    if not found:
+        raise ValueError(f"`root` must hold {benchmark} as {layout}; {root!r} does not.")
+    found = found[:limit]
+    checked: Dict[Path, Tuple[int, int]] = {}
+    for triplet in found:
+        for path in triplet.files:
+            if path not in checked:
+                checked[path] = _verified_size(path)
+        _check_sizes(triplet, [checked[path] for path in triplet.files])
+    return found
+
+
+def _verified_size(path: Path) -> Tuple[int, int]:
+    """Width and height of an image file whose container is sound (for PNG, every checksum).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No such image file: {path}")
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Cannot read {path} as an image: {error}") from error
+    return size
+
+
+def _check_sizes(triplet: Triplet, sizes: Sequence[Tuple[int, int]]) -> None:
+    for path, size in zip(triplet.files, sizes):
+        if size != sizes[0]:
+            raise ValueError(
+                f"{path} is {size[0]}x{size[1]}, but {triplet.prev} is {sizes[0][0]}x{sizes[0][1]} (width x height)."
+            )
+
+
+def _folders(folder: Path) -> List[Path]:
+    """Its subfolders; numbers in their order, names in theirs."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: _natural(path.name))
+
+
+def _natural(name: str) -> List[Tuple[int, object]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _images(folder: Path) -> List[Path]:
+    """Its image files, in the order of their names."""
+    return sorted((path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS), key=lambda path: _natural(path.name))
+
+
+def _inputs_and_truths(root: Path) -> List[Triplet]:
+    for inputs, truths in (("input", "gt"), ("other-data", "other-gt-interp")):
+        if (root / inputs).is_dir() or (root / truths).is_dir():
+            # A scene that one of the two lacks is a missing file, not a scene less.
+            names = {path.name: path for folder in (inputs, truths) for path in _folders(root / folder)}
+            return [
+                Triplet(
+                    name,
+                    root / inputs / name / "frame10.png",
+                    root / truths / name / "frame10i11.png",
+                    root / inputs / name / "frame11.png",
+                )
+                for name in sorted(names, key=_natural)
+            ]
+    return []
+
+
+def _named_frames(names: Tuple[str, str, str]) -> Callable[[Path], List[Triplet]]:
+    """Subfolders with three files of these names, previous frame first."""
+
+    def find(root: Path) -> List[Triplet]:
+        folders = [path for path in _folders(root) if any((path / name).is_file() for name in names)]
+        return [Triplet(folder.name, *(folder / name for name in names)) for folder in folders]
+
+    return find
+
+
+def _three_images(root: Path) -> List[Triplet]:
+    found = []
+    for folder in _folders(root):
+        images = _images(folder)
+        if len(images) != 3:
+            raise ValueError(f"Each folder of triplets must hold 3 images, but {folder} holds {len(images)}.")
+        found.append(Triplet(folder.name, *images))
+    return found
+
+
+def _first_of(*finders: Callable[[Path], List[Triplet]]) -> Callable[[Path], List[Triplet]]:
+    def find(root: Path) -> List[Triplet]:
+        return next((found for finder in finders if (found := finder(root))), [])
+
+    return find
+
+
+def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "whole") -> List[Triplet]:
+    """Of each clip's frames (numbered from 0) 3 between 2 and 4, 5 between 4 and 6, …, as long as two more frames follow: those
+    which methods that look at four frames can make too (LDMVFI's evaluation)."""
+    found = []
+    for folder in _folders(root):
+        frames = _images(folder)
+        for i in range(2, len(frames) - 4, 2):
+            name = f"{folder.name}/{frames[i + 1].stem}"
+            found.append(Triplet(name, *frames[i : i + 3], sequence=folder.name, view=view(folder.name)))
+    return found
+
+
+def _davis(root: Path) -> List[Triplet]:
+    found = _inputs_and_truths(root)
+    return found or _every_second_frame(next((path for path in (root / "JPEGImages" / "480p", root) if path.is_dir()), root))
+
+
+def _vfitex(root: Path) -> List[Triplet]:
+    # 4K clips by their central quarter, as the benchmark's authors do.
+    return _every_second_frame(root, lambda name: "centre" if "4K" in name else "whole")
+
+
+def _snu_film(level: str) -> Callable[[Path], List[Triplet]]:
+    def find(root: Path) -> List[Triplet]:
+        lists = [path for path in (root / f"test-{level}.txt", root / "eval_modes" / f"test-{level}.txt") if path.is_file()]
+        if not lists:
+            return []
+        found = []
+        for number, line in enumerate(_lines(lists[0]), 1):
+            names = line.split()
+            if len(names) < 3:
+                raise ValueError(f"Each line of {lists[0]} must name 3 files, but line {number} is {line!r}.")
+            found.append(Triplet(f"{number:03d}", *(_under(root, name) for name in names[:3])))
+        return found
+
+    return find
+
+
+def _under(root: Path, name: str) -> Path:
+    """Where a file of a list lies: the lists' paths begin above the folder that they came in."""
+    parts = Path(name).parts
+    places = [root / folder / Path(*parts[i:]) for i in range(len(parts)) for folder in ("", "test")]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def _lines(path: Path) -> Iterable[str]:
+    return (line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _vimeo(list_name: str, frames: Tuple[str, str, str]) -> Callable[[Path], List[Triplet]]:
+    def find(root: Path) -> List[Triplet]:
+        if not (root / list_name).is_file():
+            return []
+        folders = [(name, root / "sequences" / name) for name in _lines(root / list_name)]
+        return [Triplet(name, *(folder / frame for frame in frames)) for name, folder in folders]
+
+    return find
+
+
+XIPH_CLIPS = (
+    "BoxingPractice", "Crosswalk", "DrivingPOV", "FoodMarket", "FoodMarket2", "RitualDance", "SquareAndTimelapse", "Tango",
+)  # fmt: skip
+
+
+def _xiph(view: str) -> Callable[[Path], List[Triplet]]:
+    def find(root: Path) -> List[Triplet]:
+        folder = root / "frames" if (root / "frames").is_dir() else root
+        if not any(folder.glob("*-001.png")):
+            return []
+        return [
+            Triplet(f"{clip}-{i:03d}", *(folder / f"{clip}-{j:03d}.png" for j in (i - 1, i, i + 1)), sequence=clip, view=view)
+            for clip in XIPH_CLIPS
+            for i in range(2, 99, 2)
+        ]
+
+    return find
+
+
+_MIDDLEBURY = "input/NAME/frame10.png and frame11.png with gt/NAME/frame10i11.png (or other-data and other-gt-interp)"
+_UCF101 = "NAME/frame_00.png, frame_01_gt.png, frame_02.png"
+_SEQUENCES = "NAME/FRAME.png or .jpg, whole clips"
+_ucf101 = _named_frames(("frame_00.png", "frame_01_gt.png", "frame_02.png"))
+_vimeo_triplet = _vimeo("tri_testlist.txt", ("im1.png", "im2.png", "im3.png"))
+
+BENCHMARKS: Dict[str, Benchmark] = {
+    "middlebury": Benchmark(_MIDDLEBURY, _inputs_and_truths),
+    "ucf101": Benchmark(_UCF101, _ucf101),
+    "davis": Benchmark(f"{_MIDDLEBURY}, or {_SEQUENCES} (in JPEGImages/480p or directly)", _davis),
+    **{
+        f"snu-film-{level}": Benchmark(f"test-{level}.txt (there or in eval_modes) with the files that it names", _snu_film(level))
+        for level in ("easy", "medium", "hard", "extreme")
+    },
+    "vimeo-triplet": Benchmark("tri_testlist.txt with sequences/NAME/im1.png … im3.png", _vimeo_triplet),
+    "vimeo-septuplet": Benchmark(
+        "sep_testlist.txt with sequences/NAME/im1.png … im7.png; im4 is made from im3 and im5",
+        _vimeo("sep_testlist.txt", ("im3.png", "im4.png", "im5.png")),
+    ),
+    "xiph-2k": Benchmark("CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), made half as large", _xiph("half")),
+    "xiph-4k": Benchmark("CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), central quarter", _xiph("centre")),
+    "vfitex": Benchmark(f"{_SEQUENCES}; of 4K clips the central quarter", _vfitex),
+    "triplets": Benchmark(
+        f"{_MIDDLEBURY}, or {_UCF101}, or folders of three images in the order of their names",
+        _first_of(_inputs_and_truths, _ucf101, _three_images),
+    ),
+}

@@ -1,0 +1,109 @@
+"""Methods on a benchmark, from files to tables and pages."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from accelerate import PartialState
+
+from .benchmarks import find_triplets
+from .methods import Method, Settings
+from .metrics import Scorer
+from .report import write_gallery, write_report
+from .runs import BenchmarkRun
+
+# What an ablation varies, which setting that is, and the values that it takes if none are given.
+QUESTIONS: Dict[str, Any] = {
+    "hints": ("hint_policy", ("none", "neighbours", "start", "sampling")),
+    "source": ("hint_source", None),  # what the checkpoint has, and each part of it
+    "interval": ("hint_interval", (1, 2, 4, 8)),
+    "steps": ("steps", (1, 2, 5, 10, 25, 50)),
+    "scheduler": (
+        "scheduler",
+        ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"),
+    ),
+    "quantised": ("quantised", (True, False)),
+}
+
+
+def this_process(device: torch.device) -> PartialState:
+    """This process among those that were launched with it (alone, if none were). Waiting for another may take as long as its share."""
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+
+
+def ablation(question: str, base: Settings, hint_source: str, values: Optional[Sequence] = None) -> List[Settings]:
+    """The settings that a question compares.
+
+    Args:
+        question: a name in `QUESTIONS`.
+        base: the other settings.
+        hint_source: the checkpoint's own.
+        values: to compare; those of `QUESTIONS` if not given.
+
+    Raises:
+        ValueError: if there is nothing to compare.
+    """
+    name, defaults = QUESTIONS[question]
+    if values is None and name == "hint_source":
+        defaults = (hint_source, *hint_source.split("+"))
+        if "+" not in hint_source:
+            raise ValueError(f"`question` source needs a checkpoint of several hint sources, but this one's is {hint_source}.")
+    if getattr(base, name) is not None:
+        raise ValueError(f"`question` {question} varies `{name}`, which must not be set besides; it is {getattr(base, name)!r}.")
+    return [base._replace(**{name: value}) for value in (defaults if values is None else values)]
+
+
+def evaluate(
+    benchmark: str,
+    root: str,
+    output: Path,
+    methods: Sequence[Method],
+    scorer: Scorer,
+    *,
+    label: Optional[str] = None,
+    limit: Optional[int] = None,
+    batch_size: int = 1,
+    gallery: int = 20,
+    state: Optional[PartialState] = None,
+) -> List[Dict[str, Any]]:
+    """Run methods on a benchmark and write frames, scores, tables, chart and pages into a folder.
+
+    A folder can take several benchmarks and methods, one call after another; its tables hold all that are finished. What was
+    stopped is taken up by the same call. Every process of a launch calls this; the first one writes the report.
+
+    Args:
+        benchmark, root, limit: see `find_triplets`.
+        output: the folder; made if it is not there.
+        methods: what makes the frames.
+        scorer: what scores them.
+        label: of the one method, instead of its own.
+        batch_size: items of one size that are made and scored at once.
+        gallery: items on a run's page, worst first; 0 for no page.
+        state: see `this_process`.
+
+    Returns:
+        The summaries of all finished runs of `benchmark` in the folder; only in the first process, empty in others.
+
+    Raises:
+        ValueError: for an argument out of its range, or data that are not what they must be.
+        OSError: if a file cannot be read or written.
+    """
+    if batch_size < 1 or gallery < 0:
+        raise ValueError(f"`batch_size` must be at least 1 and `gallery` at least 0, but are {batch_size} and {gallery}.")
+    labels = [label or method.label for method in methods]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"`methods` must have different labels, but are {', '.join(labels)}.")
+    state = state or this_process(torch.device("cpu"))
+    triplets = find_triplets(benchmark, root, limit)
+    for method in methods:
+        run = BenchmarkRun(output, benchmark, triplets, method, label, state)
+        run.predict(batch_size)
+        run.score(scorer, batch_size)
+        if state.is_main_process:
+            summary = run.summarise(scorer)
+            if gallery:
+                write_gallery(run, method, summary, output, gallery)
+            summaries = write_report(output)
+        state.wait_for_everyone()
+    return [summary for summary in summaries if summary["benchmark"] == benchmark] if state.is_main_process else []

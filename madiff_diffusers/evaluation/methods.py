@@ -1,0 +1,291 @@
+"""What a benchmark compares: a checkpoint in given settings, the baselines, and any function of two frames."""
+
+import hashlib
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+
+import cv2
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from ..motion_hints import EventHints, FlowHints, HintPair, HintSource, StackedHints, single_threaded_opencv
+from ..pipeline_madiff import CHECKPOINT_FOLDER, HINT_POLICIES, MADiffPipeline
+from .pictures import gate_image, hints_images
+
+BASELINES = ("average", "flow")
+
+Pair = Tuple[np.ndarray, np.ndarray]
+
+
+class Method(Protocol):
+    """Makes middle frames. `label` is its row in a table; `identity` tells all that its results depend on."""
+
+    label: str
+    identity: Dict[str, Any]
+
+    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
+        """The middle frame of each of several pairs of one size; frames are `(H, W, 3)` uint8."""
+        ...
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """A floating-point image in [0, 1] in 8 bits, to the nearest."""
+    return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+
+
+class Baseline:
+    """`average`: the mean of the two frames. `flow`: both frames warped half-way along OpenCV's DIS optical flow, and averaged.
+
+    Raises:
+        ValueError: for another name.
+    """
+
+    def __init__(self, name: str):
+        if name not in BASELINES:
+            raise ValueError(f"`name` must be one of {', '.join(BASELINES)}, but is {name!r}.")
+        self.label, self.identity = name, {"method": name}
+        self._make = self._average if name == "average" else self._warp
+
+    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
+        return [self._make(*pair) for pair in pairs]
+
+    @staticmethod
+    def _average(prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
+        return to_uint8((prev / np.float32(255) + next_ / np.float32(255)) / 2)
+
+    @staticmethod
+    def _warp(prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
+        grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (prev, next_)]
+        height, width = grey[0].shape
+        places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
+        warped = []
+        with single_threaded_opencv():
+            for image, (here, there) in ((prev, (1, 0)), (next_, (0, 1))):
+                flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey[here], grey[there], None)
+                frame = image.astype(np.float32) / 255
+                warped.append(cv2.remap(frame, places + flow / 2, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
+        return to_uint8((warped[0] + warped[1]) / 2)
+
+
+class FunctionMethod:
+    """Any `module:function(prev, next) -> mid`: `(H, W, 3)` uint8 RGB arrays in; out the same, or floating point in [0, 1].
+
+    The module is looked for in the working directory, too.
+
+    Raises:
+        ValueError: if there is no such function, or it does not give a frame; the message tells what it did.
+    """
+
+    def __init__(self, name: str):
+        self.label, self.identity = name, {"method": name}
+        module, _, attribute = name.partition(":")
+        folder = os.getcwd()
+        sys.path.insert(0, folder)
+        try:
+            self.function: Callable = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"`method` {name!r} cannot be loaded: {error}") from error
+        finally:
+            sys.path.remove(folder)
+        if not callable(self.function):
+            raise ValueError(f"`method` {name!r} must be a function, but is a {type(self.function).__name__}.")
+
+    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
+        return [self._one(*pair) for pair in pairs]
+
+    def _one(self, prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
+        try:
+            result = self.function(prev.copy(), next_.copy())
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(
+                f"`method` {self.label!r} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            ) from error
+        if not isinstance(result, np.ndarray) or result.shape != prev.shape:
+            what = f"an array {result.shape}" if isinstance(result, np.ndarray) else f"a {type(result).__name__}"
+            raise ValueError(f"`method` {self.label!r} must give an array {prev.shape}, but gave {what}.")
+        if result.dtype == np.uint8:
+            return result
+        if not np.issubdtype(result.dtype, np.floating) or not (result.min() >= 0 and result.max() <= 1):  # NaN, too
+            raise ValueError(
+                f"`method` {self.label!r} must give uint8, or floating point in [0, 1], but gave {result.dtype} in "
+                f"[{result.min():.4g}, {result.max():.4g}]."
+            )
+        return to_uint8(result)
+
+
+class Settings(NamedTuple):
+    """How a checkpoint samples; None stands for the checkpoint's own.
+
+    Args:
+        steps: sampling steps.
+        hint_policy: see [`MADiffPipeline.__call__`].
+        hint_interval: see there.
+        hint_source: one part of the checkpoint's: the others' hints are replaced by zeros.
+        scheduler: name of a Diffusers scheduler class, configured as the checkpoint's own.
+        quantised: whether latents are moved to their nearest codes before they are decoded.
+    """
+
+    steps: Optional[int] = None
+    hint_policy: Optional[str] = None
+    hint_interval: Optional[int] = None
+    hint_source: Optional[str] = None
+    scheduler: Optional[str] = None
+    quantised: Optional[bool] = None
+
+    def label(self) -> str:
+        """What differs from the checkpoint's own settings."""
+        return " ".join(f"{name}={_plain(value)}" for name, value in self._asdict().items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+class NullHints:
+    """Zeros, whatever is asked: takes the place of a hint source to show what it is good for."""
+
+    def __init__(self, hint_channels: int):
+        self.hint_channels = hint_channels
+
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        batch, _, height, width = frame_prev.shape
+        return tuple(frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32) for _ in range(2))
+
+    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self.start(frame_prev, frame_next)
+
+    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self.start(frame_prev, frame_next)
+
+
+class MADiffMethod:
+    """A checkpoint in given settings.
+
+    Args:
+        pipeline: the checkpoint, on its device. Its scheduler and hint source become those of `settings` while frames are made.
+        name: of the checkpoint, for the label.
+        digest: see `checkpoint_digest`.
+        settings: how it samples.
+        seed: of the noise, the same for every pair.
+
+    Raises:
+        ValueError: for a setting out of its range.
+    """
+
+    def __init__(
+        self, pipeline: MADiffPipeline, name: str, digest: str, settings: Settings = Settings(), seed: int = 0
+    ):
+        self.pipeline, self.settings, self.seed = pipeline, settings, seed
+        self.label = f"{name} {settings.label()}".strip()
+        config = pipeline.config
+        self.scheduler = pipeline.scheduler
+        if settings.scheduler is not None:
+            kind = getattr(diffusers, settings.scheduler, None)
+            if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+                raise ValueError(f"`scheduler` must be the name of a scheduler of Diffusers, but is {settings.scheduler!r}.")
+            try:
+                self.scheduler = kind.from_config(pipeline.scheduler.config)
+            except (NotImplementedError, TypeError, ValueError) as error:
+                raise ValueError(f"`scheduler` {settings.scheduler} does not take this checkpoint: {error}") from error
+        if settings.hint_policy not in (None, *HINT_POLICIES):
+            raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {settings.hint_policy!r}.")
+        for setting in ("steps", "hint_interval"):
+            value = getattr(settings, setting)
+            if value is not None and value < 1:
+                raise ValueError(f"`{setting}` must be a positive integer, but is {value!r}.")
+        hint_source = settings.hint_source or config.hint_source
+        self.hints: Optional[HintSource] = None  # the pipeline's own
+        if hint_source != config.hint_source:
+            if hint_source not in config.hint_source.split("+"):
+                raise ValueError(f"`hint_source` must be of the checkpoint's {config.hint_source}, but is {hint_source!r}.")
+            events, flow = EventHints(pipeline.i2e), FlowHints()
+            kept = (events, NullHints(flow.hint_channels)), (NullHints(events.hint_channels), flow)
+            self.hints = StackedHints(kept[hint_source == "flow"])
+        self.identity = {
+            "method": "madiff",
+            "checkpoint": name,
+            "checkpoint_sha256": digest,
+            "seed": seed,
+            "dtype": str(pipeline.vqvae.dtype).removeprefix("torch."),
+            "device": pipeline.device.type,
+            "steps": settings.steps or config.default_num_inference_steps,
+            "hint_policy": settings.hint_policy or "sampling",
+            "hint_interval": settings.hint_interval or config.default_hint_interval,
+            "hint_source": hint_source,
+            "scheduler": type(self.scheduler).__name__,
+            "quantised": settings.quantised is not False,
+        }
+
+    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
+        frames = self._run(pairs)
+        return [np.array(frame) for (frame,) in frames]
+
+    def explain(self, pair: Pair) -> List[Tuple[str, np.ndarray]]:
+        """What the last decoding of a pair was told and did: named pictures of hints and gate, `(H, W, 3)` uint8 each.
+
+        The gate is the finest: white where the previous frame was taken, black where the next one.
+        """
+        seen: Dict[str, Any] = {}
+
+        def note_hints(pipeline, step, timestep, tensors):
+            seen.update(tensors)
+            return {}
+
+        hook = self.pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: seen.update(gate=output[2][-1]))
+        try:
+            names = ["hints_prev", "hints_next"]
+            self._run([pair], callback_on_step_end=note_hints, callback_on_step_end_tensor_inputs=names)
+        finally:
+            hook.remove()
+        height, width = pair[0].shape[:2]
+        pictures = []
+        for side, name in (("previous", "hints_prev"), ("next", "hints_next")):
+            hints = seen[name][0, :, :height, :width]
+            pictures += [(f"{part} to {side}", image) for part, image in hints_images(hints, self.pipeline.config.hint_source)]
+        padded = seen["hints_prev"].shape[-2:]
+        pictures.append(("gate", gate_image(seen["gate"][0], padded)[:height, :width]))
+        return pictures
+
+    def _run(self, pairs: Sequence[Pair], **arguments) -> List[List[Image.Image]]:
+        pipeline, settings = self.pipeline, self.settings
+        before = pipeline.scheduler, pipeline._hints
+        pipeline.scheduler = self.scheduler
+        if self.hints is not None:
+            pipeline.hints = self.hints
+        try:
+            return pipeline(
+                [Image.fromarray(prev) for prev, _ in pairs],
+                [Image.fromarray(next_) for _, next_ in pairs],
+                num_inference_steps=settings.steps,
+                hint_policy=settings.hint_policy or "sampling",
+                hint_interval=settings.hint_interval,
+                force_not_quantize=settings.quantised is False,
+                generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],
+                **arguments,
+            ).frames
+        except (NotImplementedError, ValueError) as error:
+            if settings.scheduler is None:
+                raise
+            # Some schedulers refuse a kind of prediction, or so few steps, only when they are used.
+            raise ValueError(f"`scheduler` {settings.scheduler} does not take this checkpoint: {error}") from error
+        finally:
+            pipeline.scheduler, pipeline._hints = before
+
+
+def checkpoint_digest(checkpoint: str) -> str:
+    """SHA-256 over the names and contents of a saved pipeline's weights and configurations, or of a bundled one's."""
+    bundled = CHECKPOINT_FOLDER / checkpoint
+    folder = bundled if bundled.parent == CHECKPOINT_FOLDER and bundled.is_dir() else Path(checkpoint)
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors") and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""What runs come to: tables, files of numbers, a chart, and pages to look at."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from .methods import Method
+from .metrics import METRICS
+from .pictures import ERROR_SCALE, error_image
+from .runs import BenchmarkRun, folder_name, write_text
+
+_pages = jinja2.Environment(loader=jinja2.PackageLoader(__package__, "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def load_summaries(output: Path) -> List[Dict[str, Any]]:
+    """The summaries of all finished runs of a folder, in the order of the tables: benchmarks by name, and of each the
+    checkpoints (settings in order, numbers as numbers), functions, and baselines."""
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("runs/*/*/summary.json")]
+
+    def order(summary: Dict[str, Any]) -> Tuple:
+        protocol = summary["protocol"]
+        kind = {"madiff": 0, "flow": 2, "average": 3}.get(protocol["method"], 1)
+        texts = [str(protocol.get(name)) for name in ("checkpoint", "hint_policy", "hint_source", "scheduler", "quantised")]
+        numbers = [protocol.get(name, 0) for name in ("hint_interval", "steps")]
+        return summary["benchmark"], kind, *texts, *numbers, summary["label"]
+
+    return sorted(summaries, key=order)
+
+
+def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
+    """A table for each benchmark, with 95 % intervals, and what is needed to read it."""
+    parts = []
+    for benchmark in dict.fromkeys(summary["benchmark"] for summary in summaries):
+        rows = [summary for summary in summaries if summary["benchmark"] == benchmark]
+        names = [name for name in METRICS if any(name in row["scores"] for row in rows)]
+        counts = sorted({row["protocol"]["triplets"] for row in rows})
+        lines = [f"### {benchmark} ({' or '.join(map(str, counts))} triplets)", ""]
+        lines.append(" | ".join(["| method", *(_heading(name) for name in names), "s/frame |"]))
+        lines.append("|---" * (len(names) + 2) + "|")
+        for row in rows:
+            cells = [_cell(row, name) for name in names]
+            lines.append(" | ".join([f"| {row['label']}", *cells, f"{_seconds(row)} |"]))
+        parts.append("\n".join([*lines, "", *_notes(rows)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(name: str) -> str:
+    return f"{METRICS[name].title} {'↑' if METRICS[name].higher_is_better else '↓'}"
+
+
+def _cell(row: Dict[str, Any], name: str) -> str:
+    if name not in row["scores"]:
+        return "–"
+    score, digits = row["scores"][name], METRICS[name].digits
+    text = f"{score['mean']:.{digits}f}"
+    return f"{text} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]" if "low" in score else text
+
+
+def _seconds(row: Dict[str, Any]) -> str:
+    seconds = row["seconds_per_frame"]["median"]
+    return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.3f}"
+
+
+def _notes(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    unit = "clips" if any(row["sequences"] for row in rows) else "triplets"
+    machines = {_machine(row, environment["hardware"]) for row in rows for environment in row["environments"]}
+    lines = [
+        f"Means of 8-bit frames with 95 % bootstrap intervals over {unit}; s/frame is the median, without the first call of each "
+        f"size, on {' and '.join(sorted(machines))}."
+    ]
+    reasons = {(METRICS[name].title, reason) for row in rows for name, reason in row["left_out"].items()}
+    lines += [f"{title} is left out: {reason}." for title, reason in sorted(reasons)]
+    return lines
+
+
+def _machine(row: Dict[str, Any], hardware: Dict[str, Any]) -> str:
+    if row["protocol"].get("device") == "cuda":
+        return hardware.get("gpu", "a GPU")
+    processes = f", {hardware['processes']} processes" if hardware["processes"] > 1 else ""
+    return f"{hardware['cores']} cores of {hardware['cpu']}{processes}"
+
+
+def table_of_items(summaries: Sequence[Dict[str, Any]]) -> str:
+    """CSV with a line for each item of each run."""
+    text = io.StringIO()
+    metrics = [name for name in METRICS if name != "fid"]
+    writer = csv.DictWriter(text, ["benchmark", "label", "name", "sequence", *metrics, "seconds"], lineterminator="\n")
+    writer.writeheader()
+    for summary in summaries:
+        for item in summary["items"]:
+            writer.writerow({"benchmark": summary["benchmark"], "label": summary["label"], **item})
+    return text.getvalue()
+
+
+def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
+    """Quality of one benchmark's runs against steps and against seconds, as an SVG file. Runs that differ in steps alone are one line."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in ("psnr", "lpips") if any(name in summary["scores"] for summary in summaries)]
+    names = names or [name for name in METRICS if any(name in summary["scores"] for summary in summaries)][:1]
+    lines: Dict[str, List[Dict[str, Any]]] = {}
+    for summary in summaries:
+        protocol = summary["protocol"]
+        title = " ".join(part for part in summary["label"].split(" ") if not part.startswith("steps="))
+        key = json.dumps([title, {name: value for name, value in protocol.items() if name not in ("label", "steps")}])
+        lines.setdefault(key, []).append(summary)
+    figure = Figure(figsize=(11, 3.6 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), 2, squeeze=False)
+    for row, name in zip(axes, names):
+        for number, (key, runs) in enumerate(lines.items()):
+            runs = sorted((run for run in runs if name in run["scores"]), key=lambda run: run["protocol"].get("steps", 0))
+            if not runs:
+                continue
+            values = [run["scores"][name]["mean"] for run in runs]
+            colour = f"C{number % 10}"
+            if "steps" in runs[0]["protocol"]:
+                row[0].plot([run["protocol"]["steps"] for run in runs], values, marker="o", color=colour)
+            else:
+                row[0].axhline(values[0], linestyle="--", color=colour)
+            seconds = [run["seconds_per_frame"]["median"] for run in runs]
+            row[1].plot(seconds, values, marker="o", color=colour, label=json.loads(key)[0])
+        for axis, title in zip(row, ("sampling steps", "seconds per frame")):
+            axis.set(xscale="log", xlabel=title, ylabel=_heading(name))
+            axis.grid(alpha=0.3)
+        row[0].set_xticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
+        row[0].minorticks_off()
+    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="svg")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], output: Path, count: int) -> None:
+    """A page of the `count` worst items of a run, by LPIPS, or by the first metric that there is."""
+    order = "lpips" if "lpips" in summary["scores"] else next(name for name in METRICS if name in summary["items"][0])
+    items = {item["name"]: item for item in summary["items"]}
+    sign = -1 if METRICS[order].higher_is_better else 1
+    worst = sorted(run.triplets, key=lambda triplet: sign * items[triplet.name][order], reverse=True)[:count]
+    target = output / "gallery" / folder_name(run.label) / run.benchmark
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    building.mkdir(parents=True)
+    try:
+        rows = []
+        for number, triplet in enumerate(worst, 1):
+            prev, truth, next_ = triplet.read()
+            result = run.read_result(triplet)
+            pictures = [("previous", prev), ("next", next_), ("truth", truth), ("result", result), ("error", error_image(result, truth))]
+            if hasattr(method, "explain"):
+                pictures += method.explain((prev, next_))
+            shown = []
+            for title, image in pictures:
+                name = f"{number:03d}-{title.replace(' ', '-')}.jpg"
+                Image.fromarray(image).save(building / name, quality=93, subsampling=0)
+                shown.append({"title": title, "file": name, "width": image.shape[1], "height": image.shape[0]})
+            item = items[triplet.name]
+            scores = [f"{METRICS[name].title} {item[name]:.{METRICS[name].digits}f}" for name in METRICS if name in item]
+            rows.append({"name": triplet.name, "scores": ", ".join(scores), "pictures": shown})
+        page = _pages.get_template("gallery.html").render(
+            label=run.label, benchmark=run.benchmark, order=METRICS[order].title, rows=rows, total=len(run.triplets), error_scale=ERROR_SCALE
+        )
+        (building / "index.html").write_text(page, encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_report(output: Path) -> List[Dict[str, Any]]:
+    """Write what all finished runs of a folder come to: `results.json`, `results.csv`, `results.md`, `chart-BENCHMARK.svg` and
+    `index.html`. Returns their summaries."""
+    summaries = load_summaries(output)
+    write_text(output / "results.json", json.dumps({"format": 1, "runs": summaries}, indent=1))
+    write_text(output / "results.csv", table_of_items(summaries))
+    write_text(output / "results.md", markdown(summaries))
+    benchmarks = []
+    for benchmark in dict.fromkeys(summary["benchmark"] for summary in summaries):
+        rows = [summary for summary in summaries if summary["benchmark"] == benchmark]
+        chart(rows, output / f"chart-{benchmark}.svg")
+        names = [name for name in METRICS if any(name in row["scores"] for row in rows)]
+        table = []
+        for row in rows:
+            page = Path("gallery") / folder_name(row["label"]) / benchmark / "index.html"
+            page = page.as_posix() if (output / page).is_file() else None
+            table.append({"label": row["label"], "page": page, "cells": [_cell(row, name) for name in names], "seconds": _seconds(row)})
+        headings = [_heading(name) for name in names]
+        benchmarks.append({"name": benchmark, "headings": headings, "rows": table, "notes": _notes(rows), "chart": f"chart-{benchmark}.svg"})
+    write_text(output / "index.html", _pages.get_template("index.html").render(benchmarks=benchmarks))
+    return summaries

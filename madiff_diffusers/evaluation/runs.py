@@ -1,0 +1,335 @@
+"""One method on one benchmark: frames are made and written item by item, the files are scored, the scores summed up.
+
+A run's folder is OUTPUT/runs/LABEL/BENCHMARK: `protocol.json` tells what is run, `progress-RANK.jsonl` what each process has done,
+a line an item, and `summary.json` the outcome. Frames are OUTPUT/frames/LABEL/BENCHMARK/NAME.png. The same command goes on
+where it was stopped, on as many processes as it is given.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from ..image_io import read_image, write_image
+from .benchmarks import Triplet
+from .methods import Method
+from .metrics import METRICS, Scorer
+
+_LIBRARIES = ("madiff_diffusers", "torch", "torchvision", "diffusers", "accelerate", "numpy", "opencv-python-headless",
+              "scikit-image", "lpips", "torch-fidelity")  # fmt: skip
+
+BOOTSTRAP_SAMPLES = 10_000
+
+
+class ItemRecord(NamedTuple):
+    """What is known of one item: seconds that its frame took, its scores, and which network gave each."""
+
+    seconds: float
+    scores: Dict[str, float]
+    networks: Dict[str, str]
+
+
+class BenchmarkRun:
+    """
+    Args:
+        output: folder of this and other runs.
+        benchmark: its name.
+        triplets: its items.
+        method: what makes the frames.
+        label: row in the tables and name of the folders; the method's own if not given.
+        state: this process among others; alone if it was not launched with others.
+
+    Raises:
+        ValueError: if the folder holds a run with the same label and another protocol.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        benchmark: str,
+        triplets: Sequence[Triplet],
+        method: Method,
+        label: Optional[str] = None,
+        state: Optional[PartialState] = None,
+    ):
+        self.benchmark, self.triplets, self.method = benchmark, list(triplets), method
+        self.label = label or method.label
+        self.state = state or PartialState()
+        self.folder = output / "runs" / folder_name(self.label) / benchmark
+        self.frames = output / "frames" / folder_name(self.label) / benchmark
+        identity = {
+            "benchmark": benchmark,
+            "label": self.label,
+            "triplets": len(self.triplets),
+            "triplets_sha256": _triplets_digest(self.triplets),
+            **method.identity,
+        }
+        self.protocol: Dict[str, Any] = {"identity": identity, "environments": []}
+        if (self.folder / "protocol.json").is_file():
+            self.protocol = json.loads((self.folder / "protocol.json").read_text(encoding="utf-8"))
+            before = self.protocol["identity"]
+            for key in sorted({*before, *identity}):
+                if before.get(key) != identity.get(key):
+                    raise ValueError(
+                        f"`output` {str(output)!r} holds {self.label!r} on {benchmark} with {key} {before.get(key)!r}, but it is "
+                        f"{identity.get(key)!r} now: give another `output` or `label`."
+                    )
+        environment = describe_environment(self.state.num_processes)
+        if environment not in self.protocol["environments"]:
+            self.protocol["environments"].append(environment)
+        self.records = self._read_records()
+        self.made = 0  # frames that this process made
+        # Every process has read the same before one of them writes.
+        self.state.wait_for_everyone()
+
+    def result_path(self, triplet: Triplet) -> Path:
+        return self.frames / f"{triplet.name}.png"
+
+    def read_result(self, triplet: Triplet) -> np.ndarray:
+        return np.asarray(read_image(self.result_path(triplet)))
+
+    def predict(self, batch_size: int = 1) -> None:
+        """Make the frames that are not there yet, this process its share, and wait for the others.
+
+        Each frame is timed; a first call for every new size is not.
+
+        Raises:
+            OSError, ValueError: if a file cannot be read or written, or the method fails; frames made until then stay.
+        """
+        warm: set = set()
+        with self._progress_file() as progress:
+            for batch in self._share(batch_size, lambda triplet: triplet.name not in self.records, "frames"):
+                for group in _by_size([(triplet, *triplet.read()) for triplet in batch]):
+                    pairs = [(prev, next_) for _, prev, _, next_ in group]
+                    shape = (len(pairs), *pairs[0][0].shape)
+                    if shape not in warm:
+                        self.method(pairs)
+                        warm.add(shape)
+                    _synchronise()
+                    start = time.perf_counter()
+                    results = self.method(pairs)
+                    seconds = (time.perf_counter() - start) / len(pairs)
+                    if not self.made:
+                        self._write_protocol()
+                    for (triplet, *_), result in zip(group, results):
+                        path = self.result_path(triplet)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_image(Image.fromarray(result), path)
+                        progress.write({"item": triplet.name, "seconds": seconds})
+                        self.made += 1
+        self.state.wait_for_everyone()
+        self.records = self._read_records()
+        self.state.wait_for_everyone()
+
+    def score(self, scorer: Scorer, batch_size: int = 1) -> None:
+        """Score the files that have not been scored by these metrics yet, this process its share, and wait for the others.
+
+        Raises:
+            OSError, ValueError: if a file cannot be read or is not of its truth's size.
+        """
+        names = [name for name in scorer.names if name != "fid"]
+        networks = {name: scorer.networks[name] for name in names if name in scorer.networks}
+
+        def lacks(triplet: Triplet) -> bool:
+            record = self.records[triplet.name]
+            return any(name not in record.scores or record.networks.get(name) != networks.get(name) for name in names)
+
+        with self._progress_file() as progress:
+            for batch in self._share(batch_size, lacks, "scores"):
+                rows = []
+                for triplet in batch:
+                    prev, truth, next_ = triplet.read()
+                    result = self.read_result(triplet)
+                    if result.shape != truth.shape:
+                        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (result, truth)]
+                        raise ValueError(f"{self.result_path(triplet)} is {sizes[0]}, but {triplet.truth} is {sizes[1]}.")
+                    rows.append((triplet, prev, truth, next_, result))
+                for group in _by_size(rows):
+                    for (triplet, *_), scores in zip(group, scorer.score([row[1:] for row in group])):
+                        progress.write({"item": triplet.name, "scores": scores, "networks": networks})
+        self.state.wait_for_everyone()
+        self.records = self._read_records()
+
+    def summarise(self, scorer: Scorer) -> Dict[str, Any]:
+        """Means, their bootstrap intervals and the time per frame; written to `summary.json` when all is done."""
+        records = [self.records[triplet.name] for triplet in self.triplets]
+        sequences = [triplet.sequence or triplet.name for triplet in self.triplets]
+        scores, networks = {}, {}
+        for name in METRICS:
+            used = {record.networks.get(name) for record in records}
+            if all(name in record.scores for record in records) and len(used) == 1:
+                scores[name] = mean_and_interval([record.scores[name] for record in records], sequences)
+                networks[name] = used.pop()
+        previous = _read_json(self.folder / "summary.json")
+        if "fid" in scorer.names:
+            value = scorer.fid(map(self.read_result, self.triplets), (triplet.read()[1] for triplet in self.triplets))
+            scores["fid"], networks["fid"] = {"mean": value}, scorer.networks["fid"]
+        elif self.made == 0 and "fid" in previous.get("scores", {}):
+            scores["fid"], networks["fid"] = previous["scores"]["fid"], previous["networks"]["fid"]
+        seconds = [record.seconds for record in records]
+        summary = {
+            "benchmark": self.benchmark,
+            "label": self.label,
+            "protocol": self.protocol["identity"],
+            "sequences": len(set(sequences)) if any(triplet.sequence for triplet in self.triplets) else None,
+            "scores": scores,
+            "networks": {name: network for name, network in networks.items() if network},
+            "left_out": {name: reason for name, reason in scorer.left_out.items() if name not in scores},
+            "seconds_per_frame": {"median": float(np.median(seconds)), "mean": float(np.mean(seconds))},
+            "environments": self.protocol["environments"],
+            "items": [
+                {"name": triplet.name, "sequence": triplet.sequence, "seconds": record.seconds, **record.scores}
+                for triplet, record in zip(self.triplets, records)
+            ],
+        }
+        self._write_protocol()
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        return summary
+
+    def _share(self, batch_size: int, wanted, what: str) -> Iterable[List[Triplet]]:
+        """This process's batches of those with a wanted item. Batches are cut from the whole list, so that what is computed
+        together depends neither on the number of processes nor on where a run was stopped."""
+        batches = [self.triplets[i : i + batch_size] for i in range(0, len(self.triplets), batch_size)]
+        batches = [batch for batch in batches if any(map(wanted, batch))]
+        mine = batches[self.state.process_index :: self.state.num_processes]
+        title = f"{self.label} on {self.benchmark}: {what}"
+        return tqdm(mine, title, leave=False, disable=None if self.state.is_main_process else True)
+
+    def _progress_file(self) -> "_ProgressFile":
+        return _ProgressFile(self.folder / f"progress-{self.state.process_index}.jsonl")
+
+    def _write_protocol(self) -> None:
+        if self.state.is_main_process:
+            write_text(self.folder / "protocol.json", json.dumps(self.protocol, indent=1))
+
+    def _read_records(self) -> Dict[str, ItemRecord]:
+        """What any process has done so far, of the frames that are there."""
+        frames: Dict[str, float] = {}
+        scored: Dict[str, List[Dict]] = {}
+        for path in sorted(self.folder.glob("progress-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # a line that was cut off when its process was killed
+                if "seconds" in entry:
+                    frames[entry["item"]] = entry["seconds"]
+                else:
+                    scored.setdefault(entry["item"], []).append(entry)
+        records = {}
+        for triplet in self.triplets:
+            if triplet.name in frames and self.result_path(triplet).is_file():
+                record = records[triplet.name] = ItemRecord(frames[triplet.name], {}, {})
+                for entry in scored.get(triplet.name, []):
+                    record.scores.update(entry["scores"])
+                    record.networks.update(entry["networks"])
+        return records
+
+
+class _ProgressFile:
+    """Appends lines to a file, each handed to the system before the next is made; there is no file without a line."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, None
+
+    def __enter__(self) -> "_ProgressFile":
+        return self
+
+    def write(self, entry: Dict) -> None:
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A line that was cut off when its process was killed must not swallow the next.
+            cut = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+            self.file = self.path.open("a", encoding="utf-8")
+            if cut:
+                self.file.write("\n")
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+    def __exit__(self, *error) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def mean_and_interval(values: Sequence[float], sequences: Sequence[str]) -> Dict[str, float]:
+    """`mean` over the sequences of the mean in each, and with two sequences or more `low` and `high` of the 95 % interval of
+    a bootstrap over them (percentiles of 10,000 resampled means, the same draws every time)."""
+    grouped: Dict[str, List[float]] = {}
+    for sequence, value in zip(sequences, values):
+        grouped.setdefault(sequence, []).append(value)
+    means = np.array([np.mean(group) for group in grouped.values()])
+    result = {"mean": float(means.mean())}
+    if len(means) > 1:
+        generator = np.random.default_rng(0)
+        draws = [means[generator.integers(0, len(means), len(means))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
+        result["low"], result["high"] = map(float, np.percentile(draws, [2.5, 97.5]))
+    return result
+
+
+def describe_environment(processes: int) -> Dict[str, Any]:
+    """Versions of the libraries and what the machine is."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "processes": processes}
+    if torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name()
+    return {"python": platform.python_version(), "libraries": versions, "hardware": hardware}
+
+
+def folder_name(label: str) -> str:
+    """A label as a folder's name: what is neither letter, digit nor harmless becomes `_`."""
+    return re.sub(r"[^\w.=,+-]+", "_", label).strip(".") or "_"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name beside it, then rename it: it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _by_size(rows: Sequence[Tuple]) -> List[List[Tuple]]:
+    """Rows `(triplet, image, …)` in groups whose images have one size."""
+    groups: Dict[Tuple[int, ...], List[Tuple]] = {}
+    for row in rows:
+        groups.setdefault(row[1].shape, []).append(row)
+    return list(groups.values())
+
+
+def _triplets_digest(triplets: Sequence[Triplet]) -> str:
+    """SHA-256 of the items' names and views and their files' sizes in bytes, wherever they lie."""
+    lines = [json.dumps([each.name, each.view, *(path.stat().st_size for path in each.files)]) for each in triplets]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
