@@ -25,7 +25,7 @@ from madiff_diffusers.evaluation.metrics import Scorer, psnr
 from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.image_io import read_image
 from tests.conftest import moving_picture, two_processes
-from tests.test_metrics import load_scorer
+from tests.test_metrics import load_scorer, random_backbone_file
 
 NAMES = ["2", "3", "11", "12"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -190,12 +190,20 @@ def test_scores_are_those_of_the_files_that_are_there(root, tmp_path):
     second = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], Scorer(["ssim"]), gallery=0)[0]
     assert set(second["scores"]) == {"psnr", "ssim"} and second["scores"]["psnr"] == first["scores"]["psnr"]
     assert (frames / "2.png").stat().st_mtime_ns == kept and (frames / "3.png").is_file()
-    Image.fromarray(moving_picture(0, 12, 12)).save(frames / "3.png")
-    (tmp_path / "out" / "runs" / "average" / "ucf101" / "progress-0.jsonl").write_text(
-        "".join(json.dumps({"item": name, "seconds": 1.0}) + "\n" for name in NAMES)
-    )
-    with pytest.raises(ValueError, match=r"average/ucf101/3.png is 12x12, but .*ucf101/3/frame_01_gt.png is 64x40"):
-        evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], scorer(), gallery=0)
+    Image.fromarray(moving_picture(0, 12, 12)).save(frames / "3.png")  # not what the method made
+    third = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], scorer(), gallery=0)[0]
+    assert third["items"] == [{**item, "seconds": new["seconds"]} for item, new in zip(second["items"], third["items"])]
+    assert read_image(frames / "3.png").size == (64, 40)
+
+
+def test_scores_of_another_network_are_not_kept(root, tmp_path):
+    means = []
+    for seed in (1, 2, 2):
+        metrics = Scorer(["lpips"], lpips_backbone=random_backbone_file(tmp_path / f"{seed}.safetensors", seed))
+        (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], metrics, gallery=0)
+        assert summary["networks"] == metrics.networks
+        means.append(summary["scores"]["lpips"]["mean"])
+    assert means[0] != means[1] == means[2]
 
 
 # ---- methods ----

@@ -41,13 +41,17 @@ def random_lpips() -> nn.Module:
         return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
 
 
+def random_backbone_file(path: Path, seed: int) -> str:
+    """A file of AlexNet's feature layers, with random weights."""
+    torch.manual_seed(seed)
+    state = {".".join(["features", *name.split(".")[1:]]): value for name, value in random_lpips().net.state_dict().items()}
+    save_file(state, path)
+    return str(path)
+
+
 @pytest.fixture
 def random_backbone(tmp_path) -> str:
-    """A file of AlexNet's feature layers, with random weights."""
-    torch.manual_seed(0)
-    state = {".".join(["features", *name.split(".")[1:]]): value for name, value in random_lpips().net.state_dict().items()}
-    save_file(state, tmp_path / "alexnet.safetensors")
-    return str(tmp_path / "alexnet.safetensors")
+    return random_backbone_file(tmp_path / "alexnet.safetensors", 0)
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from madiff_diffusers.evaluation.benchmarks import BENCHMARKS
+from madiff_diffusers.evaluation.evaluate import QUESTIONS
+from madiff_diffusers.evaluation.metrics import METRICS
 from tests.conftest import REPOSITORY
 from training.data import LAYOUTS
 from training.options import RunOptions
@@ -67,3 +70,35 @@ def test_training_commands_have_options_that_exist(name):
 def test_every_data_format_is_described():
     described = (REPOSITORY / "training" / "README.md").read_text()
     assert all(f"| `{name}`" in described or f"`{name}` |" in described or f"`{name}`," in described for name in LAYOUTS)
+
+
+def test_every_benchmark_metric_and_question_is_described():
+    described = re.sub(r"`(-\w+)`", lambda match: f"`snu-film{match.group(1)}`", README)
+    for name in (*BENCHMARKS, *METRICS, *QUESTIONS):
+        assert f"`{name}`" in described, name
+
+
+def table_rows(text: str) -> dict:
+    """`{benchmark: {method: cells}}` of the tables that `madiff evaluate` prints, but for their last column, the seconds."""
+    tables = {}
+    for title, body in re.findall(r"### ([\w-]+ \(\d+ triplets\))\n\n\| method .*\n\|[-|]+\n((?:\|.*\n)+)", text):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
+        tables[title] = {row[0]: row[1:-1] for row in rows}
+    return tables
+
+
+@pytest.mark.slow
+def test_the_results_are_what_the_commands_print(shared_data, tmp_path):
+    backbone = str(shared_data / "weights" / "lpips_alexnet_features.safetensors")
+    commands = re.findall(r"^madiff (evaluate --benchmark .*)$", README, flags=re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        arguments = shlex.split(command)
+        benchmark = arguments[arguments.index("--benchmark") + 1]
+        root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(benchmark, benchmark)
+        values = {"DIR": str(root), "alexnet_features.safetensors": backbone, "results": str(tmp_path / "results")}
+        done = subprocess.run(
+            [sys.executable, "-m", "madiff_diffusers", *(values.get(each, each) for each in arguments)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert table_rows((tmp_path / "results" / "results.md").read_text()) == table_rows(README) != {}

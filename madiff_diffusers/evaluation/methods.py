@@ -83,18 +83,19 @@ class FunctionMethod:
     """
 
     def __init__(self, name: str):
-        self.label, self.identity = name, {"method": name}
+        self.label = name
         module, _, attribute = name.partition(":")
-        folder = os.getcwd()
-        sys.path.insert(0, folder)
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
         try:
             self.function: Callable = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"`method` {name!r} cannot be loaded: {error}") from error
-        finally:
-            sys.path.remove(folder)
         if not callable(self.function):
             raise ValueError(f"`method` {name!r} must be a function, but is a {type(self.function).__name__}.")
+        file = getattr(sys.modules[module], "__file__", None)
+        code = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        self.identity = {"method": name, "module_sha256": code}
 
     def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
         return [self._one(*pair) for pair in pairs]

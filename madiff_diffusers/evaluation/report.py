@@ -1,6 +1,7 @@
 """What runs come to: tables, files of numbers, a chart, and pages to look at."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -36,8 +37,8 @@ def load_summaries(output: Path) -> List[Dict[str, Any]]:
 
 
 def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
-    """A table for each benchmark, with 95 % intervals, and what is needed to read it."""
-    parts = []
+    """A table for each benchmark, with 95 % intervals, and below them what is needed to read them."""
+    parts, notes = [], []
     for benchmark in dict.fromkeys(summary["benchmark"] for summary in summaries):
         rows = [summary for summary in summaries if summary["benchmark"] == benchmark]
         names = [name for name in METRICS if any(name in row["scores"] for row in rows)]
@@ -48,8 +49,9 @@ def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
         for row in rows:
             cells = [_cell(row, name) for name in names]
             lines.append(" | ".join([f"| {row['label']}", *cells, f"{_seconds(row)} |"]))
-        parts.append("\n".join([*lines, "", *_notes(rows)]))
-    return "\n\n".join(parts) + "\n"
+        parts.append("\n".join(lines))
+        notes += _notes(rows)
+    return "\n\n".join([*parts, *dict.fromkeys(notes)]) + "\n"
 
 
 def _heading(name: str) -> str:
@@ -148,6 +150,10 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], ou
     sign = -1 if METRICS[order].higher_is_better else 1
     worst = sorted(run.triplets, key=lambda triplet: sign * items[triplet.name][order], reverse=True)[:count]
     target = output / "gallery" / folder_name(run.label) / run.benchmark
+    key = hashlib.sha256(json.dumps([order, [run.records[triplet.name] for triplet in worst]]).encode()).hexdigest()
+    page = target / "index.html"
+    if page.is_file() and key in page.read_text(encoding="utf-8"):
+        return  # of these very frames and scores
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     building.mkdir(parents=True)
     try:
@@ -166,10 +172,16 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], ou
             item = items[triplet.name]
             scores = [f"{METRICS[name].title} {item[name]:.{METRICS[name].digits}f}" for name in METRICS if name in item]
             rows.append({"name": triplet.name, "scores": ", ".join(scores), "pictures": shown})
-        page = _pages.get_template("gallery.html").render(
-            label=run.label, benchmark=run.benchmark, order=METRICS[order].title, rows=rows, total=len(run.triplets), error_scale=ERROR_SCALE
+        text = _pages.get_template("gallery.html").render(
+            label=run.label,
+            benchmark=run.benchmark,
+            order=METRICS[order].title,
+            rows=rows,
+            total=len(run.triplets),
+            error_scale=ERROR_SCALE,
+            key=key,
         )
-        (building / "index.html").write_text(page, encoding="utf-8")
+        (building / "index.html").write_text(text, encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
         os.replace(building, target)

@@ -1,8 +1,8 @@
 """One method on one benchmark: frames are made and written item by item, the files are scored, the scores summed up.
 
 A run's folder is OUTPUT/runs/LABEL/BENCHMARK: `protocol.json` tells what is run, `progress-RANK.jsonl` what each process has done,
-a line an item, and `summary.json` the outcome. Frames are OUTPUT/frames/LABEL/BENCHMARK/NAME.png. The same command goes on
-where it was stopped, on as many processes as it is given.
+a line for each frame and for its scores, and `summary.json` the outcome. Frames are OUTPUT/frames/LABEL/BENCHMARK/NAME.png. The
+same command goes on where it was stopped, on as many processes as it is given.
 """
 
 import hashlib
@@ -33,8 +33,16 @@ BOOTSTRAP_SAMPLES = 10_000
 
 
 class ItemRecord(NamedTuple):
-    """What is known of one item: seconds that its frame took, its scores, and which network gave each."""
+    """What is known of one item.
 
+    Args:
+        frame: SHA-256 of its file.
+        seconds: that it took.
+        scores: of this file.
+        networks: what gave each score, where that is a network.
+    """
+
+    frame: str
     seconds: float
     scores: Dict[str, float]
     networks: Dict[str, str]
@@ -88,8 +96,9 @@ class BenchmarkRun:
         environment = describe_environment(self.state.num_processes)
         if environment not in self.protocol["environments"]:
             self.protocol["environments"].append(environment)
+        self._digests: Dict[Path, Tuple[Tuple[int, int], str]] = {}
         self.records = self._read_records()
-        self.made = 0  # frames that this process made
+        self.was_complete = len(self.records) == len(self.triplets)
         # Every process has read the same before one of them writes.
         self.state.wait_for_everyone()
 
@@ -120,14 +129,12 @@ class BenchmarkRun:
                     start = time.perf_counter()
                     results = self.method(pairs)
                     seconds = (time.perf_counter() - start) / len(pairs)
-                    if not self.made:
-                        self._write_protocol()
+                    self._write_protocol()
                     for (triplet, *_), result in zip(group, results):
                         path = self.result_path(triplet)
                         path.parent.mkdir(parents=True, exist_ok=True)
                         write_image(Image.fromarray(result), path)
-                        progress.write({"item": triplet.name, "seconds": seconds})
-                        self.made += 1
+                        progress.write({"item": triplet.name, "frame": self._digest(path), "seconds": seconds})
         self.state.wait_for_everyone()
         self.records = self._read_records()
         self.state.wait_for_everyone()
@@ -136,7 +143,7 @@ class BenchmarkRun:
         """Score the files that have not been scored by these metrics yet, this process its share, and wait for the others.
 
         Raises:
-            OSError, ValueError: if a file cannot be read or is not of its truth's size.
+            OSError, ValueError: if a file cannot be read.
         """
         names = [name for name in scorer.names if name != "fid"]
         networks = {name: scorer.networks[name] for name in names if name in scorer.networks}
@@ -150,14 +157,11 @@ class BenchmarkRun:
                 rows = []
                 for triplet in batch:
                     prev, truth, next_ = triplet.read()
-                    result = self.read_result(triplet)
-                    if result.shape != truth.shape:
-                        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (result, truth)]
-                        raise ValueError(f"{self.result_path(triplet)} is {sizes[0]}, but {triplet.truth} is {sizes[1]}.")
-                    rows.append((triplet, prev, truth, next_, result))
+                    rows.append((triplet, prev, truth, next_, self.read_result(triplet)))
                 for group in _by_size(rows):
                     for (triplet, *_), scores in zip(group, scorer.score([row[1:] for row in group])):
-                        progress.write({"item": triplet.name, "scores": scores, "networks": networks})
+                        frame = self.records[triplet.name].frame
+                        progress.write({"item": triplet.name, "frame": frame, "scores": scores, "networks": networks})
         self.state.wait_for_everyone()
         self.records = self._read_records()
 
@@ -175,7 +179,7 @@ class BenchmarkRun:
         if "fid" in scorer.names:
             value = scorer.fid(map(self.read_result, self.triplets), (triplet.read()[1] for triplet in self.triplets))
             scores["fid"], networks["fid"] = {"mean": value}, scorer.networks["fid"]
-        elif self.made == 0 and "fid" in previous.get("scores", {}):
+        elif self.was_complete and "fid" in previous.get("scores", {}):
             scores["fid"], networks["fid"] = previous["scores"]["fid"], previous["networks"]["fid"]
         seconds = [record.seconds for record in records]
         summary = {
@@ -210,28 +214,41 @@ class BenchmarkRun:
         return _ProgressFile(self.folder / f"progress-{self.state.process_index}.jsonl")
 
     def _write_protocol(self) -> None:
-        if self.state.is_main_process:
-            write_text(self.folder / "protocol.json", json.dumps(self.protocol, indent=1))
+        path = self.folder / "protocol.json"
+        text = json.dumps(self.protocol, indent=1)
+        if self.state.is_main_process and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+            write_text(path, text)
+
+    def _digest(self, path: Path) -> str:
+        """SHA-256 of a file, read again only if it changed."""
+        status = path.stat()
+        version = (status.st_mtime_ns, status.st_size)
+        if self._digests.get(path, (None, ""))[0] != version:
+            self._digests[path] = version, hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._digests[path][1]
 
     def _read_records(self) -> Dict[str, ItemRecord]:
-        """What any process has done so far, of the frames that are there."""
-        frames: Dict[str, float] = {}
-        scored: Dict[str, List[Dict]] = {}
+        """What any process has done so far, of the frames that are there as they were written."""
+        frames: Dict[Tuple[str, str], float] = {}
+        scored: Dict[Tuple[str, str], List[Dict]] = {}
         for path in sorted(self.folder.glob("progress-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
-                    continue  # a line that was cut off when its process was killed
+                    continue  # cut off when its process was killed
+                key = entry["item"], entry["frame"]
                 if "seconds" in entry:
-                    frames[entry["item"]] = entry["seconds"]
+                    frames[key] = entry["seconds"]
                 else:
-                    scored.setdefault(entry["item"], []).append(entry)
+                    scored.setdefault(key, []).append(entry)
         records = {}
         for triplet in self.triplets:
-            if triplet.name in frames and self.result_path(triplet).is_file():
-                record = records[triplet.name] = ItemRecord(frames[triplet.name], {}, {})
-                for entry in scored.get(triplet.name, []):
+            path = self.result_path(triplet)
+            key = triplet.name, self._digest(path) if path.is_file() else ""
+            if key in frames:
+                record = records[triplet.name] = ItemRecord(key[1], frames[key], {}, {})
+                for entry in scored.get(key, []):
                     record.scores.update(entry["scores"])
                     record.networks.update(entry["networks"])
         return records
