@@ -19,7 +19,6 @@ from madiff_diffusers.evaluation.metrics import (
     FloLPIPS,
     Scorer,
     build_inception,
-    build_lpips,
     build_raft,
     fid,
     psnr,

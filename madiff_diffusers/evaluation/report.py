@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import jinja2
-import numpy as np
 from PIL import Image
 
 from .methods import Method
@@ -135,12 +134,9 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
         row[0].set_xticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
         row[0].minorticks_off()
     axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="svg")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    write_text(path, text.getvalue())
 
 
 def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], output: Path, count: int) -> None:
