@@ -47,7 +47,7 @@ def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
         lines.append("|---" * (len(names) + 2) + "|")
         for row in rows:
             cells = [_cell(row, name) for name in names]
-            lines.append(" | ".join([f"| {row['label']}", *cells, f"{_seconds(row)} |"]))
+            lines.append(" | ".join(["| " + row["label"].replace("|", "\\|"), *cells, f"{_seconds(row)} |"]))
         parts.append("\n".join(lines))
         notes += _notes(rows)
     return "\n\n".join([*parts, *dict.fromkeys(notes)]) + "\n"
@@ -104,6 +104,7 @@ def table_of_items(summaries: Sequence[Dict[str, Any]]) -> str:
 def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
     """Quality of one benchmark's runs against steps and against seconds, as an SVG file. Runs that differ in steps alone are one line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     names = [name for name in ("psnr", "lpips") if any(name in summary["scores"] for summary in summaries)]
     names = names or [name for name in METRICS if any(name in summary["scores"] for summary in summaries)][:1]
@@ -131,8 +132,12 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
         for axis, title in zip(row, ("sampling steps", "seconds per frame")):
             axis.set(xscale="log", xlabel=title, ylabel=_heading(name))
             axis.grid(alpha=0.3)
-        row[0].set_xticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
-        row[0].minorticks_off()
+        row[0].set_xticks([1, 2, 5, 10, 20, 50])
+        low, high = row[1].get_xlim()
+        row[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        for axis in row:
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
     axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     text = io.StringIO()
     figure.savefig(text, format="svg")
@@ -140,17 +145,22 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
 
 
 def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], output: Path, count: int) -> None:
-    """A page of the `count` worst items of a run, by LPIPS, or by the first metric that there is."""
-    order = "lpips" if "lpips" in summary["scores"] else next(name for name in METRICS if name in summary["items"][0])
+    """A page of the `count` worst items of a run, by LPIPS, or by the first metric that there is of single items."""
     items = {item["name"]: item for item in summary["items"]}
-    sign = -1 if METRICS[order].higher_is_better else 1
-    worst = sorted(run.triplets, key=lambda triplet: sign * items[triplet.name][order], reverse=True)[:count]
+    order = next((name for name in ("lpips", *METRICS) if name in summary["items"][0]), None)
+    worst = run.triplets
+    if order is not None:
+        sign = -1 if METRICS[order].higher_is_better else 1
+        worst = sorted(worst, key=lambda triplet: sign * items[triplet.name][order], reverse=True)
+    worst = worst[:count]
     target = output / "gallery" / folder_name(run.label) / run.benchmark
     key = hashlib.sha256(json.dumps([order, [run.records[triplet.name] for triplet in worst]]).encode()).hexdigest()
     page = target / "index.html"
     if page.is_file() and key in page.read_text(encoding="utf-8"):
         return  # of these very frames and scores
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    for abandoned in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(abandoned)
     building.mkdir(parents=True)
     try:
         rows = []
@@ -171,7 +181,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], ou
         text = _pages.get_template("gallery.html").render(
             label=run.label,
             benchmark=run.benchmark,
-            order=METRICS[order].title,
+            order=order and METRICS[order].title,
             rows=rows,
             total=len(run.triplets),
             error_scale=ERROR_SCALE,

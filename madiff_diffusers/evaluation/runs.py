@@ -99,6 +99,9 @@ class BenchmarkRun:
         self._digests: Dict[Path, Tuple[Tuple[int, int], str]] = {}
         self.records = self._read_records()
         self.was_complete = len(self.records) == len(self.triplets)
+        if self.state.is_main_process:
+            for abandoned in self.frames.rglob(".*.tmp"):
+                abandoned.unlink()
         # Every process has read the same before one of them writes.
         self.state.wait_for_everyone()
 
