@@ -107,9 +107,11 @@ def test_vfitex_takes_the_centre_of_4k_clips(tmp_path):
 
 
 def test_xiph(tmp_path):
+    for i in range(15):
+        save(tmp_path / f"{i}.png", i)
     for clip in XIPH_CLIPS:
         for i in range(1, 101):
-            save(tmp_path / f"{clip}-{i:03d}.png", i % 15)
+            (tmp_path / f"{clip}-{i:03d}.png").symlink_to(tmp_path / f"{i % 15}.png")
     for benchmark in ("xiph-2k", "xiph-4k"):
         found = find_triplets(benchmark, str(tmp_path))
         assert len(found) == 8 * 49 and len({triplet.sequence for triplet in found}) == 8
