@@ -390,7 +390,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, checkpoint, tmp_path, ca
     fails("--checkpoint must be a folder", "--checkpoint", tmp_path)
     fails("`steps` must be a positive integer", "--checkpoint", checkpoint, "--steps", "0")
     fails("`scheduler` must be the name of a scheduler", "--checkpoint", checkpoint, "--scheduler", "Nothing")
-    fails("`scheduler` PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
+    fails("ucf101, 2: `scheduler` PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
     fails("`metrics` must be among", "--metrics", "vmaf")
     fails("--label is for one method", "--method", "average", "flow", "--label", "both")
     fails("different labels", "--method", "average", "average")

@@ -125,12 +125,16 @@ class BenchmarkRun:
                 for group in _by_size([(triplet, *triplet.read()) for triplet in batch]):
                     pairs = [(prev, next_) for _, prev, _, next_ in group]
                     shape = (len(pairs), *pairs[0][0].shape)
-                    if shape not in warm:
-                        self.method(pairs)
-                        warm.add(shape)
-                    _synchronise()
-                    start = time.perf_counter()
-                    results = self.method(pairs)
+                    try:
+                        if shape not in warm:
+                            self.method(pairs)
+                            warm.add(shape)
+                        _synchronise()
+                        start = time.perf_counter()
+                        results = self.method(pairs)
+                    except ValueError as error:
+                        names = ", ".join(triplet.name for triplet, *_ in group)
+                        raise ValueError(f"{self.benchmark}, {names}: {error}") from error
                     seconds = (time.perf_counter() - start) / len(pairs)
                     self._write_protocol()
                     for (triplet, *_), result in zip(group, results):
