@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from madiff_diffusers.cli import main
@@ -222,7 +223,7 @@ def test_scores_of_another_network_are_not_kept(root, tmp_path):
 # ---- methods ----
 
 
-def test_functions(peer, monkeypatch):
+def test_functions(peer, root, tmp_path, monkeypatch):
     monkeypatch.chdir(peer)
     prev, next_ = moving_picture(0), moving_picture(3)
     before = prev.copy()
@@ -236,7 +237,11 @@ def test_functions(peer, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             FunctionMethod(name)([(prev, next_)])
-    for name in ("peers:none", "nowhere:f", "peers:number", "peers:"):
+    with pytest.raises(ValueError, match="ucf101, 2: `method` 'peers:broken' failed"):
+        evaluate("ucf101", str(root), tmp_path / "out", [FunctionMethod("peers:broken")], scorer())
+    (peer / "no_python.py").write_text("def f(:")
+    (peer / "no_weights.py").write_text("raise RuntimeError('no weights here')")
+    for name in ("peers:none", "nowhere:f", "peers:number", "peers:", "no_python:f", "no_weights:f"):
         with pytest.raises(ValueError, match=f"`method` '{name}'"):
             FunctionMethod(name)
 
@@ -272,6 +277,24 @@ def test_settings_change_what_they_name_and_nothing_else(pipeline, root):
     ):
         with pytest.raises(ValueError, match=message):
             result(**settings)
+
+
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("EulerDiscreteScheduler", {"beta_schedule": "sigmoid"}),  # NotImplementedError, in its constructor
+        ("VQDiffusionScheduler", {}),  # TypeError, in its constructor
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}),  # NotImplementedError, in its first step
+        ("EDMEulerScheduler", {"prediction_type": "sample"}),  # ValueError
+        ("FlowMatchEulerDiscreteScheduler", {}),  # AttributeError
+        ("CogVideoXDPMScheduler", {}),  # TypeError
+    ],
+)
+def test_a_scheduler_that_cannot_sample_is_refused_before_anything_runs(pipeline, name, own):
+    pipeline.scheduler = scheduler = DDPMScheduler.from_config({**pipeline.scheduler.config, **own})
+    with pytest.raises(ValueError, match=f"`scheduler` {name} does not take this checkpoint: [A-Z][A-Za-z]+Error: "):
+        MADiffMethod(pipeline, "tiny", "0", Settings(scheduler=name))
+    assert pipeline.scheduler is scheduler
 
 
 def test_questions():
@@ -390,7 +413,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, checkpoint, tmp_path, ca
     fails("--checkpoint must be a folder", "--checkpoint", tmp_path)
     fails("`steps` must be a positive integer", "--checkpoint", checkpoint, "--steps", "0")
     fails("`scheduler` must be the name of a scheduler", "--checkpoint", checkpoint, "--scheduler", "Nothing")
-    fails("ucf101, 2: `scheduler` PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
+    fails("`scheduler` PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
     fails("`metrics` must be among", "--metrics", "vmaf")
     fails("--label is for one method", "--method", "average", "flow", "--label", "both")
     fails("different labels", "--method", "average", "average")

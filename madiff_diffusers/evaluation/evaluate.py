@@ -96,8 +96,8 @@ def evaluate(
         raise ValueError(f"`methods` must have different labels, but are {', '.join(labels)}.")
     state = state or this_process(torch.device("cpu"))
     triplets = find_triplets(benchmark, root, limit)
-    for method in methods:
-        run = BenchmarkRun(output, benchmark, triplets, method, label, state)
+    for method, name in zip(methods, labels):
+        run = BenchmarkRun(output, benchmark, triplets, method, name, state)
         run.predict(batch_size)
         run.score(scorer, batch_size)
         if state.is_main_process:

@@ -89,8 +89,8 @@ class FunctionMethod:
             sys.path.insert(0, os.getcwd())
         try:
             self.function: Callable = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"`method` {name!r} cannot be loaded: {error}") from error
+        except Exception as error:  # whatever somebody else's module does when it is imported
+            raise ValueError(f"`method` {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
         if not callable(self.function):
             raise ValueError(f"`method` {name!r} must be a function, but is a {type(self.function).__name__}.")
         file = getattr(sys.modules[module], "__file__", None)
@@ -186,15 +186,6 @@ class MADiffMethod:
         self.pipeline, self.settings, self.seed = pipeline, settings, seed
         self.label = f"{name} {settings.label()}".strip()
         config = pipeline.config
-        self.scheduler = pipeline.scheduler
-        if settings.scheduler is not None:
-            kind = getattr(diffusers, settings.scheduler, None)
-            if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-                raise ValueError(f"`scheduler` must be the name of a scheduler of Diffusers, but is {settings.scheduler!r}.")
-            try:
-                self.scheduler = kind.from_config(pipeline.scheduler.config)
-            except (NotImplementedError, TypeError, ValueError) as error:
-                raise ValueError(f"`scheduler` {settings.scheduler} does not take this checkpoint: {error}") from error
         if settings.hint_policy not in (None, *HINT_POLICIES):
             raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {settings.hint_policy!r}.")
         for setting in ("steps", "hint_interval"):
@@ -209,6 +200,9 @@ class MADiffMethod:
             events, flow = EventHints(pipeline.i2e), FlowHints()
             kept = (events, NullHints(flow.hint_channels)), (NullHints(events.hint_channels), flow)
             self.hints = StackedHints(kept[hint_source == "flow"])
+        self.scheduler = pipeline.scheduler
+        if settings.scheduler is not None:
+            self._take_scheduler(settings.scheduler)
         self.identity = {
             "method": "madiff",
             "checkpoint": name,
@@ -223,6 +217,24 @@ class MADiffMethod:
             "scheduler": type(self.scheduler).__name__,
             "quantised": settings.quantised is not False,
         }
+
+    def _take_scheduler(self, name: str) -> None:
+        """Configure a scheduler as the checkpoint's own, and sample once with it.
+
+        Raises:
+            ValueError: if there is none of that name, or it cannot sample from this checkpoint.
+        """
+        kind = getattr(diffusers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise ValueError(f"`scheduler` must be the name of a scheduler of Diffusers, but is {name!r}.")
+        tiny = np.zeros((64, 64, 3), np.uint8)
+        try:
+            self.scheduler = kind.from_config(self.pipeline.scheduler.config)
+            self._run([(tiny, tiny)])
+        except Exception as error:
+            # Diffusers does not tell which schedulers take a model. Those that do not show it in their constructor or at their first
+            # use, by errors of every kind: a refusal, a method that they lack, an argument that nobody gave.
+            raise ValueError(f"`scheduler` {name} does not take this checkpoint: {type(error).__name__}: {error}") from error
 
     def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
         frames = self._run(pairs)
@@ -271,11 +283,6 @@ class MADiffMethod:
                 generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],
                 **arguments,
             ).frames
-        except (NotImplementedError, ValueError) as error:
-            if settings.scheduler is None:
-                raise
-            # Some schedulers refuse a kind of prediction, or so few steps, only when they are used.
-            raise ValueError(f"`scheduler` {settings.scheduler} does not take this checkpoint: {error}") from error
         finally:
             pipeline.scheduler, pipeline._hints = before
 

@@ -13,7 +13,7 @@ import platform
 import re
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ class BenchmarkRun:
         benchmark: its name.
         triplets: its items.
         method: what makes the frames.
-        label: row in the tables and name of the folders; the method's own if not given.
-        state: this process among others; alone if it was not launched with others.
+        label: row in the tables and name of the folders.
+        state: this process among others.
 
     Raises:
         ValueError: if the folder holds a run with the same label and another protocol.
@@ -68,12 +68,11 @@ class BenchmarkRun:
         benchmark: str,
         triplets: Sequence[Triplet],
         method: Method,
-        label: Optional[str] = None,
-        state: Optional[PartialState] = None,
+        label: str,
+        state: PartialState,
     ):
         self.benchmark, self.triplets, self.method = benchmark, list(triplets), method
-        self.label = label or method.label
-        self.state = state or PartialState()
+        self.label, self.state = label, state
         self.folder = output / "runs" / folder_name(self.label) / benchmark
         self.frames = output / "frames" / folder_name(self.label) / benchmark
         identity = {
