@@ -5,11 +5,14 @@ import os
 import sys
 import tempfile
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Iterator, List, Optional
 
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
 
 BENCHMARK_NAMES = (
     "middlebury", "ucf101", "davis", "snu-film-easy", "snu-film-medium", "snu-film-hard", "snu-film-extreme", "vimeo-triplet",
@@ -53,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     interpolate.add_argument(
         "--checkpoint",
         default="madiff-compact",
-        metavar="DIR",
-        help="folder of a saved pipeline, or the name of one that comes with the package (default: madiff-compact)",
+        metavar="C",
+        help="a saved pipeline's folder, a repository of the Hub (USER/NAME), or what comes with the package (default: madiff-compact)",
     )
     interpolate.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps, … (default: cpu)")
     interpolate.add_argument(
@@ -106,6 +109,38 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (evaluate, ablate):
         add_evaluation_options(command, gallery=20 if command is evaluate else 0)
 
+    export = commands.add_parser(
+        "export",
+        help="save a checkpoint as a repository of the Hub",
+        description="Save a checkpoint as a folder that is a whole repository of the Hub: float32 weights, other precisions beside them, "
+        "the code that DiffusionPipeline.from_pretrained needs where this package is not installed, licence and model card. "
+        "Push it with madiff push.",
+    )
+    export.add_argument("output", metavar="DIR", help="folder to write; must not exist")
+    export.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
+    export.add_argument(
+        "--variant", nargs="+", default=[], choices=tuple(VARIANTS), metavar="V", help="weights in half precision beside them: fp16, bf16"
+    )
+    export.add_argument("--max-shard-size", metavar="SIZE", help="size of a weight file above which it becomes several, such as 5GB")
+    export.add_argument(
+        "--results", metavar="FILE", help="results.json of madiff evaluate, whose scores of this checkpoint go into the card's header"
+    )
+    export.add_argument("--license", metavar="ID", help="licence of the weights for the card's header, as the Hub names it: apache-2.0, …")
+    export.set_defaults(run=run_export)
+
+    push = commands.add_parser(
+        "push",
+        help="upload a saved pipeline or component to the Hub",
+        description="Upload what madiff export or a training script saved to the Hugging Face Hub, in one commit; hf auth login first.",
+    )
+    push.add_argument("folder", metavar="DIR", help="folder of a saved pipeline or component")
+    push.add_argument("repository", metavar="USER/NAME", help="repository; made if there is none")
+    push.add_argument("--private", action="store_true", help="make a new repository private (default: as the account has it)")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if there is none (default: the main one)")
+    push.add_argument("--message", metavar="TEXT", help="commit message")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to the branch")
+    push.set_defaults(run=run_push)
+
     convert = commands.add_parser(
         "convert-eventgan",
         help="convert a checkpoint of the original EventGAN",
@@ -139,7 +174,7 @@ def run_interpolate(args: argparse.Namespace) -> None:
 
     import torch
 
-    pipeline = load_pipeline(args.checkpoint, args.device, getattr(torch, args.dtype))
+    pipeline = load_pipeline(checkpoint_folder(args.checkpoint), args.device, getattr(torch, args.dtype))
     try:
         frames = pipeline(
             frame_prev,
@@ -166,7 +201,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(BENCHMARK_NAMES)}")
     command.add_argument("--root", required=True, metavar="DIR", help="folder of the benchmark; a wrong one is told the layout")
     command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write into, or to go on in")
-    command.add_argument("--checkpoint", default="madiff-compact", metavar="DIR", help="as for interpolate")
+    command.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
     command.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the checkpoint's own)")
     command.add_argument("--hint-policy", metavar="P", help="sampling (default), start, neighbours or none")
     command.add_argument("--hint-interval", type=int, metavar="N", help="steps between re-extractions (default: the checkpoint's)")
@@ -224,10 +259,14 @@ class EvaluationCommand:
         if not self.scorer.names:
             raise CommandError("--metrics: none of them can be had")
 
+    @cached_property
+    def folder(self) -> Path:
+        return checkpoint_folder(self.args.checkpoint)
+
     @property
     def pipeline(self) -> "MADiffPipeline":  # noqa: F821
         if self._pipeline is None:
-            self._pipeline = load_pipeline(self.args.checkpoint, str(self.device), self.dtype)
+            self._pipeline = load_pipeline(self.folder, str(self.device), self.dtype)
             self._pipeline.set_progress_bar_config(disable=True)
         return self._pipeline
 
@@ -246,7 +285,7 @@ class EvaluationCommand:
         from .evaluation.methods import MADiffMethod, checkpoint_digest
 
         name = Path(self.args.checkpoint).resolve().name if Path(self.args.checkpoint).exists() else self.args.checkpoint
-        return MADiffMethod(self.pipeline, name, checkpoint_digest(self.args.checkpoint), settings, self.args.seed)
+        return MADiffMethod(self.pipeline, name, checkpoint_digest(self.folder), settings, self.args.seed)
 
     def run(self, methods: "Sequence[Method]", label: Optional[str] = None) -> None:  # noqa: F821
         from .evaluation.evaluate import evaluate
@@ -313,25 +352,43 @@ def parse_setting(name: str, text: str) -> "Union[int, bool, str]":  # noqa: F82
         raise CommandError(f"--values must be {kind}, but has {text!r}") from error
 
 
-def load_pipeline(checkpoint: str, device: str, dtype: "torch.dtype") -> "MADiffPipeline":  # noqa: F821
+def checkpoint_folder(checkpoint: str) -> Path:
+    """Where a checkpoint lies on this machine, after it was fetched from the Hub if that is where it is from.
+
+    Raises:
+        CommandError: if there is none.
+    """
+    from .hub_repository import download_repository
+    from .pipeline_madiff import CHECKPOINT_FOLDER
+
+    bundled = sorted(path.name for path in CHECKPOINT_FOLDER.glob("*") if path.is_dir())
+    for folder in (CHECKPOINT_FOLDER / checkpoint if checkpoint in bundled else None, Path(checkpoint)):
+        if folder is not None and (folder / "model_index.json").is_file():
+            return folder
+    if Path(checkpoint).exists() or checkpoint.count("/") != 1:
+        raise CommandError(
+            f"--checkpoint must be a folder with a model_index.json, a repository of the Hub (USER/NAME) or one of "
+            f"{', '.join(bundled)}, but is {checkpoint!r}"
+        )
+    try:
+        return Path(download_repository(checkpoint))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--checkpoint {checkpoint!r} is no folder, and no repository of the Hub that can be had: {error}") from error
+
+
+def load_pipeline(folder: Path, device: str, dtype: "torch.dtype") -> "MADiffPipeline":  # noqa: F821
     """A pipeline on a device.
 
     Raises:
-        CommandError: if there is no such checkpoint or device.
+        CommandError: if the folder's pipeline cannot be loaded, or there is no such device.
     """
-    from .pipeline_madiff import CHECKPOINT_FOLDER, MADiffPipeline
+    from .pipeline_madiff import MADiffPipeline
 
-    bundled = sorted(path.name for path in CHECKPOINT_FOLDER.glob("*") if path.is_dir())
-    if checkpoint not in bundled and not (Path(checkpoint) / "model_index.json").is_file():
-        raise CommandError(
-            f"--checkpoint must be a folder with a model_index.json or one of {', '.join(bundled)}, "
-            f"but is {checkpoint!r}"
-        )
     place = usable_device(device)
     try:
-        return MADiffPipeline.from_pretrained(checkpoint, dtype=dtype).to(place)
+        return MADiffPipeline.from_pretrained(folder, dtype=dtype).to(place)
     except (OSError, ValueError) as error:
-        raise CommandError(f"--checkpoint {checkpoint!r} cannot be loaded: {error}") from error
+        raise CommandError(f"--checkpoint {str(folder)!r} cannot be loaded: {error}") from error
 
 
 def usable_device(name: str) -> "torch.device":  # noqa: F821
@@ -349,20 +406,97 @@ def usable_device(name: str) -> "torch.device":  # noqa: F821
     return device
 
 
+def run_export(args: argparse.Namespace) -> None:
+    import torch
+    from diffusers.utils import logging
+
+    from .pipeline_madiff import MADiffPipeline
+
+    logging.disable_progress_bar()
+    with new_folder(args.output, "DIR") as folder:
+        source = checkpoint_folder(args.checkpoint)
+        pipeline = load_pipeline(source, "cpu", torch.float32)
+        metadata = {"license": args.license} if args.license else {}
+        if args.results is not None:
+            metadata.update(results_metadata(args.results, source, pipeline))
+        pipeline.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        for variant in args.variant:
+            half = MADiffPipeline.from_pretrained(source, dtype=getattr(torch, VARIANTS[variant]))
+            half.save_pretrained(folder, variant=variant, max_shard_size=args.max_shard_size)
+        if metadata:
+            from huggingface_hub import ModelCard
+
+            card = ModelCard.load(folder / "README.md")
+            for name, value in metadata.items():
+                setattr(card.data, name, value)
+            card.save(folder / "README.md")
+    print(args.output)
+
+
+def results_metadata(results: str, folder: Path, pipeline: "MADiffPipeline") -> "Dict[str, Any]":  # noqa: F821
+    """What a file of results says of a checkpoint, for its model card.
+
+    Raises:
+        CommandError: if it is no such file, or says nothing of this checkpoint.
+    """
+    try:
+        from .evaluation.methods import MADiffMethod, checkpoint_digest
+        from .evaluation.report import card_metadata, read_results
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is missing; pip install 'madiff_diffusers[eval]'") from error
+    method = MADiffMethod(pipeline, folder.name, checkpoint_digest(folder))
+    try:
+        return card_metadata(read_results(results), method.identity)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--results {results!r}: {error}") from error
+
+
+def run_push(args: argparse.Namespace) -> None:
+    from .hub_repository import upload_repository
+
+    try:
+        print(
+            upload_repository(
+                args.folder,
+                args.repository,
+                private=args.private or None,
+                revision=args.revision,
+                commit_message=args.message,
+                create_pr=args.create_pr,
+            )
+        )
+    except ValueError as error:
+        raise CommandError(error) from error
+    except OSError as error:
+        raise CommandError(f"{error} Nothing is lost: {args.folder} is as it was, and the same command tries again.") from error
+
+
 def run_convert(args: argparse.Namespace) -> None:
     from .convert_eventgan import convert_eventgan_checkpoint
 
-    output = Path(args.output)
-    if output.exists():
-        raise CommandError(f"--output must not exist yet, but {output} does")
+    with new_folder(args.output, "--output") as folder:
+        convert_eventgan_checkpoint(args.source).save_pretrained(folder)
+    print(args.output)
+
+
+@contextmanager
+def new_folder(output: str, argument: str) -> Iterator[Path]:
+    """A folder to fill, which becomes the output once it is complete.
+
+    Raises:
+        CommandError: if the output exists already, or cannot be made.
+    """
+    path = Path(output)
+    if path.exists():
+        raise CommandError(f"{argument} must not exist yet, but {path} does")
     try:
-        model = convert_eventgan_checkpoint(args.source)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            model.save_pretrained(Path(folder) / "model")
-            os.replace(Path(folder) / "model", output)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            filled = Path(folder) / path.name
+            filled.mkdir()
+            yield filled
+            os.replace(filled, path)
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
-    print(output)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

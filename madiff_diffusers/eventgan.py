@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I2E: the image-to-event generator that turns two frames into a volume of brightness-change events.
 
 The network follows the generator of EventGAN (Zhu et al., "EventGAN: Leveraging Large Scale Image Datasets for Event
@@ -5,8 +6,12 @@ Cameras", 2019), which MADiff (arXiv 2404.13534) uses as its source of motion hi
 from the package, so that it can travel with a checkpoint.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
-from typing import Tuple, Union
+from functools import wraps
+from pathlib import Path
+from typing import Any, Dict, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -71,6 +76,7 @@ class EventGANModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"
 
     @register_to_config
     def __init__(
@@ -87,6 +93,41 @@ class EventGANModel(ModelMixin, ConfigMixin):
         # Above zero, so that no channel starts on the flat side of the final ReLU.
         nn.init.constant_(self.conv_out.bias, 0.1)
         self.gradient_checkpointing = False
+
+    # The class travels with its weights. What follows stands in every component, since each must be a file that needs no other.
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, os.PathLike], **kwargs) -> "EventGANModel":
+        """As [`~ModelMixin.from_pretrained`], from safetensors alone.
+
+        Raises:
+            ValueError: for `use_safetensors=False`.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
+    def save_pretrained(self, save_directory: Union[str, os.PathLike], safe_serialization: bool = True, **kwargs) -> None:
+        """As [`~ModelMixin.save_pretrained`], with this class's code beside the weights: `AutoModel` loads the folder, with
+        `trust_remote_code=True`, where the package is not installed.
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_config(self, save_directory: Union[str, os.PathLike], **kwargs) -> None:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
+        super().save_config(save_directory, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Dict[str, Any], **kwargs) -> Tuple[Dict[str, Any], ...]:
+        # What `AutoModel` reads would be reported as an argument that nobody expected.
+        return super().extract_init_dict({key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs)
 
     def forward(
         self, frame_first: torch.Tensor, frame_second: torch.Tensor, return_dict: bool = True

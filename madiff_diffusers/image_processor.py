@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frames in and out: load, check and pad pairs of frames for the pipeline; crop and convert what it made."""
 
 from typing import List, Sequence, Tuple, Union

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Motion hints: what is known of how pixels move between the neighbours and the middle frame.
 
 A hint source answers three questions, each with a pair `(hints_prev, hints_next)` of `(B, C, H, W)` float32 tensors:
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Iterator, List, Optional, Protocol, Sequence, Tuple
 
-import cv2
+import cv2  # of opencv-python-headless
 import numpy as np
 import torch
 from einops import rearrange

@@ -1,7 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
 """MA-Sampling: latent diffusion that re-reads the motion from its own guess at every step (MADiff, arXiv 2404.13534)."""
 
 import importlib
+import importlib.util
 import inspect
+import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
@@ -12,12 +17,23 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
 
-from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size
-from .motion_hints import HintSource, build_hint_source
+# This file travels with checkpoints, to where nobody installed what it needs.
+_REQUIREMENTS = {"accelerate": "accelerate", "cv2": "opencv-python-headless", "einops": "einops"}
+_missing = [package for module, package in _REQUIREMENTS.items() if importlib.util.find_spec(module) is None]
+if _missing:
+    raise ImportError(f"MADiffPipeline needs packages that are not installed: pip install {' '.join(_missing)}")
+
+from .hub_repository import download_repository, model_card, upload_repository  # noqa: E402
+from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
+from .motion_hints import HintSource, build_hint_source  # noqa: E402
 
 HINT_POLICIES = ("sampling", "start", "neighbours", "none")
+
+# Files with the code of components, by their stems.
+_COMPONENT_MODULES = ("eventgan", "vq_magan")
 
 # Checkpoints inside the package, by name.
 CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
@@ -88,10 +104,18 @@ class MADiffPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **kwargs) -> "MADiffPipeline":
-        """As [`~DiffusionPipeline.from_pretrained`]; the names of the package's own checkpoints load without a network."""
+        """
+        As [`~DiffusionPipeline.from_pretrained`], from safetensors alone. The names of the package's own checkpoints load without a
+        network. Code that lies beside the weights is not run: this package's takes its place.
+
+        Raises:
+            ValueError: for `use_safetensors=False`, or for code that is not this package's, without `trust_remote_code=True`.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
         if __package__ == "madiff_diffusers":
-            # Saved pipelines name these modules, and Diffusers loads components only from modules imported before.
-            for module in ("eventgan", "vq_magan"):
+            # Diffusers loads components only from modules imported before.
+            for module in _COMPONENT_MODULES:
                 importlib.import_module(f".{module}", __package__)
         bundled = CHECKPOINT_FOLDER / str(pretrained_model_name_or_path)
         if bundled.parent == CHECKPOINT_FOLDER and (bundled / "model_index.json").is_file():
@@ -99,7 +123,135 @@ class MADiffPipeline(DiffusionPipeline):
             # Bundled weights are stored in half precision, to keep the package small.
             if "torch_dtype" not in kwargs:
                 kwargs.setdefault("dtype", torch.float32)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Union[str, Path]) -> Dict[str, Any]:
+        """A saved pipeline's index. Where this is the package's own code, what it says of code beside the weights is read as the
+        package's modules."""
+        index = super()._dict_from_json_file(json_file)
+        if __package__ == "madiff_diffusers":
+            if index.get("_class_name") == [Path(__file__).stem, cls.__name__]:
+                index["_class_name"] = cls.__name__
+            for name, entry in index.items():
+                if isinstance(entry, list) and entry[0] in _COMPONENT_MODULES:
+                    index[name] = [f"{__package__}.{entry[0]}", *entry[1:]]
+        return index
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> Union[str, Path]:
+        """As [`~DiffusionPipeline.download`]; where this is the package's own code, without a repository's code."""
+        if __package__ != "madiff_diffusers":
+            return super().download(pretrained_model_name, **kwargs)
+        names = ("variant", "cache_dir", "force_download", "local_files_only", "token", "revision")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        return download_repository(pretrained_model_name, **given)
+
+    def save_config(self, save_directory: Union[str, Path], **kwargs) -> None:
+        """Write `model_index.json`, which names code by the files that `save_pretrained` puts beside the weights."""
+        super().save_config(save_directory, **kwargs)
+        path = Path(save_directory) / self.config_name
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["_class_name"] = [Path(__file__).stem, type(self).__name__]
+        for name, entry in index.items():
+            module = entry[0].rpartition(".")[2] if isinstance(entry, list) and entry[0] else None
+            if module in _COMPONENT_MODULES:
+                index[name] = [module, *entry[1:]]
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def save_pretrained(
+        self,
+        save_directory: Union[str, Path],
+        safe_serialization: bool = True,
+        variant: Optional[str] = None,
+        max_shard_size: Union[int, str, None] = None,
+        push_to_hub: bool = False,
+        **hub,
+    ) -> None:
+        """
+        Save a folder that is a whole repository of the Hub. Beside weights and configurations, it holds the code: the pipeline's at
+        its root, each component's in the component's folder. `DiffusionPipeline.from_pretrained` loads it, with
+        `trust_remote_code=True`, where nothing but Diffusers and what the code imports is installed. A licence for the code and a
+        model card are added where the folder has none: the card of the checkpoint that this one was loaded from if it is still the
+        same, else one that says what the weights tell.
+
+        Args:
+            save_directory: folder to write into; made if there is none.
+            safe_serialization: True; weights are never written as pickles.
+            variant: name of this precision or kind of weights, such as `"fp16"`, in their files' names.
+            max_shard_size: bytes (or a text like `"5GB"`) above which a component's weights become several files.
+            push_to_hub: upload the folder afterwards.
+            hub: for that, `repo_id` (the folder's name if not given), and arguments of `push_to_hub`.
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
+            OSError: if the folder cannot be written, or the upload fails.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
+        folder = Path(save_directory)
+        super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+        for path in folder.glob("*/config.json"):
+            # Where a part was loaded from is a place on this machine.
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None):
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for code in (__file__, *get_relative_import_files(__file__)):
+            shutil.copyfile(code, folder / Path(code).name)
+        licence = Path(__file__).with_name("LICENSE")
+        if licence.is_file() and not (folder / "LICENSE").exists():
+            shutil.copyfile(licence, folder / "LICENSE")
+        if not (folder / "README.md").exists():
+            self._write_card(folder)
+        if push_to_hub:
+            upload_repository(folder, hub.pop("repo_id", folder.name), **hub)
+
+    def push_to_hub(self, repo_id: str, variant: Optional[str] = None, **hub) -> str:
+        """
+        Save into a temporary folder and upload it in one commit.
+
+        Args:
+            repo_id: `user/name`; made if there is no such repository.
+            variant: see `save_pretrained`.
+            hub: `private`, `revision` (a branch), `commit_message`, `create_pr` and `token`.
+
+        Returns:
+            address of the commit, or of the pull request.
+
+        Raises:
+            OSError: if the Hub cannot be reached or refuses; the pipeline is as it was.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            return upload_repository(folder, repo_id, **hub)
+
+    def _write_card(self, folder: Path) -> None:
+        source = self.name_or_path
+        card = Path(source or "") / "README.md"
+        if source and card.is_file() and __package__ == "madiff_diffusers" and self._equals(source):
+            shutil.copyfile(card, folder / "README.md")
+            return
+        from_hub = source and not Path(source).exists()
+        model_card(self, base_model=str(source) if from_hub else None).save(folder / "README.md")
+
+    def _equals(self, checkpoint: Union[str, Path]) -> bool:
+        """Whether parts and settings are those of a saved pipeline, in this one's precision."""
+        other = type(self).from_pretrained(checkpoint)
+
+        def settings(config: Dict[str, Any]) -> Dict[str, Any]:
+            return {key: value for key, value in config.items() if not key.startswith("_")}
+
+        def equal(part: Any, twin: Any) -> bool:
+            if type(part) is not type(twin) or part is not None and settings(part.config) != settings(twin.config):
+                return False
+            if not isinstance(part, torch.nn.Module):
+                return True
+            pairs = zip(part.state_dict().values(), twin.state_dict().values())
+            return all(torch.equal(mine.cpu(), theirs.to(mine.dtype)) for mine, theirs in pairs)
+
+        return settings(self.config) == settings(other.config) and all(
+            equal(part, getattr(other, name)) for name, part in self.components.items()
+        )
 
     @property
     def hints(self) -> HintSource:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VQ-MAGAN: the vector-quantised autoencoder whose decoder is conditioned on motion.
 
 The middle frame is encoded to a small latent; the decoder rebuilds it from that latent and from the two neighbouring
@@ -5,8 +6,12 @@ frames, whose features it warps along offsets that it estimates from motion hint
 This file imports nothing else from the package, so that it can travel with a checkpoint.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple, Union
+from functools import wraps
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -467,6 +472,7 @@ class VQMAGANModel(VQModel):
     """
 
     _supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"
     _skip_layerwise_casting_patterns = ["quantize"]
 
     @register_to_config
@@ -522,6 +528,41 @@ class VQMAGANModel(VQModel):
             warp_frames=warp_frames,
             refine_channels=refine_channels,
         )
+
+    # The class travels with its weights. What follows stands in every component, since each must be a file that needs no other.
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, os.PathLike], **kwargs) -> "VQMAGANModel":
+        """As [`~ModelMixin.from_pretrained`], from safetensors alone.
+
+        Raises:
+            ValueError: for `use_safetensors=False`.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
+    def save_pretrained(self, save_directory: Union[str, os.PathLike], safe_serialization: bool = True, **kwargs) -> None:
+        """As [`~ModelMixin.save_pretrained`], with this class's code beside the weights: `AutoModel` loads the folder, with
+        `trust_remote_code=True`, where the package is not installed.
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_config(self, save_directory: Union[str, os.PathLike], **kwargs) -> None:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
+        super().save_config(save_directory, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Dict[str, Any], **kwargs) -> Tuple[Dict[str, Any], ...]:
+        # What `AutoModel` reads would be reported as an argument that nobody expected.
+        return super().extract_init_dict({key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs)
 
     @property
     def downsample_factor(self) -> int:

@@ -33,7 +33,7 @@ def seeded() -> torch.Generator:
 def test_is_small_and_safe(compact):
     files = [path for path in (CHECKPOINT_FOLDER / "madiff-compact").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 24 * 2**20
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
     models = (compact.vqvae, compact.unet, compact.i2e)
     assert sum(p.numel() for model in models for p in model.parameters()) <= 15_000_000
     assert all(model.dtype == torch.float32 for model in models)
@@ -121,6 +121,6 @@ def test_peak_memory_of_a_720p_pair():
 def test_benchmarks_stay_better_than_classical_flow(compact, shared_data, tmp_path, name, least_psnr, most_lpips):
     root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(name, name)
     scorer = Scorer(lpips_backbone=str(shared_data / "weights" / "lpips_alexnet_features.safetensors"))
-    method = MADiffMethod(compact, "madiff-compact", checkpoint_digest("madiff-compact"))
+    method = MADiffMethod(compact, "madiff-compact", checkpoint_digest(CHECKPOINT_FOLDER / "madiff-compact"))
     (summary,) = evaluate(name, str(root), tmp_path, [method], scorer, gallery=0)
     assert summary["scores"]["psnr"]["mean"] >= least_psnr and summary["scores"]["lpips"]["mean"] <= most_lpips

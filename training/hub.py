@@ -5,42 +5,30 @@ from pathlib import Path
 from typing import List
 
 import yaml
-from huggingface_hub import HfApi
 
+from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
+from madiff_diffusers.hub_repository import model_card, upload_repository
+from training.data import parse_sources
 from training.options import RunOptions
 
-WHAT = {
-    "i2e": ("an image-to-event generator", "EventGANModel", "from madiff_diffusers import EventGANModel"),
-    "vqvae": ("a motion-aware autoencoder (VQ-MAGAN)", "VQMAGANModel", "from madiff_diffusers import VQMAGANModel"),
-    "unet": ("a whole MADiff pipeline", "MADiffPipeline", "from madiff_diffusers import MADiffPipeline"),
-}
+CLASSES = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": MADiffPipeline}
+
+# Options that say where things are on this machine or on the Hub, not how the result came about.
+_PLACES = ("output", "push_to_hub", "hub_private", "hub_revision", "hub_message")
 
 
-def model_card(run_folder: Path, part: str, repository: str) -> str:
-    """A model card from what a run left in its folder: options, environment, the last losses and validations."""
-    what, name, statement = WHAT[part]
+def run_sections(run_folder: Path) -> List[str]:
+    """What a run left in its folder, as Markdown for a model card: the last validations and losses, options, environment."""
     args = yaml.safe_load((run_folder / "args.yaml").read_text())
     environment = yaml.safe_load((run_folder / "environment.yaml").read_text())
-    header = {"library_name": "diffusers", "tags": ["madiff", "video-frame-interpolation"]}
-    lines = ["---", yaml.safe_dump(header).strip(), "---", "", f"# {repository.split('/')[-1]}", ""]
-    lines += [
-        f"This is {what} of [MADiff](https://arxiv.org/abs/2404.13534), motion-aware latent diffusion for video frame "
-        "interpolation, trained with `madiff_diffusers`.",
-        "",
-        "```python",
-        statement,
-        "",
-        f'model = {name}.from_pretrained("{repository}")',
-        "```",
-        "",
+    options = yaml.safe_dump({key: value for key, value in args.items() if key not in _PLACES})
+    machine = yaml.safe_dump({key: value for key, value in environment.items() if key != "command"}, sort_keys=False)
+    return [
+        *_table("Validation", run_folder / "validation.csv"),
+        *_table("Training loss", run_folder / "summary.csv"),
+        f"## Options\n\n```yaml\n{options.strip()}\n```",
+        f"## Environment\n\n```yaml\n{machine.strip()}\n```",
     ]
-    lines += _table("Validation", run_folder / "validation.csv")
-    lines += _table("Training loss", run_folder / "summary.csv")
-    chosen = {key: value for key, value in args.items() if key not in ("output", "push_to_hub", "hub_private")}
-    lines += ["## Options", "", "```yaml", yaml.safe_dump(chosen).strip(), "```", ""]
-    chosen = {key: value for key, value in environment.items() if key != "command"}
-    lines += ["## Environment", "", "```yaml", yaml.safe_dump(chosen, sort_keys=False).strip(), "```", ""]
-    return "\n".join(lines)
 
 
 def _table(title: str, path: Path, rows: int = 5) -> List[str]:
@@ -50,25 +38,41 @@ def _table(title: str, path: Path, rows: int = 5) -> List[str]:
     with path.open(newline="") as file:
         header, *body = csv.reader(file)
     shown = [header, ["---"] * len(header), *body[-rows:]]
-    return [f"## {title}", "", *("| " + " | ".join(row) + " |" for row in shown), ""]
+    return [f"## {title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in shown)]
+
+
+def result_folder(run_folder: Path, part: str) -> Path:
+    """Where a finished run's result is: the pipeline of the last stage, the model of the others."""
+    return run_folder / ("pipeline" if part == "unet" else part)
+
+
+def write_card(run_folder: Path, part: str, options: RunOptions) -> None:
+    """Put a model card beside a finished run's result."""
+    folder = result_folder(run_folder, part)
+    model = CLASSES[part].from_pretrained(folder)
+    sources = parse_sources(options.data)
+    datasets = [path for name, path, _ in sources if name in ("datasets", "datasets-stream") and not Path(path).exists()]
+    model_card(model, run_sections(run_folder), datasets=datasets or None).save(folder / "README.md")
 
 
 def push(run_folder: Path, part: str, options: RunOptions) -> None:
-    """Upload a finished run's result to `options.push_to_hub`: the pipeline of the last stage, the model of the others.
+    """Upload a finished run's result to `options.push_to_hub`.
 
     Raises:
         SystemExit: if the Hub cannot be reached or refuses, saying where the result is and how to try again.
     """
-    folder = run_folder / ("pipeline" if part == "unet" else part)
-    repository = options.push_to_hub
-    (folder / "README.md").write_text(model_card(run_folder, part, repository))
+    folder = result_folder(run_folder, part)
     try:
-        api = HfApi()
-        api.create_repo(repository, private=options.hub_private or None, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {part} trained by madiff_diffusers")
-    except Exception as error:  # whatever goes wrong on the way: the result is there, and the user must know how to go on
+        address = upload_repository(
+            folder,
+            options.push_to_hub,
+            private=options.hub_private or None,
+            revision=options.hub_revision or None,
+            commit_message=options.hub_message or None,
+        )
+    except OSError as error:
         raise SystemExit(
-            f"The upload to {repository} failed: {error}\nNothing is lost: the result is in {folder}. Run the same command "
-            "again to upload it; nothing is trained a second time."
+            f"{error}\nNothing is lost: the result is in {folder}. Run the same command again to upload it; nothing is trained a "
+            "second time."
         ) from error
-    print(f"uploaded {folder} to {repository}", flush=True)
+    print(f"uploaded {folder} to {address}", flush=True)

@@ -78,6 +78,8 @@ class RunOptions:
     lpips_backbone: str = option("", "safetensors file with their weights; downloaded by torchvision if empty")
     push_to_hub: str = option("", "repository (user/name) that the result is uploaded to")
     hub_private: bool = option(False, "make that repository private, if it is new")
+    hub_revision: str = option("", "branch of it to commit to, made if there is none; empty: the main one")
+    hub_message: str = option("", "message of the commit; empty: a general one")
 
 
 def parse_options(options_class: type, stage: str, argv: Optional[List[str]], description: str) -> Tuple[Any, Dict]:

@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from training.data import Unreadable
-from training.hub import push
+from training.hub import push, write_card
 from training.options import RunOptions
 
 try:
@@ -432,6 +432,7 @@ class Run:
             os.replace(temporary, final)
             if complete is not None:
                 complete(self.folder)
+            write_card(self.folder, self.part, self.options)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         for number, handler in self._handlers.items():

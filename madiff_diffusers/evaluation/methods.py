@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..motion_hints import EventHints, FlowHints, HintPair, HintSource, StackedHints, single_threaded_opencv
-from ..pipeline_madiff import CHECKPOINT_FOLDER, HINT_POLICIES, MADiffPipeline
+from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
 from .pictures import gate_image, hints_images
 
 BASELINES = ("average", "flow")
@@ -287,10 +287,8 @@ class MADiffMethod:
             pipeline.scheduler, pipeline._hints = before
 
 
-def checkpoint_digest(checkpoint: str) -> str:
-    """SHA-256 over the names and contents of a saved pipeline's weights and configurations, or of a bundled one's."""
-    bundled = CHECKPOINT_FOLDER / checkpoint
-    folder = bundled if bundled.parent == CHECKPOINT_FOLDER and bundled.is_dir() else Path(checkpoint)
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a saved pipeline's weights and configurations."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".json", ".safetensors") and not any(part.startswith(".") for part in path.relative_to(folder).parts):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import jinja2
+from huggingface_hub import EvalResult
 from PIL import Image
 
 from .methods import Method
@@ -33,6 +34,55 @@ def load_summaries(output: Path) -> List[Dict[str, Any]]:
         return summary["benchmark"], kind, *texts, *numbers, summary["label"]
 
     return sorted(summaries, key=order)
+
+
+def read_results(path: str) -> List[Dict[str, Any]]:
+    """The summaries in a `results.json`.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is something else.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        if results["format"] != 1:
+            raise ValueError(f"it has format {results['format']!r}")
+        return results["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"no results.json that this version wrote: {error}") from error
+
+
+def card_metadata(summaries: Sequence[Dict[str, Any]], identity: Dict[str, Any]) -> Dict[str, Any]:
+    """
+    A checkpoint's scores, as fields for a model card's header.
+
+    Args:
+        summaries: of runs, any number of them.
+        identity: the checkpoint's, of [`MADiffMethod`]. Only runs of these weights, at these settings and precision, count.
+
+    Raises:
+        ValueError: if no run is of this checkpoint.
+    """
+    needed = {key: value for key, value in identity.items() if key not in ("checkpoint", "seed", "device")}
+    chosen = [summary for summary in summaries if needed.items() <= summary["protocol"].items()]
+    if not chosen:
+        raise ValueError(f"no run is of these weights at their default settings: {needed}")
+    results = [
+        EvalResult(
+            task_type="video-to-video",
+            task_name="Video frame interpolation",
+            dataset_type=summary["benchmark"],
+            dataset_name=f"{summary['benchmark']} ({summary['protocol']['triplets']} triplets)",
+            metric_type=name,
+            metric_name=METRICS[name].title,
+            metric_value=round(summary["scores"][name]["mean"], METRICS[name].digits),
+        )
+        for summary in chosen
+        for name in METRICS
+        if name in summary["scores"]
+    ]
+    metrics = [name for name in METRICS if any(name in summary["scores"] for summary in chosen)]
+    return {"metrics": metrics, "model_name": chosen[0]["protocol"]["checkpoint"], "eval_results": results}
 
 
 def markdown(summaries: Sequence[Dict[str, Any]]) -> str:

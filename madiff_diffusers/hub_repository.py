@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved pipeline or component as a repository of the Hugging Face Hub: its model card, upload and download."""
+
+import fnmatch
+import os
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Union
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, model_info, snapshot_download
+
+# What a model card that is not written for one repository calls the one it is in.
+PLACEHOLDER = "REPOSITORY"
+
+# What a saved pipeline or component has: its index, and the code that a reader without the package needs.
+_MARKS = (("model_index.json", "pipeline_madiff.py"), ("config.json", "vq_magan.py"), ("config.json", "eventgan.py"))
+
+_PICKLES = ("*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth")
+
+_REQUIREMENTS = "pip install torch diffusers accelerate safetensors einops opencv-python-headless"
+
+_USE_PIPELINE = """\
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+mid = pipe(Image.open("prev.png"), Image.open("next.png")).frames[0][0]"""
+
+_USE_COMPONENT = """\
+from diffusers import AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)"""
+
+_CITATION = """\
+@article{huang2024madiff,
+  title   = {Motion-aware Latent Diffusion Models for Video Frame Interpolation},
+  author  = {Huang, Zhilin and Yu, Yijie and Yang, Ling and Qin, Chujun and Zheng, Bing and Zheng, Xiawu and Zhou, Zikun and Wang, Yaowei and Yang, Wenming},
+  journal = {arXiv preprint arXiv:2404.13534},
+  year    = {2024}
+}"""
+
+
+def model_card(model: Union[DiffusionPipeline, ModelMixin], sections: Sequence[str] = (), **metadata) -> ModelCard:
+    """
+    A model card that claims no more than the weights themselves tell.
+
+    Args:
+        model: a pipeline or one of its components.
+        sections: Markdown that belongs between its parts and its limits: training, scores.
+        metadata: more fields for the card's header, as [`~huggingface_hub.ModelCardData`] has them.
+    """
+    is_pipeline = isinstance(model, DiffusionPipeline)
+    parts = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)} if is_pipeline else {"": model}
+    rows = [f"| `{name}` | `{type(part).__name__}` | {_count(part)} |" for name, part in parts.items()]
+    what = f"A {type(model).__name__}" if is_pipeline else f"A {type(model).__name__}, one part"
+    blocks = [
+        f"# MADiff: {type(model).__name__}",
+        f"{what} of [MADiff](https://arxiv.org/abs/2404.13534), motion-aware latent diffusion for video frame interpolation: it makes "
+        "the frame between two video frames.",
+        f"```bash\n{_REQUIREMENTS}\n```",
+        f"```python\n{(_USE_PIPELINE if is_pipeline else _USE_COMPONENT).format(name=PLACEHOLDER)}\n```",
+        "`trust_remote_code=True` runs the Python files that stand here beside the weights. Where the package `madiff_diffusers` is "
+        f"installed, `{type(model).__name__}.from_pretrained` loads the same weights and runs none of them.",
+        "\n".join(["| part | class | parameters |", "|---|---|---|", *rows]),
+    ]
+    if is_pipeline:
+        config = model.config
+        blocks.append(
+            f"Motion hints: {config.hint_source}. Unless told otherwise it takes {config.default_num_inference_steps} sampling steps "
+            f"with its {type(model.scheduler).__name__} and extracts hints anew every {config.default_hint_interval}."
+        )
+    blocks += sections
+    blocks += [
+        "## Limits and licence",
+        "A made frame is a guess: what neither neighbour shows is invented. Frames far apart, or across a cut, give a wrong picture, "
+        "not an error. The code is Apache-2.0; the licence of the weights, where their maker states one, is in this card's header.",
+        "## Citation",
+        f"```bibtex\n{_CITATION}\n```",
+    ]
+    header = {"library_name": "diffusers", "tags": ["madiff", "video-frame-interpolation"], **metadata}
+    if is_pipeline:
+        header.setdefault("pipeline_tag", "video-to-video")
+    return ModelCard(f"---\n{ModelCardData(**header).to_yaml()}\n---\n\n" + "\n\n".join(blocks) + "\n")
+
+
+def _count(part: torch.nn.Module) -> str:
+    count = sum(parameter.numel() for parameter in part.parameters())
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def upload_repository(
+    folder: Union[str, os.PathLike],
+    repo_id: str,
+    private: Optional[bool] = None,
+    revision: Optional[str] = None,
+    commit_message: Optional[str] = None,
+    create_pr: bool = False,
+    token: Union[str, bool, None] = None,
+) -> str:
+    """
+    Send a saved pipeline or component to the Hub, in one commit: all of it arrives, or nothing. The card gets the repository's name
+    where it says `REPOSITORY`.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        repo_id: `user/name`; made if there is no such repository.
+        private: whether a new repository is private; the account's default if not given.
+        revision: branch, made from the main one if there is none of that name; the main one if not given.
+        commit_message: "Upload" and the class if not given.
+        create_pr: open a pull request instead of committing to the branch.
+        token: of the account; that of `hf auth login` if not given.
+
+    Returns:
+        address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: if the folder is no saved pipeline or component, or holds pickled weights.
+        OSError: if the Hub cannot be reached or refuses.
+    """
+    folder = Path(folder)
+    files = repository_files(folder)
+    operations = []
+    for name in files:
+        content: Any = folder / name
+        if name == "README.md":
+            content = content.read_text(encoding="utf-8").replace(f'from_pretrained("{PLACEHOLDER}"', f'from_pretrained("{repo_id}"').encode()
+        operations.append(CommitOperationAdd(name, content))
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        message = commit_message or "Upload with madiff_diffusers"
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+    except Exception as error:  # by whatever name the client's libraries raise it
+        raise OSError(f"The upload to {repo_id} failed: {str(error).strip()}") from error
+    return commit.pr_url or commit.commit_url
+
+
+def repository_files(folder: Path) -> List[str]:
+    """Names of the files of a saved pipeline or component.
+
+    Raises:
+        ValueError: if the folder is none, or holds pickled weights.
+    """
+    if not any((folder / index).is_file() and (folder / code).is_file() for index, code in _MARKS):
+        raise ValueError(
+            f"`folder` must be what `save_pretrained` or `madiff export` wrote, with model_index.json or config.json and the code beside "
+            f"it, but is {str(folder)!r}."
+        )
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    pickles = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _PICKLES)]
+    if pickles:
+        raise ValueError(f"`folder` must hold safetensors alone, but has {', '.join(pickles)}.")
+    return names
+
+
+def download_repository(repo_id: str, variant: Optional[str] = None, **hub) -> str:
+    """
+    Fetch a repository's configurations and weights, and none of its code, into the Hub's cache. What is cached is not fetched again,
+    and where the Hub cannot be reached, it is enough.
+
+    Args:
+        repo_id: `user/name`.
+        variant: of the weights, for the parts that have it.
+        hub: arguments of [`~huggingface_hub.snapshot_download`]: `cache_dir`, `force_download`, `local_files_only`, `token`, `revision`.
+
+    Returns:
+        folder of the repository in the cache.
+
+    Raises:
+        OSError: if neither the Hub nor the cache has it.
+        ValueError: for a name that no repository can have, or a variant that none of its parts has.
+    """
+    # Not among Diffusers' public names, and so not wanted where this file stands beside weights and is loaded by another version.
+    from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
+
+    if hub.get("local_files_only"):
+        return snapshot_download(repo_id, **hub)
+    try:
+        info = model_info(repo_id, revision=hub.get("revision"), token=hub.get("token"))
+        weights = [each.rfilename for each in info.siblings if each.rfilename.endswith(".safetensors")]
+        wanted, _ = variant_compatible_siblings(weights, variant=variant)
+        return snapshot_download(repo_id, **{**hub, "revision": info.sha}, allow_patterns=["*.json", *wanted])
+    except ValueError:
+        raise
+    except Exception as error:  # unreachable, or it refuses, by whatever name the client's libraries raise it
+        try:
+            return snapshot_download(repo_id, **{**hub, "local_files_only": True})
+        except FileNotFoundError:
+            raise OSError(f"{repo_id!r} cannot be fetched from the Hub: {str(error).strip()}") from error
