@@ -23,7 +23,7 @@ setup(
         "torch>=2.6",
         "diffusers>=0.42",
         "accelerate>=1.0",
-        "huggingface_hub>=1.23",
+        "huggingface_hub>=1.32",
         "safetensors>=0.8",
         "einops>=0.8",
         "numpy>=1.26",

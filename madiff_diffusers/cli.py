@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -412,6 +413,9 @@ def run_export(args: argparse.Namespace) -> None:
 
     from .pipeline_madiff import MADiffPipeline
 
+    size = args.max_shard_size
+    if size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size):
+        raise CommandError(f"--max-shard-size must be a number with KB, MB, GB or TB, such as 5GB, but is {size!r}")
     logging.disable_progress_bar()
     with new_folder(args.output, "DIR") as folder:
         source = checkpoint_folder(args.checkpoint)
@@ -419,10 +423,10 @@ def run_export(args: argparse.Namespace) -> None:
         metadata = {"license": args.license} if args.license else {}
         if args.results is not None:
             metadata.update(results_metadata(args.results, source, pipeline))
-        pipeline.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        pipeline.save_pretrained(folder, max_shard_size=size)
         for variant in args.variant:
             half = MADiffPipeline.from_pretrained(source, dtype=getattr(torch, VARIANTS[variant]))
-            half.save_pretrained(folder, variant=variant, max_shard_size=args.max_shard_size)
+            half.save_pretrained(folder, variant=variant, max_shard_size=size)
         if metadata:
             from huggingface_hub import ModelCard
 

@@ -8,7 +8,7 @@ from typing import Any, List, Optional, Sequence, Union
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, model_info, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, snapshot_download
 
 # What a model card that is not written for one repository calls the one it is in.
 PLACEHOLDER = "REPOSITORY"
@@ -172,22 +172,21 @@ def download_repository(repo_id: str, variant: Optional[str] = None, **hub) -> s
 
     Raises:
         OSError: if neither the Hub nor the cache has it.
-        ValueError: for a name that no repository can have, or a variant that none of its parts has.
+        ValueError: for a name that no repository can have.
     """
-    # Not among Diffusers' public names, and so not wanted where this file stands beside weights and is loaded by another version.
-    from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 
-    if hub.get("local_files_only"):
-        return snapshot_download(repo_id, **hub)
+    def weights(variant: Optional[str]) -> List[str]:
+        stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+        return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors"]
+
     try:
-        info = model_info(repo_id, revision=hub.get("revision"), token=hub.get("token"))
-        weights = [each.rfilename for each in info.siblings if each.rfilename.endswith(".safetensors")]
-        wanted, _ = variant_compatible_siblings(weights, variant=variant)
-        return snapshot_download(repo_id, **{**hub, "revision": info.sha}, allow_patterns=["*.json", *wanted])
+        folder = Path(snapshot_download(repo_id, **hub, allow_patterns=["*.json", *(f"*/{name}" for name in weights(variant))]))
+        parts = [path.parent for path in folder.glob("*/config.json")]
+        without = [part.name for part in parts if not any(list(part.glob(name)) for name in weights(variant))]
+        if variant and 0 < len(without) < len(parts):  # else none has it, as who loads the folder will say
+            snapshot_download(repo_id, **hub, allow_patterns=[f"{part}/{name}" for part in without for name in weights(None)])
     except ValueError:
         raise
     except Exception as error:  # unreachable, or it refuses, by whatever name the client's libraries raise it
-        try:
-            return snapshot_download(repo_id, **{**hub, "local_files_only": True})
-        except FileNotFoundError:
-            raise OSError(f"{repo_id!r} cannot be fetched from the Hub: {str(error).strip()}") from error
+        raise OSError(f"{repo_id!r} cannot be fetched from the Hub: {str(error).strip()}") from error
+    return str(folder)

@@ -45,7 +45,8 @@ class FrameProcessor:
         if len(sizes) > 1:
             listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
             raise ValueError(f"`{name}` must hold frames of one size, but holds {listed} (width x height).")
-        return torch.cat(tensors)
+        # One layout, whatever came in: convolutions round differently in each.
+        return torch.cat(tensors).contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def _one_to_tensor(frame: Union[PIL.Image.Image, np.ndarray, torch.Tensor], name: str) -> torch.Tensor:

@@ -126,6 +126,13 @@ class MADiffPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MADiffPipeline":
+        """As [`~DiffusionPipeline.from_pipe`]."""
+        # Diffusers hands on only parts of the very class that a constructor names; ours must take them wherever their code lies.
+        parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_keys(cls)[0]}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
+
+    @classmethod
     def _dict_from_json_file(cls, json_file: Union[str, Path]) -> Dict[str, Any]:
         """A saved pipeline's index. Where this is the package's own code, what it says of code beside the weights is read as the
         package's modules."""
@@ -153,6 +160,7 @@ class MADiffPipeline(DiffusionPipeline):
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
         index["_class_name"] = [Path(__file__).stem, type(self).__name__]
+        index.pop("_name_or_path", None)  # a place on this machine
         for name, entry in index.items():
             module = entry[0].rpartition(".")[2] if isinstance(entry, list) and entry[0] else None
             if module in _COMPONENT_MODULES:
@@ -192,9 +200,8 @@ class MADiffPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         for path in folder.glob("*/config.json"):
-            # Where a part was loaded from is a place on this machine.
             config = json.loads(path.read_text(encoding="utf-8"))
-            if config.pop("_name_or_path", None):
+            if config.pop("_name_or_path", None):  # a place on this machine
                 path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for code in (__file__, *get_relative_import_files(__file__)):
             shutil.copyfile(code, folder / Path(code).name)

@@ -5,6 +5,8 @@ import socket
 import sys
 from pathlib import Path
 
+import tests.local_hub  # noqa: F401, before anything that imports the Hub's client
+
 import cv2
 import diffusers
 import numpy as np

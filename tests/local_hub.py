@@ -4,8 +4,10 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import secrets
+import socket
 import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,9 +16,19 @@ from threading import Thread
 from typing import Dict, Iterator, List, Optional, Tuple
 from urllib.parse import unquote
 
+with socket.socket() as _free:
+    _free.bind(("127.0.0.1", 0))
+    PORT = _free.getsockname()[1]
+
+ADDRESS = f"http://127.0.0.1:{PORT}"
+
+# The Hub's client reads these when it is imported: the tests, and what they start, never reach the real Hub.
+os.environ.update({"HF_ENDPOINT": ADDRESS, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+
 
 class LocalHub:
-    """
+    """What the server holds and was asked; it listens at `ADDRESS`.
+
     Attributes:
         repositories: each one's branches, and each branch's files: `repositories[name]["main"]["config.json"]`.
         heads: the hash of each branch's last commit.
@@ -37,12 +49,6 @@ class LocalHub:
         self.refuses = False
         self.cuts: Dict[str, int] = {}
         self.stalls: Dict[str, int] = {}
-        self.address = ""
-
-    @property
-    def environment(self) -> Dict[str, str]:
-        """Variables that send the Hub's client here."""
-        return {"HF_ENDPOINT": self.address, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def add(self, name: str, folder: Path, branch: str = "main") -> None:
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -63,8 +69,6 @@ class LocalHub:
 
 def _handler(hub: LocalHub) -> type:
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
         def do_POST(self):
             self._note()
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -74,9 +78,9 @@ def _handler(hub: LocalHub) -> type:
             if path == "/api/repos/create":
                 request = json.loads(body)
                 name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
-                hub.created[name] = request
+                hub.created.setdefault(name, request)
                 hub.repositories[name]
-                return self._answer(200, {"url": f"{hub.address}/{name}", "id": name, "name": name})
+                return self._answer(200, {"url": f"{ADDRESS}/{name}", "id": name, "name": name})
             if path == "/api/validate-yaml":
                 return self._answer(200, {"errors": [], "warnings": []})
             match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path)
@@ -95,9 +99,9 @@ def _handler(hub: LocalHub) -> type:
                     hub.commits.append((name, branch, line["value"]["summary"]))
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {"commitUrl": f"{hub.address}/{name}/commit/1", "commitOid": "1"}
+            answer = {"commitUrl": f"{ADDRESS}/{name}/commit/1", "commitOid": "1"}
             if "create_pr" in query:
-                answer["pullRequestUrl"] = f"{hub.address}/{name}/discussions/1"
+                answer["pullRequestUrl"] = f"{ADDRESS}/{name}/discussions/1"
             else:
                 hub.repositories[name][branch] = files
                 hub.heads.pop((name, branch), None)
@@ -175,11 +179,11 @@ def _etag(content: bytes) -> str:
 @contextlib.contextmanager
 def local_hub() -> Iterator[LocalHub]:
     hub = LocalHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", PORT), _handler(hub))
     server.daemon_threads = True
-    hub.address = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield hub
     finally:
         server.shutdown()
+        server.server_close()

@@ -228,25 +228,26 @@ def test_speed_and_memory_options_keep_training_going(stage, clips, trained, tmp
 
 def test_the_result_is_sent_to_the_hub_with_a_filled_card(clips, trained):
     with local_hub() as hub:
-        environment = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1"}
         flags = ["--push_to_hub", "somebody/madiff-tiny", "--tracker", "none"]
         # The run is finished: the same command with a destination trains nothing more.
-        succeed(command("unet", clips, trained, *flags, "--hub_private"), **environment)
-        sent = hub.repositories["somebody/madiff-tiny"]
+        succeed(command("unet", clips, trained, *flags, "--hub_private"))
+        sent = hub.repositories["somebody/madiff-tiny"]["main"]
         request = hub.created["somebody/madiff-tiny"]
         assert request.get("visibility") == "private" or request.get("private"), "by whichever name the client gives it"
         folder = trained / "unet" / "pipeline"
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert sent == files and "model_index.json" in sent and "unet/diffusion_pytorch_model.safetensors" in sent
+        assert b'"REPOSITORY"' in files["README.md"]
+        files["README.md"] = files["README.md"].replace(b'"REPOSITORY"', b'"somebody/madiff-tiny"')
+        assert sent == files and {"model_index.json", "pipeline_madiff.py", "unet/diffusion_pytorch_model.safetensors"} <= set(sent)
         card = sent["README.md"].decode()
         header = yaml.safe_load(card.split("---")[1])
         assert header["library_name"] == "diffusers"
         score = rows(trained / "unet", "validation.csv")[-1]["psnr"]
-        assert f" {score} " in card and 'MADiffPipeline.from_pretrained("somebody/madiff-tiny")' in card
+        assert f" {score} " in card and 'DiffusionPipeline.from_pretrained("somebody/madiff-tiny", trust' in card
         assert "steps: 20" in card and torch.__version__.split("+")[0] in card
 
         hub.refuses = True
-        done = launch(command("i2e", clips, trained, *flags), **environment)
+        done = launch(command("i2e", clips, trained, *flags))
         assert done.returncode == 1 and "Run the same command again to upload it" in done.stderr
         assert "Traceback" not in done.stderr
         assert EventGANModel.from_pretrained(trained / "i2e" / "i2e")

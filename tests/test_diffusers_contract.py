@@ -1,0 +1,210 @@
+"""What Diffusers' users may expect of a pipeline and of its components, beyond making frames."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from safetensors.torch import load_file
+
+from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
+from tests.conftest import build_pipeline, excite
+
+NETWORKS = ("vqvae", "unet", "i2e")
+
+
+def make(pipeline: MADiffPipeline, pair: tuple, seeds: tuple = (0, 1), **arguments) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(*pair, generator=generator, output_type="pt", **arguments).frames
+
+
+def same_weights(one: MADiffPipeline, other: MADiffPipeline) -> bool:
+    return all(
+        mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        for name in NETWORKS
+        for mine, theirs in zip(getattr(one, name).state_dict().values(), getattr(other, name).state_dict().values(), strict=True)
+    )
+
+
+# ---- saved and loaded ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes_survive(dtype, pipeline, tmp_path):
+    pipeline.to(dtype=dtype).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "vqvae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    for name in ("dtype", "torch_dtype"):
+        loaded = MADiffPipeline.from_pretrained(tmp_path, **{name: dtype})
+        assert loaded.dtype == dtype and same_weights(loaded, pipeline)
+    mixed = MADiffPipeline.from_pretrained(tmp_path, dtype={"vqvae": torch.float32, "default": torch.bfloat16})
+    assert (mixed.vqvae.dtype, mixed.unet.dtype, mixed.i2e.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+
+
+def test_variants_lie_side_by_side(pipeline, pair, tmp_path):
+    expected = make(pipeline, pair)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.to(dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(make(MADiffPipeline.from_pretrained(tmp_path), pair), expected)
+    half = MADiffPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert same_weights(half, pipeline)
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    MADiffPipeline.from_pretrained(tmp_path, variant="fp16")  # the parts that have no variant are taken without it
+    with pytest.raises(ValueError, match="variant=bf16"):
+        MADiffPipeline.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_shards(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, max_shard_size="50KB")
+    pipeline.save_pretrained(tmp_path, max_shard_size="50KB", variant="fp16")
+    for name in ("vqvae", "unet"):
+        index = json.loads((tmp_path / name / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        shards = set(index["weight_map"].values())
+        assert len(shards) > 2 and all((tmp_path / name / shard).is_file() for shard in shards)
+        assert not (tmp_path / name / "diffusion_pytorch_model.safetensors").exists()
+    assert same_weights(MADiffPipeline.from_pretrained(tmp_path), pipeline)
+    assert same_weights(MADiffPipeline.from_pretrained(tmp_path, variant="fp16"), pipeline)
+    assert isinstance(VQMAGANModel.from_pretrained(tmp_path / "vqvae"), VQMAGANModel)
+
+
+@pytest.mark.parametrize("options", [{"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": True}, {"device_map": "cpu"}], ids=str)
+def test_ways_of_loading(options, pipeline, pair, tmp_path):
+    expected = make(pipeline, pair)
+    pipeline.save_pretrained(tmp_path)
+    loaded = MADiffPipeline.from_pretrained(tmp_path, **options)
+    assert torch.equal(make(loaded, pair), expected)
+    assert not any(part.training for part in (loaded.vqvae, loaded.unet, loaded.i2e))
+
+
+@pytest.mark.parametrize("part, kind", [("vqvae", VQMAGANModel), ("i2e", EventGANModel)])
+def test_components_save_and_load_as_any_model(part, kind, pipeline, tmp_path):
+    model = getattr(pipeline, part)
+    model.to(torch.float16).save_pretrained(tmp_path, variant="fp16", max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.fp16-*.safetensors"))) > 2
+    loaded = kind.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16, device_map={"": "cpu"})
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.state_dict().values(), loaded.state_dict().values()))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModel": f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"}
+    again = kind.from_config(loaded.config)
+    assert {**again.config, "_name_or_path": None} == {**loaded.config, "_name_or_path": None}
+
+
+def test_no_configuration_is_reported_as_unknown(pipeline, tmp_path, capfd):
+    pipeline.save_pretrained(tmp_path)
+    MADiffPipeline.from_pretrained(tmp_path)
+    assert "not expected" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("save", [lambda pipe: pipe, lambda pipe: pipe.vqvae, lambda pipe: pipe.i2e], ids=["pipeline", "vqvae", "i2e"])
+def test_pickles_are_not_written(save, pipeline, tmp_path):
+    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+        save(pipeline).save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_optional_component_may_be_missing(tiny, pair, tmp_path):
+    tiny["hint_source"], tiny["vqvae"]["hint_channels"], tiny["unet"]["in_channels"] = "flow", 2, 13
+    pipeline = build_pipeline(tiny)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert pipeline.i2e is None and index["i2e"] == [None, None] and not (tmp_path / "i2e").exists()
+    assert torch.equal(make(MADiffPipeline.from_pretrained(tmp_path), pair), make(pipeline, pair))
+
+
+def test_components_can_be_given_instead_of_loaded(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    i2e = excite(EventGANModel.from_config(pipeline.i2e.config), seed=5)
+    loaded = MADiffPipeline.from_pretrained(tmp_path, scheduler=scheduler, i2e=i2e)
+    assert loaded.scheduler is scheduler and loaded.i2e is i2e
+    loaded.save_pretrained(tmp_path / "second")
+    again = MADiffPipeline.from_pretrained(tmp_path / "second")
+    assert isinstance(again.scheduler, EulerDiscreteScheduler) and same_weights(again, loaded)
+    again.scheduler = DDIMScheduler.from_config(again.scheduler.config)
+    assert again.scheduler.config.prediction_type == pipeline.scheduler.config.prediction_type
+
+
+def test_from_pipe_shares_the_components(pipeline, pair):
+    other = MADiffPipeline.from_pipe(pipeline)
+    assert other.unet is pipeline.unet and dict(other.config) == dict(pipeline.config)
+    assert torch.equal(make(other, pair), make(pipeline, pair))
+
+
+# ---- called ----
+
+
+def test_a_batch_of_one_is_a_single_pair(pipeline, pair):
+    batch = make(pipeline, tuple(frame[:1] for frame in pair), (0,))
+    assert torch.equal(make(pipeline, tuple(frame[0] for frame in pair), (0,)), batch)
+
+
+def test_a_list_of_generators_is_each_pair_s_own(pipeline, pair):
+    both = make(pipeline, pair)
+    swapped = make(pipeline, tuple(frame.flip(0) for frame in pair), (1, 0)).flip(0)
+    assert (both - swapped).abs().max() <= 1e-4
+
+
+def test_to_moves_every_network(pipeline):
+    pipeline.to("cpu", torch.bfloat16)
+    assert {part.dtype for part in (pipeline.vqvae, pipeline.unet, pipeline.i2e)} == {torch.bfloat16}
+    assert pipeline.dtype == torch.bfloat16 and pipeline.device == torch.device("cpu")
+    pipeline.to(torch.float32)
+    assert {part.dtype for part in (pipeline.vqvae, pipeline.unet, pipeline.i2e)} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "enable",
+    [
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.enable_attention_slicing("max"),
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", exclude_modules=["vqvae"]),
+        lambda pipe: [getattr(pipe, name).to(memory_format=torch.channels_last) for name in NETWORKS],
+    ],
+    ids=["slicing", "max slicing", "model offload", "group offload", "channels_last"],
+)
+def test_helpers_keep_the_frames(enable, pipeline, pair):
+    expected = make(pipeline, pair)
+    enable(pipeline)
+    assert (make(pipeline, pair) - expected).abs().max() <= 1e-4
+    assert (make(pipeline, pair) - expected).abs().max() <= 1e-4, "a second call, too"
+
+
+def test_layerwise_casting_stays_close(pipeline, pair):
+    expected = make(pipeline, pair)
+    for name in NETWORKS:
+        getattr(pipeline, name).enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    frames = make(pipeline, pair)
+    assert frames.isfinite().all() and 0 < (frames - expected).abs().mean() < 0.02
+
+
+def test_gradient_checkpointing_is_switched(pipeline):
+    for name in NETWORKS:
+        model = getattr(pipeline, name)
+        model.enable_gradient_checkpointing()
+        assert model.is_gradient_checkpointing
+        model.disable_gradient_checkpointing()
+        assert not model.is_gradient_checkpointing
+
+
+def test_every_documented_callback_tensor_can_be_asked_for(pipeline, pair):
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), {name: tensor.shape[0] for name, tensor in tensors.items()}))
+        return tensors
+
+    names = pipeline._callback_tensor_inputs
+    expected = make(pipeline, pair, num_inference_steps=3)
+    frames = make(pipeline, pair, num_inference_steps=3, callback_on_step_end=note, callback_on_step_end_tensor_inputs=names)
+    assert torch.equal(frames, expected), "what is handed back unchanged changes nothing"
+    assert [step for step, *_ in seen] == [0, 1, 2] and all(sizes == dict.fromkeys(names, 2) for *_, sizes in seen)
+
+
+def test_no_file_is_left_where_saving_failed(pipeline, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises((OSError, AssertionError)):
+        pipeline.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious" and list(Path(tmp_path).iterdir()) == [tmp_path / "file"]
