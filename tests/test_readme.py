@@ -44,6 +44,8 @@ def test_the_first_command_makes_the_picture_that_is_shown(tmp_path):
 
 def test_python_snippets_run(tmp_path):
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
+    exporting = next(line for block in blocks("bash") for line in block.splitlines() if line.startswith("madiff export"))
+    subprocess.run([sys.executable, "-m", "madiff_diffusers", *shlex.split(exporting)[1:]], cwd=tmp_path, check=True)
     for code in blocks("python"):
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
