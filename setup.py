@@ -21,7 +21,7 @@ setup(
     package_data={"madiff_diffusers": ["LICENSE", "checkpoints/*/README.md", "checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors", "evaluation/pages/*"]},
     install_requires=[
         "torch>=2.6",
-        "diffusers>=0.42",
+        "diffusers>=0.42.1",
         "accelerate>=1.0",
         "huggingface_hub>=1.32",
         "safetensors>=0.8",

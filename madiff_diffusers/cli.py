@@ -360,16 +360,16 @@ def checkpoint_folder(checkpoint: str) -> Path:
         CommandError: if there is none.
     """
     from .hub_repository import download_repository
-    from .pipeline_madiff import CHECKPOINT_FOLDER
+    from .pipeline_madiff import CHECKPOINT_FOLDER, bundled_checkpoints
 
-    bundled = sorted(path.name for path in CHECKPOINT_FOLDER.glob("*") if path.is_dir())
-    for folder in (CHECKPOINT_FOLDER / checkpoint if checkpoint in bundled else None, Path(checkpoint)):
-        if folder is not None and (folder / "model_index.json").is_file():
-            return folder
+    if (Path(checkpoint) / "model_index.json").is_file():
+        return Path(checkpoint)
+    if checkpoint in bundled_checkpoints() and not Path(checkpoint).exists():
+        return CHECKPOINT_FOLDER / checkpoint
     if Path(checkpoint).exists() or checkpoint.count("/") != 1:
         raise CommandError(
             f"--checkpoint must be a folder with a model_index.json, a repository of the Hub (USER/NAME) or one of "
-            f"{', '.join(bundled)}, but is {checkpoint!r}"
+            f"{', '.join(bundled_checkpoints())}, but is {checkpoint!r}"
         )
     try:
         return Path(download_repository(checkpoint))
@@ -383,13 +383,21 @@ def load_pipeline(folder: Path, device: str, dtype: "torch.dtype") -> "MADiffPip
     Raises:
         CommandError: if the folder's pipeline cannot be loaded, or there is no such device.
     """
+    from diffusers.utils import logging
+
     from .pipeline_madiff import MADiffPipeline
 
     place = usable_device(device)
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what Diffusers logs on the way is in the error
     try:
-        return MADiffPipeline.from_pretrained(folder, dtype=dtype).to(place)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--checkpoint {str(folder)!r} cannot be loaded: {error}") from error
+        pipeline = MADiffPipeline.from_pretrained(folder, dtype=dtype)
+    except Exception as error:  # a damaged checkpoint shows in errors of every kind
+        raise CommandError(f"--checkpoint {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return pipeline.to(place)
 
 
 def usable_device(name: str) -> "torch.device":  # noqa: F821
@@ -409,14 +417,10 @@ def usable_device(name: str) -> "torch.device":  # noqa: F821
 
 def run_export(args: argparse.Namespace) -> None:
     import torch
-    from diffusers.utils import logging
-
-    from .pipeline_madiff import MADiffPipeline
 
     size = args.max_shard_size
     if size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size):
         raise CommandError(f"--max-shard-size must be a number with KB, MB, GB or TB, such as 5GB, but is {size!r}")
-    logging.disable_progress_bar()
     with new_folder(args.output, "DIR") as folder:
         source = checkpoint_folder(args.checkpoint)
         pipeline = load_pipeline(source, "cpu", torch.float32)
@@ -425,15 +429,10 @@ def run_export(args: argparse.Namespace) -> None:
             metadata.update(results_metadata(args.results, source, pipeline))
         pipeline.save_pretrained(folder, max_shard_size=size)
         for variant in args.variant:
-            half = MADiffPipeline.from_pretrained(source, dtype=getattr(torch, VARIANTS[variant]))
+            half = load_pipeline(source, "cpu", getattr(torch, VARIANTS[variant]))
             half.save_pretrained(folder, variant=variant, max_shard_size=size)
         if metadata:
-            from huggingface_hub import ModelCard
-
-            card = ModelCard.load(folder / "README.md")
-            for name, value in metadata.items():
-                setattr(card.data, name, value)
-            card.save(folder / "README.md")
+            add_to_card(folder / "README.md", metadata)
     print(args.output)
 
 
@@ -455,6 +454,22 @@ def results_metadata(results: str, folder: Path, pipeline: "MADiffPipeline") -> 
         raise CommandError(f"--results {results!r}: {error}") from error
 
 
+def add_to_card(path: Path, metadata: "Dict[str, Any]") -> None:  # noqa: F821
+    """
+    Raises:
+        CommandError: if the card's header cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(path, ignore_metadata_errors=False)
+    except Exception as error:  # YAML's, for what is no YAML; the Hub client's, for what is no header
+        raise CommandError(f"the checkpoint's README.md has a header that cannot be read: {error}") from error
+    for name, value in metadata.items():
+        setattr(card.data, name, value)
+    card.save(path)
+
+
 def run_push(args: argparse.Namespace) -> None:
     from .hub_repository import upload_repository
 
@@ -472,7 +487,7 @@ def run_push(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise CommandError(error) from error
     except OSError as error:
-        raise CommandError(f"{error} Nothing is lost: {args.folder} is as it was, and the same command tries again.") from error
+        raise CommandError(f"{error}. Nothing is lost: {args.folder} is as it was, and the same command tries again.") from error
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -490,16 +505,20 @@ def new_folder(output: str, argument: str) -> Iterator[Path]:
     Raises:
         CommandError: if the output exists already, or cannot be made.
     """
+    from safetensors import SafetensorError
+
     path = Path(output)
-    if path.exists():
-        raise CommandError(f"{argument} must not exist yet, but {path} does")
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            filled = Path(folder) / path.name
+        if path.exists() or path.is_symlink():
+            raise CommandError(f"{argument} must not exist yet, but {path} does")
+        if not path.absolute().parent.is_dir():
+            raise CommandError(f"{argument}: no such folder: {path.parent}")
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:50]}.") as folder:
+            filled = Path(folder) / "filled"
             filled.mkdir()
             yield filled
             os.replace(filled, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CommandError(error) from error
 
 
@@ -511,4 +530,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         message = " ".join(str(error).split())
         print(f"madiff: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("madiff: interrupted", file=sys.stderr)
+        return 130
     return 0

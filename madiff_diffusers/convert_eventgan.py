@@ -42,7 +42,7 @@ def convert_eventgan_checkpoint(path: Union[str, "os.PathLike[str]"]) -> EventGA
         raise FileNotFoundError(f"No such checkpoint: {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors alone: {error}") from error
     state = checkpoint.get("gen", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or "head.conv2d.weight" not in state:
@@ -50,7 +50,7 @@ def convert_eventgan_checkpoint(path: Union[str, "os.PathLike[str]"]) -> EventGA
 
     try:
         return _convert(state)
-    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+    except (KeyError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit the EventGAN generator: {error}") from error
 
 

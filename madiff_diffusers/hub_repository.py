@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A saved pipeline or component as a repository of the Hugging Face Hub: its model card, upload and download."""
 
-import fnmatch
 import os
+import re
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Union
+from typing import Iterable, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.utils import validate_repo_id
 
 # What a model card that is not written for one repository calls the one it is in.
 PLACEHOLDER = "REPOSITORY"
@@ -16,7 +17,11 @@ PLACEHOLDER = "REPOSITORY"
 # What a saved pipeline or component has: its index, and the code that a reader without the package needs.
 _MARKS = (("model_index.json", "pipeline_madiff.py"), ("config.json", "vq_magan.py"), ("config.json", "eventgan.py"))
 
-_PICKLES = ("*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth")
+_PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+
+# Weights as Diffusers names them, and the index of those that are several files.
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 
 _REQUIREMENTS = "pip install torch diffusers accelerate safetensors einops opencv-python-headless"
 
@@ -24,13 +29,13 @@ _USE_PIPELINE = """\
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({arguments}, trust_remote_code=True)
 mid = pipe(Image.open("prev.png"), Image.open("next.png")).frames[0][0]"""
 
 _USE_COMPONENT = """\
 from diffusers import AutoModel
 
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)"""
+model = AutoModel.from_pretrained({arguments}, trust_remote_code=True)"""
 
 _CITATION = """\
 @article{huang2024madiff,
@@ -41,25 +46,50 @@ _CITATION = """\
 }"""
 
 
-def model_card(model: Union[DiffusionPipeline, ModelMixin], sections: Sequence[str] = (), **metadata) -> ModelCard:
+def weights_kind(name: str) -> Optional[Tuple[str, Optional[str]]]:
+    """The folder and the variant of a file of weights, or of their index; None of any other file."""
+    folder, _, file = name.rpartition("/")
+    match = _WEIGHTS.fullmatch(file) or _WEIGHTS_INDEX.fullmatch(file)
+    return None if match is None else (folder, match["variant"])
+
+
+def replaced_weights(before: Iterable[str], after: Iterable[str]) -> Set[str]:
+    """
+    Which files of weights are left over once others were saved: an index and its files where there is one file now, or the other
+    way round. Variants that were not saved stay.
+
+    Args:
+        before: names of the files that were there.
+        after: names of those that were saved.
+    """
+    after = set(after)
+    kinds = {weights_kind(name) for name in after} - {None}
+    return {name for name in before if weights_kind(name) in kinds} - after
+
+
+def model_card(
+    model: Union[DiffusionPipeline, ModelMixin], sections: Sequence[str] = (), variant: Optional[str] = None, **metadata
+) -> ModelCard:
     """
     A model card that claims no more than the weights themselves tell.
 
     Args:
         model: a pipeline or one of its components.
         sections: Markdown that belongs between its parts and its limits: training, scores.
+        variant: of the weights, if there are no others.
         metadata: more fields for the card's header, as [`~huggingface_hub.ModelCardData`] has them.
     """
     is_pipeline = isinstance(model, DiffusionPipeline)
     parts = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)} if is_pipeline else {"": model}
     rows = [f"| `{name}` | `{type(part).__name__}` | {_count(part)} |" for name, part in parts.items()]
-    what = f"A {type(model).__name__}" if is_pipeline else f"A {type(model).__name__}, one part"
+    arguments = f'"{PLACEHOLDER}"' + (f', variant="{variant}"' if variant else "")
+    what = "Whole pipeline" if is_pipeline else f"`{type(model).__name__}`: one part"
     blocks = [
         f"# MADiff: {type(model).__name__}",
         f"{what} of [MADiff](https://arxiv.org/abs/2404.13534), motion-aware latent diffusion for video frame interpolation: it makes "
         "the frame between two video frames.",
         f"```bash\n{_REQUIREMENTS}\n```",
-        f"```python\n{(_USE_PIPELINE if is_pipeline else _USE_COMPONENT).format(name=PLACEHOLDER)}\n```",
+        f"```python\n{(_USE_PIPELINE if is_pipeline else _USE_COMPONENT).format(arguments=arguments)}\n```",
         "`trust_remote_code=True` runs the Python files that stand here beside the weights. Where the package `madiff_diffusers` is "
         f"installed, `{type(model).__name__}.from_pretrained` loads the same weights and runs none of them.",
         "\n".join(["| part | class | parameters |", "|---|---|---|", *rows]),
@@ -67,8 +97,8 @@ def model_card(model: Union[DiffusionPipeline, ModelMixin], sections: Sequence[s
     if is_pipeline:
         config = model.config
         blocks.append(
-            f"Motion hints: {config.hint_source}. Unless told otherwise it takes {config.default_num_inference_steps} sampling steps "
-            f"with its {type(model.scheduler).__name__} and extracts hints anew every {config.default_hint_interval}."
+            f"Motion hints come from {config.hint_source}. Unless told otherwise: {type(model.scheduler).__name__}, `num_inference_steps` "
+            f"{config.default_num_inference_steps}, `hint_interval` {config.default_hint_interval}."
         )
     blocks += sections
     blocks += [
@@ -97,45 +127,57 @@ def upload_repository(
     commit_message: Optional[str] = None,
     create_pr: bool = False,
     token: Union[str, bool, None] = None,
+    keep_card: bool = False,
 ) -> str:
     """
-    Send a saved pipeline or component to the Hub, in one commit: all of it arrives, or nothing. The card gets the repository's name
-    where it says `REPOSITORY`.
+    Send a saved pipeline or component to the Hub, in one commit: all of it arrives, or nothing. Weights there that these take the
+    place of are removed. The card gets the repository's name where it says `REPOSITORY`.
 
     Args:
         folder: what `save_pretrained` wrote.
         repo_id: `user/name`; made if there is no such repository.
         private: whether a new repository is private; the account's default if not given.
         revision: branch, made from the main one if there is none of that name; the main one if not given.
-        commit_message: "Upload" and the class if not given.
+        commit_message: a general one if not given.
         create_pr: open a pull request instead of committing to the branch.
         token: of the account; that of `hf auth login` if not given.
+        keep_card: leave the repository's own model card, where it has one.
 
     Returns:
         address of the commit, or of the pull request.
 
     Raises:
-        ValueError: if the folder is no saved pipeline or component, or holds pickled weights.
+        ValueError: if the folder is no saved pipeline or component, or holds pickled weights, or no repository can have that name.
         OSError: if the Hub cannot be reached or refuses.
     """
+    validate_repo_id(repo_id)
     folder = Path(folder)
-    files = repository_files(folder)
-    operations = []
-    for name in files:
-        content: Any = folder / name
-        if name == "README.md":
-            content = content.read_text(encoding="utf-8").replace(f'from_pretrained("{PLACEHOLDER}"', f'from_pretrained("{repo_id}"').encode()
-        operations.append(CommitOperationAdd(name, content))
+    names = repository_files(folder)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=revision)
+        if keep_card and "README.md" in there:
+            names.remove("README.md")
+        operations = [CommitOperationAdd(name, _content(folder, name, repo_id)) for name in names]
+        licence = Path(__file__).with_name("LICENSE")
+        if licence.is_file() and "LICENSE" not in {*names, *there}:
+            operations.append(CommitOperationAdd("LICENSE", licence))
+        operations += [CommitOperationDelete(name) for name in sorted(replaced_weights(there, names))]
         message = commit_message or "Upload with madiff_diffusers"
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     except Exception as error:  # by whatever name the client's libraries raise it
         raise OSError(f"The upload to {repo_id} failed: {str(error).strip()}") from error
     return commit.pr_url or commit.commit_url
+
+
+def _content(folder: Path, name: str, repo_id: str) -> Union[Path, bytes]:
+    if name != "README.md":
+        return folder / name
+    card = (folder / name).read_bytes().decode("utf-8")
+    return card.replace(f'from_pretrained("{PLACEHOLDER}"', f'from_pretrained("{repo_id}"').encode()
 
 
 def repository_files(folder: Path) -> List[str]:
@@ -151,7 +193,7 @@ def repository_files(folder: Path) -> List[str]:
         )
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    pickles = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _PICKLES)]
+    pickles = [name for name in names if name.lower().endswith(_PICKLES)]
     if pickles:
         raise ValueError(f"`folder` must hold safetensors alone, but has {', '.join(pickles)}.")
     return names
@@ -159,7 +201,7 @@ def repository_files(folder: Path) -> List[str]:
 
 def download_repository(repo_id: str, variant: Optional[str] = None, **hub) -> str:
     """
-    Fetch a repository's configurations and weights, and none of its code, into the Hub's cache. What is cached is not fetched again,
+    Fetch a repository's configurations, weights and model card, and none of its code, into the Hub's cache. What is cached is not fetched again,
     and where the Hub cannot be reached, it is enough.
 
     Args:
@@ -180,7 +222,7 @@ def download_repository(repo_id: str, variant: Optional[str] = None, **hub) -> s
         return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors"]
 
     try:
-        folder = Path(snapshot_download(repo_id, **hub, allow_patterns=["*.json", *(f"*/{name}" for name in weights(variant))]))
+        folder = Path(snapshot_download(repo_id, **hub, allow_patterns=["README.md", "*.json", *(f"*/{name}" for name in weights(variant))]))
         parts = [path.parent for path in folder.glob("*/config.json")]
         without = [part.name for part in parts if not any(list(part.glob(name)) for name in weights(variant))]
         if variant and 0 < len(without) < len(parts):  # else none has it, as who loads the folder will say

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -26,7 +27,7 @@ _missing = [package for module, package in _REQUIREMENTS.items() if importlib.ut
 if _missing:
     raise ImportError(f"MADiffPipeline needs packages that are not installed: pip install {' '.join(_missing)}")
 
-from .hub_repository import download_repository, model_card, upload_repository  # noqa: E402
+from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
 from .motion_hints import HintSource, build_hint_source  # noqa: E402
 
@@ -37,6 +38,13 @@ _COMPONENT_MODULES = ("eventgan", "vq_magan")
 
 # Checkpoints inside the package, by name.
 CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
+
+logger = logging.get_logger(__name__)
+
+
+def bundled_checkpoints() -> List[str]:
+    """Names of the checkpoints inside the package."""
+    return sorted(path.parent.name for path in CHECKPOINT_FOLDER.glob("*/model_index.json"))
 
 
 @dataclass
@@ -71,6 +79,8 @@ class MADiffPipeline(DiffusionPipeline):
     # The codebook's weight is read without a forward pass of its own, which sequential offloading waits for.
     _exclude_from_cpu_offload = ["vqvae"]
     _callback_tensor_inputs = ["latents", "hints_prev", "hints_next"]
+    # The folder that this was loaded from, and the repository if it is one's.
+    _source: Optional[Tuple[Path, Optional[str]]] = None
 
     def __init__(
         self,
@@ -106,24 +116,34 @@ class MADiffPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **kwargs) -> "MADiffPipeline":
         """
         As [`~DiffusionPipeline.from_pretrained`], from safetensors alone. The names of the package's own checkpoints load without a
-        network. Code that lies beside the weights is not run: this package's takes its place.
+        network, unless a folder has that name. Code that lies beside the weights is not run: this package's takes its place.
 
         Raises:
-            ValueError: for `use_safetensors=False`, or for code that is not this package's, without `trust_remote_code=True`.
+            ValueError: for `use_safetensors=False`, an index that names other files, or, without `trust_remote_code=True`, code that
+                is not this package's.
+            OSError: if there is no such checkpoint.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
+        name, repository = str(pretrained_model_name_or_path), None
+        folder = Path(name)
+        if not folder.is_dir():
+            if isinstance(pretrained_model_name_or_path, str) and name in bundled_checkpoints():
+                folder = CHECKPOINT_FOLDER / name
+            else:
+                folder, repository = Path(cls.download(name, **kwargs)), name
         if __package__ == "madiff_diffusers":
             # Diffusers loads components only from modules imported before.
             for module in _COMPONENT_MODULES:
                 importlib.import_module(f".{module}", __package__)
-        bundled = CHECKPOINT_FOLDER / str(pretrained_model_name_or_path)
-        if bundled.parent == CHECKPOINT_FOLDER and (bundled / "model_index.json").is_file():
-            pretrained_model_name_or_path = bundled
-            # Bundled weights are stored in half precision, to keep the package small.
-            if "torch_dtype" not in kwargs:
-                kwargs.setdefault("dtype", torch.float32)
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        for index in folder.glob("*/*.index*.json"):
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            if not all(str(shard).endswith(".safetensors") for shard in shards):
+                raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
+        pipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        pipeline._source = folder.resolve(), repository
+        pipeline.register_to_config(_name_or_path=name)
+        return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MADiffPipeline":
@@ -138,7 +158,7 @@ class MADiffPipeline(DiffusionPipeline):
         package's modules."""
         index = super()._dict_from_json_file(json_file)
         if __package__ == "madiff_diffusers":
-            if index.get("_class_name") == [Path(__file__).stem, cls.__name__]:
+            if index.get("_class_name") == [Path(__file__).stem, "MADiffPipeline"]:
                 index["_class_name"] = cls.__name__
             for name, entry in index.items():
                 if isinstance(entry, list) and entry[0] in _COMPONENT_MODULES:
@@ -159,12 +179,15 @@ class MADiffPipeline(DiffusionPipeline):
         super().save_config(save_directory, **kwargs)
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
-        index["_class_name"] = [Path(__file__).stem, type(self).__name__]
+        index["_class_name"] = [Path(__file__).stem, "MADiffPipeline"]
         index.pop("_name_or_path", None)  # a place on this machine
         for name, entry in index.items():
-            module = entry[0].rpartition(".")[2] if isinstance(entry, list) and entry[0] else None
-            if module in _COMPONENT_MODULES:
-                index[name] = [module, *entry[1:]]
+            if name in self.components and entry[0] is not None:
+                origin, _, module = entry[0].rpartition(".")
+                if module in _COMPONENT_MODULES and origin.split(".")[0] in ("madiff_diffusers", "diffusers_modules"):
+                    index[name] = [module, *entry[1:]]
+                elif entry[0].split(".")[0] not in ("diffusers", "transformers"):
+                    logger.warning(f"`{name}` loads only where {entry[0]} was imported: its code is not saved.")
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def save_pretrained(
@@ -174,22 +197,28 @@ class MADiffPipeline(DiffusionPipeline):
         variant: Optional[str] = None,
         max_shard_size: Union[int, str, None] = None,
         push_to_hub: bool = False,
+        repo_id: Optional[str] = None,
         **hub,
     ) -> None:
         """
         Save a folder that is a whole repository of the Hub. Beside weights and configurations, it holds the code: the pipeline's at
         its root, each component's in the component's folder. `DiffusionPipeline.from_pretrained` loads it, with
-        `trust_remote_code=True`, where nothing but Diffusers and what the code imports is installed. A licence for the code and a
-        model card are added where the folder has none: the card of the checkpoint that this one was loaded from if it is still the
-        same, else one that says what the weights tell.
+        `trust_remote_code=True`, where nothing but Diffusers and what the code imports is installed; what is saved of a subclass
+        is a `MADiffPipeline` there.
+
+        A licence for the code and a model card are added where the folder has none: the card of the checkpoint that this one was
+        loaded from if it is still the same, else one that claims nothing. A card whose header has scores gives way to the latter if
+        the weights are others now, and becomes `.README.previous.md`.
 
         Args:
-            save_directory: folder to write into; made if there is none.
+            save_directory: folder to write into; made if there is none. What is there stays until all is written, variants of other
+                names and other files beyond that.
             safe_serialization: True; weights are never written as pickles.
             variant: name of this precision or kind of weights, such as `"fp16"`, in their files' names.
             max_shard_size: bytes (or a text like `"5GB"`) above which a component's weights become several files.
             push_to_hub: upload the folder afterwards.
-            hub: for that, `repo_id` (the folder's name if not given), and arguments of `push_to_hub`.
+            repo_id: repository for that; the folder's name if not given.
+            hub: further arguments of `push_to_hub`.
 
         Raises:
             ValueError: for `safe_serialization=False`.
@@ -197,29 +226,48 @@ class MADiffPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
+        if hub and not push_to_hub:
+            raise TypeError(f"`save_pretrained` takes {', '.join(hub)} with `push_to_hub=True` alone.")
         folder = Path(save_directory)
-        super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        for path in folder.glob("*/config.json"):
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if config.pop("_name_or_path", None):  # a place on this machine
-                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for code in (__file__, *get_relative_import_files(__file__)):
-            shutil.copyfile(code, folder / Path(code).name)
-        licence = Path(__file__).with_name("LICENSE")
-        if licence.is_file() and not (folder / "LICENSE").exists():
-            shutil.copyfile(licence, folder / "LICENSE")
-        if not (folder / "README.md").exists():
-            self._write_card(folder)
-        if push_to_hub:
-            upload_repository(folder, hub.pop("repo_id", folder.name), **hub)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            saved = Path(temporary)
+            super().save_pretrained(saved, variant=variant, max_shard_size=max_shard_size)
+            for path in saved.glob("*/config.json"):
+                config = json.loads(path.read_text(encoding="utf-8"))
+                if config.pop("_name_or_path", None):  # a place on this machine
+                    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for code in (__file__, *get_relative_import_files(__file__)):
+                shutil.copyfile(code, saved / Path(code).name)
+            licence = Path(__file__).with_name("LICENSE")
+            if licence.is_file() and not (folder / "LICENSE").exists():
+                shutil.copyfile(licence, saved / "LICENSE")
+            self._write_card(saved, folder / "README.md", variant)
 
-    def push_to_hub(self, repo_id: str, variant: Optional[str] = None, **hub) -> str:
+            names = [path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()]
+            before = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if saved not in path.parents]
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(saved / name, folder / name)
+            for name in replaced_weights(before, names):
+                (folder / name).unlink()
+        if push_to_hub:
+            upload_repository(folder, repo_id or folder.resolve().name, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        variant: Optional[str] = None,
+        safe_serialization: bool = True,
+        max_shard_size: Union[int, str, None] = None,
+        **hub,
+    ) -> str:
         """
-        Save into a temporary folder and upload it in one commit.
+        Save into a temporary folder and upload it in one commit. A model card that the repository has stays.
 
         Args:
             repo_id: `user/name`; made if there is no such repository.
-            variant: see `save_pretrained`.
+            variant, safe_serialization, max_shard_size: see `save_pretrained`.
             hub: `private`, `revision` (a branch), `commit_message`, `create_pr` and `token`.
 
         Returns:
@@ -229,21 +277,39 @@ class MADiffPipeline(DiffusionPipeline):
             OSError: if the Hub cannot be reached or refuses; the pipeline is as it was.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant)
-            return upload_repository(folder, repo_id, **hub)
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            return upload_repository(folder, repo_id, keep_card=True, **hub)
 
-    def _write_card(self, folder: Path) -> None:
-        source = self.name_or_path
-        card = Path(source or "") / "README.md"
-        if source and card.is_file() and __package__ == "madiff_diffusers" and self._equals(source):
-            shutil.copyfile(card, folder / "README.md")
-            return
-        from_hub = source and not Path(source).exists()
-        model_card(self, base_model=str(source) if from_hub else None).save(folder / "README.md")
+    def _write_card(self, saved: Path, card: Path, variant: Optional[str]) -> None:
+        """Write the card for a folder, in place of what is there if that tells scores of other weights."""
+        source, repository = self._source or (None, None)
+        same = source is not None and (source / "README.md").is_file() and self._equals(source)
+        if card.exists():
+            # A variant is of the weights beside it.
+            if same or variant is not None or not self._tells_scores(card):
+                return
+            os.replace(card, card.with_name(".README.previous.md"))
+            logger.warning(f"{card} tells scores of other weights; it is {card.with_name('.README.previous.md')} now.")
+        if same:
+            text = (source / "README.md").read_text(encoding="utf-8")
+            text = text.replace(f'from_pretrained("{repository}"', f'from_pretrained("{PLACEHOLDER}"')
+            (saved / "README.md").write_text(text, encoding="utf-8")
+        else:
+            alone = variant if not any(card.parent.glob("*/diffusion_pytorch_model*.safetensors")) else None
+            model_card(self, variant=alone, base_model=repository).save(saved / "README.md")
 
-    def _equals(self, checkpoint: Union[str, Path]) -> bool:
-        """Whether parts and settings are those of a saved pipeline, in this one's precision."""
-        other = type(self).from_pretrained(checkpoint)
+    @staticmethod
+    def _tells_scores(card: Path) -> bool:
+        return "\nmodel-index:" in card.read_text(encoding="utf-8").partition("\n---")[0]
+
+    def _equals(self, checkpoint: Path) -> bool:
+        """Whether this is, value by value, what a folder holds."""
+        if __package__ != "madiff_diffusers" or type(self) is not MADiffPipeline:
+            return False
+        try:
+            other = MADiffPipeline.from_pretrained(checkpoint)
+        except Exception:  # of whatever kind: it is not known to be the same
+            return False
 
         def settings(config: Dict[str, Any]) -> Dict[str, Any]:
             return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -254,7 +320,7 @@ class MADiffPipeline(DiffusionPipeline):
             if not isinstance(part, torch.nn.Module):
                 return True
             pairs = zip(part.state_dict().values(), twin.state_dict().values())
-            return all(torch.equal(mine.cpu(), theirs.to(mine.dtype)) for mine, theirs in pairs)
+            return all(torch.equal(mine.cpu().float(), theirs.float()) for mine, theirs in pairs)
 
         return settings(self.config) == settings(other.config) and all(
             equal(part, getattr(other, name)) for name, part in self.components.items()

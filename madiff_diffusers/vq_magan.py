@@ -6,6 +6,7 @@ frames, whose features it warps along offsets that it estimates from motion hint
 This file imports nothing else from the package, so that it can travel with a checkpoint.
 """
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -531,15 +532,23 @@ class VQMAGANModel(VQModel):
 
     # The class travels with its weights. What follows stands in every component, since each must be a file that needs no other.
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None  # the code of a subclass is not in this file
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Union[str, os.PathLike], **kwargs) -> "VQMAGANModel":
         """As [`~ModelMixin.from_pretrained`], from safetensors alone.
 
         Raises:
-            ValueError: for `use_safetensors=False`.
+            ValueError: for `use_safetensors=False`, or an index that names other files.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
+        for index in (Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            if not all(str(shard).endswith(".safetensors") for shard in shards):
+                raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
         return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
@@ -555,9 +564,15 @@ class VQMAGANModel(VQModel):
         super().save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: Union[str, os.PathLike], **kwargs) -> None:
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
+        if self._auto_class is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
         super().save_config(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # a place on this machine
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def extract_init_dict(cls, config_dict: Dict[str, Any], **kwargs) -> Tuple[Dict[str, Any], ...]:

@@ -77,7 +77,7 @@ def _handler(hub: LocalHub) -> type:
             path, _, query = self.path.partition("?")
             if path == "/api/repos/create":
                 request = json.loads(body)
-                name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
+                name = f"{request.get('organization') or 'somebody'}/{request['name']}"
                 hub.created.setdefault(name, request)
                 hub.repositories[name]
                 return self._answer(200, {"url": f"{ADDRESS}/{name}", "id": name, "name": name})
@@ -97,6 +97,8 @@ def _handler(hub: LocalHub) -> type:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "header":
                     hub.commits.append((name, branch, line["value"]["summary"]))
+                if line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             answer = {"commitUrl": f"{ADDRESS}/{name}/commit/1", "commitOid": "1"}

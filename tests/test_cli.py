@@ -106,13 +106,14 @@ def test_help_names_every_option(capsys):
         assert option in printed
 
 
-def test_convert_eventgan(tmp_path):
+def test_convert_eventgan(tmp_path, capsys):
     torch.save({"gen": original_state()}, tmp_path / "original.pt")
-    done = madiff("convert-eventgan", tmp_path / "original.pt", "-o", tmp_path / "i2e")
-    assert done.returncode == 0, done.stderr
+    command = ["convert-eventgan", str(tmp_path / "original.pt"), "-o", str(tmp_path / "i2e")]
+    assert main(command) == 0
     assert EventGANModel.from_pretrained(tmp_path / "i2e").config.base_channels == 4
-    again = madiff("convert-eventgan", tmp_path / "original.pt", "-o", tmp_path / "i2e")
-    assert again.returncode == 2 and "must not exist" in again.stderr
+    assert main(command) == 2 and "must not exist" in capsys.readouterr().err
+    (tmp_path / "original.pt").write_bytes(b"\x80")
+    assert main([*command[:-1], str(tmp_path / "other")]) == 2 and not (tmp_path / "other").exists()
 
 
 def test_images_are_read_upright(tmp_path):

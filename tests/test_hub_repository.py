@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin  # noqa: F401, Diffusers looks for it beside a part's class
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files, get_relative_imports
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 from PIL import Image
+from safetensors.torch import load_file
 
 import madiff_diffusers
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
@@ -154,10 +155,20 @@ def test_export_is_complete(exported):
 
 
 def test_export_says_what_is_wrong_in_one_line(exported, tmp_path, capsys):
+    (tmp_path / "runs.json").write_text('{"format": 1, "runs": [{"scores": {"psnr": 3}}]}')
+    damaged = shutil.copytree(exported, tmp_path / "damaged")
+    change_index(damaged, vqvae=[])
+    empty = shutil.copytree(exported, tmp_path / "empty")
+    (empty / "vqvae" / "config.json").write_text("[]")
+    there = set(tmp_path.iterdir())
     wrong = [
+        ([str(tmp_path / "out"), "--checkpoint", str(damaged)], "damaged' cannot be loaded"),
+        ([str(tmp_path / "out"), "--checkpoint", str(empty)], "empty' cannot be loaded"),
+        ([str(tmp_path / "out"), "--results", str(tmp_path / "runs.json")], "no results.json that this version wrote"),
+        ([str(tmp_path / ("n" * 300))], "File name too long"),
         ([str(exported)], "DIR must not exist yet"),
         ([str(tmp_path / "out"), "--checkpoint", "madiff-huge"], "--checkpoint must be a folder with a model_index.json, a repository"),
-        ([str(tmp_path / "no" / "out")], "No such file or directory"),
+        ([str(tmp_path / "no" / "out")], "DIR: no such folder: "),
         ([str(tmp_path / "out"), "--results", str(tmp_path / "none.json")], "none.json"),
         ([str(tmp_path / "out"), "--results", str(exported / "model_index.json")], "no results.json that this version wrote"),
         ([str(tmp_path / "out"), "--max-shard-size", "much"], "--max-shard-size must be a number"),
@@ -165,8 +176,8 @@ def test_export_says_what_is_wrong_in_one_line(exported, tmp_path, capsys):
     for arguments, message in wrong:
         assert main(["export", *arguments]) == 2
         printed = capsys.readouterr().err
-        assert message in printed and printed.strip().splitlines()[-1].startswith("madiff: error: "), printed
-    assert list(tmp_path.iterdir()) == []
+        assert message in printed and printed.startswith("madiff: error: ") and len(printed.splitlines()) == 1, printed
+    assert set(tmp_path.iterdir()) == there
 
 
 def test_scores_of_a_results_file_go_into_the_card(tiny_folder, tmp_path, capsys):
@@ -210,16 +221,71 @@ def test_the_shipped_card_has_the_metadata_that_it_tells(tmp_path):
 
 def test_the_card_of_a_checkpoint_goes_with_it_until_it_is_changed(tmp_path):
     pipe = MADiffPipeline.from_pretrained("madiff-compact")
+    card = (REPOSITORY / "model_card.md").read_text()
+
+    def is_modest(folder: Path) -> bool:
+        written = ModelCard.load(folder / "README.md")
+        return written.data.eval_results is None and written.data.license is None and "PSNR" not in written.text
+
     pipe.to(dtype=torch.float16).save_pretrained(tmp_path / "half")
-    assert (tmp_path / "half" / "README.md").read_text() == (REPOSITORY / "model_card.md").read_text()
+    assert (tmp_path / "half" / "README.md").read_text() == card, "as it is stored"
+    MADiffPipeline.from_pretrained("madiff-compact", dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    assert is_modest(tmp_path / "rounded")
     with torch.no_grad():
         pipe.vqvae.decoder.conv_in.weight[0, 0, 0, 0] += 1
     pipe.save_pretrained(tmp_path / "changed")
-    changed = ModelCard.load(tmp_path / "changed" / "README.md")
-    assert changed.data.eval_results is None and changed.data.license is None and "PSNR" not in changed.text
+    assert is_modest(tmp_path / "changed")
     (tmp_path / "changed" / "README.md").write_text("written by hand")
     pipe.save_pretrained(tmp_path / "changed")
     assert (tmp_path / "changed" / "README.md").read_text() == "written by hand"
+    # In the folder whose card tells scores.
+    pipe.save_pretrained(tmp_path / "half")
+    assert is_modest(tmp_path / "half") and (tmp_path / "half" / ".README.previous.md").read_text() == card
+
+
+def test_a_source_that_is_gone_does_not_keep_from_saving(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "source", variant="fp16")
+    loaded = MADiffPipeline.from_pretrained(tmp_path / "source", variant="fp16")
+    loaded.save_pretrained(tmp_path / "first", variant="fp16")
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert 'from_pretrained("REPOSITORY", variant="fp16", trust_remote_code=True)' in card, "there are no other weights"
+    shutil.rmtree(tmp_path / "source")
+    loaded.save_pretrained(tmp_path / "second")
+    assert str(tmp_path) not in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_a_folder_goes_before_the_checkpoint_of_its_name(tiny_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "madiff-compact")
+    tiny = MADiffPipeline.from_pretrained(tiny_folder)
+    bundled = MADiffPipeline.from_pretrained("madiff-compact")
+    monkeypatch.chdir(tmp_path)
+    for name in ("madiff-compact", "./madiff-compact", Path("madiff-compact")):
+        assert MADiffPipeline.from_pretrained(name).unet.config.block_out_channels == tiny.unet.config.block_out_channels
+    assert main(["export", "out", "--checkpoint", "./madiff-compact"]) == 0
+    assert MADiffPipeline.from_pretrained("out").unet.config.block_out_channels == tiny.unet.config.block_out_channels
+    assert bundled.unet.config.block_out_channels != tiny.unet.config.block_out_channels
+
+
+class OwnPipeline(MADiffPipeline):
+    pass
+
+
+class OwnAutoencoder(VQMAGANModel):
+    pass
+
+
+def test_subclasses(pipeline, tmp_path, caplog):
+    mine = OwnPipeline(**pipeline.components, hint_source="events+flow")
+    mine.save_pretrained(tmp_path / "mine")
+    for kind in (OwnPipeline, MADiffPipeline):
+        assert type(kind.from_pretrained(tmp_path / "mine")) is kind
+    DiffusionPipeline.from_pretrained(tmp_path / "mine", trust_remote_code=True)
+    # The code of a component of one's own is one's own to ship.
+    own = OwnAutoencoder.from_config(pipeline.vqvae.config)
+    with caplog.at_level("WARNING"):
+        MADiffPipeline(**{**pipeline.components, "vqvae": own}, hint_source="events+flow").save_pretrained(tmp_path / "own")
+    assert not list((tmp_path / "own" / "vqvae").glob("*.py")) and "auto_map" not in (tmp_path / "own" / "vqvae" / "config.json").read_text()
+    assert type(MADiffPipeline.from_pretrained(tmp_path / "own").vqvae) is OwnAutoencoder
 
 
 # ---- loaded without this package ----
@@ -311,6 +377,7 @@ def test_download_breaks_off_and_goes_on(bare_python, exported, frames, expected
     assert np.array_equal(np.load(tmp_path / "half.npy"), expected), "what ships has half precision"
 
 
+@pytest.mark.slow
 def test_a_killed_download_keeps_the_files_that_it_has(exported, frames, expected, tmp_path):
     code = "import sys; from madiff_diffusers.cli import main; sys.exit(main(sys.argv[1:]))"
     pair = [str(tmp_path / f"{name}.png") for name in ("prev", "next")]
@@ -367,6 +434,8 @@ def test_revisions_variants_and_repositories_that_there_are_not(tiny, tiny_folde
             steps(revision="third")
         with pytest.raises(ValueError, match="variant=int1"):
             steps(variant="int1")
+        with pytest.raises(TypeError, match="`push_to_hub=True`"):
+            other.save_pretrained(tmp_path / "more", private=True)
     # The server is gone, and the cache is enough.
     assert (steps(), steps(local_files_only=True), steps(revision="second")) == (2, 2, 7)
 
@@ -392,12 +461,52 @@ def test_uploads(tiny_folder, tmp_path, capsys):
             assert sent == files, name
         assert hub.repositories["somebody/branch"]["main"] == {}, "neither the branch nor the pull request touched it"
         assert {"vq_magan.py", "config.json", "diffusion_pytorch_model.safetensors"} <= set(hub.repositories["somebody/vqvae"]["main"])
-        assert {"eventgan.py", "config.json", "diffusion_pytorch_model.safetensors"} == set(hub.repositories["somebody/i2e"]["main"])
+        assert {"LICENSE", "eventgan.py", "config.json", "diffusion_pytorch_model.safetensors"} == set(hub.repositories["somebody/i2e"]["main"])
         summaries = {(name.split("/")[1], branch): summary for name, branch, summary in reversed(hub.commits)}
         assert summaries["pipeline", "main"] == "All of it" and summaries["vqvae", "main"] == "A part"
         assert summaries["branch", "new"] == "On a branch"
         private = {name for name, request in hub.created.items() if request.get("private") or request.get("visibility") == "private"}
         assert private == {"somebody/pipeline", "somebody/branch"}
+
+
+def test_an_upload_leaves_no_weights_that_it_takes_the_place_of(pipeline, tmp_path):
+    def weights(model) -> list:
+        return [tensor for part in (model.vqvae, model.unet, model.i2e) for tensor in part.state_dict().values()]
+
+    pipeline.save_pretrained(tmp_path / "folder", max_shard_size="50KB")
+    pipeline.save_pretrained(tmp_path / "folder", variant="fp16")
+    with local_hub() as hub:
+        upload_repository(tmp_path / "folder", "madiff")
+        assert b'from_pretrained("somebody/madiff"' in hub.repositories["somebody/madiff"]["main"]["README.md"]
+        hub.repositories["somebody/madiff"]["main"]["README.md"] = b"edited there"
+        for part in (pipeline.vqvae, pipeline.unet, pipeline.i2e):
+            for parameter in part.parameters():
+                parameter.data *= 2
+        pipeline.save_pretrained(tmp_path / "folder")
+        pipeline.push_to_hub("madiff")
+        loaded = [MADiffPipeline.from_pretrained(tmp_path / "folder")]
+        loaded.append(MADiffPipeline.from_pretrained("somebody/madiff", cache_dir=tmp_path / "cache"))
+        assert hub.repositories["somebody/madiff"]["main"]["README.md"] == b"edited there"
+        there = set(hub.repositories["somebody/madiff"]["main"])
+    for model in loaded:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights(pipeline), weights(model)))
+    names = {path.name for path in (tmp_path / "folder" / "unet").iterdir()}
+    assert names == {name.removeprefix("unet/") for name in there if name.startswith("unet/")}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
+    assert {path.name for path in (tmp_path / "folder").iterdir()} >= {"model_index.json", "README.md", "vqvae"}
+
+
+def test_a_checkpoint_from_the_hub_keeps_its_card(exported, tmp_path):
+    with local_hub() as hub:
+        upload_repository(exported, "somebody/compact")
+        pipe = MADiffPipeline.from_pretrained("somebody/compact", cache_dir=tmp_path / "cache")
+        assert pipe.name_or_path == "somebody/compact" and str(tmp_path) not in hub.repositories["somebody/compact"]["main"]["README.md"].decode()
+    pipe.save_pretrained(tmp_path / "same")
+    assert (tmp_path / "same" / "README.md").read_text() == (REPOSITORY / "model_card.md").read_text()
+    pipe.register_to_config(default_num_inference_steps=9)
+    pipe.save_pretrained(tmp_path / "changed")
+    data = ModelCard.load(tmp_path / "changed" / "README.md").data
+    assert data.base_model == "somebody/compact" and data.eval_results is None
 
 
 def test_a_failed_upload_loses_nothing_and_says_what_to_run_again(tiny_folder, tmp_path, capsys):
@@ -418,12 +527,14 @@ def test_a_failed_upload_loses_nothing_and_says_what_to_run_again(tiny_folder, t
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_only_what_is_whole_and_safe_is_uploaded(tiny_folder, tmp_path):
+def test_only_what_is_whole_and_safe_is_uploaded(tiny_folder, tmp_path, capsys):
+    assert main(["push", str(tiny_folder), "a name"]) == 2
+    assert "again" not in capsys.readouterr().err, "it would not help"
     with pytest.raises(ValueError, match="`folder` must be what `save_pretrained` or `madiff export` wrote"):
         upload_repository(CHECKPOINT_FOLDER / "madiff-compact", "somebody/madiff")
     folder = shutil.copytree(tiny_folder, tmp_path / "folder")
-    (folder / "unet" / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="safetensors alone, but has unet/optimizer.pt"):
+    (folder / "unet" / "optimizer.PT").write_bytes(b"")
+    with pytest.raises(ValueError, match="safetensors alone, but has unet/optimizer.PT"):
         upload_repository(folder, "somebody/madiff")
 
 
@@ -468,6 +579,20 @@ def test_pickled_weights_are_not_read(part, hostile, tmp_path):
     with pytest.raises(ValueError, match="`use_safetensors` must not be False"):
         MADiffPipeline.from_pretrained(hostile, use_safetensors=False)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["vqvae", "i2e", "unet"])
+def test_an_index_does_not_lead_to_pickles(part, hostile):
+    weights = hostile / part / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), hostile / part / "weights.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), "weights.bin")}
+    (hostile / part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    weights.unlink()
+    with pytest.raises(ValueError, match="must name .safetensors files alone"):
+        MADiffPipeline.from_pretrained(hostile)
+    if part != "unet":
+        with pytest.raises(ValueError, match="must name .safetensors files alone"):
+            getattr(MADiffPipeline.from_pretrained("madiff-compact"), part).from_pretrained(hostile / part)
 
 
 def test_code_beside_weights_does_not_run(hostile, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..hub_repository import weights_kind
 from ..motion_hints import EventHints, FlowHints, HintPair, HintSource, StackedHints, single_threaded_opencv
 from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
 from .pictures import gate_image, hints_images
@@ -288,10 +289,12 @@ class MADiffMethod:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a saved pipeline's weights and configurations."""
+    """SHA-256 over the names and contents of a saved pipeline's configurations and weights, other variants of these aside."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".safetensors") and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        _, variant = weights_kind(path.name) or (None, None)
+        if path.suffix in (".json", ".safetensors") and not hidden and variant is None:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()

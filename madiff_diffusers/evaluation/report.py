@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -47,9 +48,15 @@ def read_results(path: str) -> List[Dict[str, Any]]:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         if results["format"] != 1:
             raise ValueError(f"it has format {results['format']!r}")
+        for run in results["runs"]:
+            if not (run["protocol"].keys() >= {"checkpoint", "triplets"} or run["protocol"]["method"] != "madiff"):
+                raise ValueError("a run's protocol is not whole")
+            for name, score in run["scores"].items():
+                if not (name in METRICS and math.isfinite(score["mean"]) and isinstance(run["benchmark"], str)):
+                    raise ValueError(f"a run's {name} is no score")
         return results["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no results.json that this version wrote: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no results.json that this version wrote: {type(error).__name__}: {error}") from error
 
 
 def card_metadata(summaries: Sequence[Dict[str, Any]], identity: Dict[str, Any]) -> Dict[str, Any]:
@@ -61,12 +68,14 @@ def card_metadata(summaries: Sequence[Dict[str, Any]], identity: Dict[str, Any])
         identity: the checkpoint's, of [`MADiffMethod`]. Only runs of these weights, at these settings and precision, count.
 
     Raises:
-        ValueError: if no run is of this checkpoint.
+        ValueError: if no run is of this checkpoint, or several of one benchmark are.
     """
     needed = {key: value for key, value in identity.items() if key not in ("checkpoint", "seed", "device")}
     chosen = [summary for summary in summaries if needed.items() <= summary["protocol"].items()]
     if not chosen:
         raise ValueError(f"no run is of these weights at their default settings: {needed}")
+    if len({summary["benchmark"] for summary in chosen}) < len(chosen):
+        raise ValueError(f"several runs of one benchmark are of these weights: {', '.join(summary['label'] for summary in chosen)}")
     results = [
         EvalResult(
             task_type="video-to-video",
