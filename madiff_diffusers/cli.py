@@ -1,6 +1,7 @@
 """The `madiff` command."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -474,6 +475,7 @@ def run_push(args: argparse.Namespace) -> None:
     from .hub_repository import upload_repository
 
     try:
+        spare_card = component_card(Path(args.folder))
         print(
             upload_repository(
                 args.folder,
@@ -482,12 +484,32 @@ def run_push(args: argparse.Namespace) -> None:
                 revision=args.revision,
                 commit_message=args.message,
                 create_pr=args.create_pr,
+                spare_card=spare_card,
             )
         )
     except ValueError as error:
         raise CommandError(error) from error
     except OSError as error:
         raise CommandError(f"{error}. Nothing is lost: {args.folder} is as it was, and the same command tries again.") from error
+
+
+def component_card(folder: Path) -> "Optional[ModelCard]":  # noqa: F821
+    """A model card for a component that was saved without one; None for a pipeline, which is not.
+
+    Raises:
+        ValueError: if its configuration is damaged.
+    """
+    import madiff_diffusers
+
+    from .hub_repository import model_card
+
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return model_card(getattr(madiff_diffusers, config["_class_name"]).from_config(config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no component's of this package: {type(error).__name__}: {error}") from error
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -128,6 +128,7 @@ def upload_repository(
     create_pr: bool = False,
     token: Union[str, bool, None] = None,
     keep_card: bool = False,
+    spare_card: Optional[ModelCard] = None,
 ) -> str:
     """
     Send a saved pipeline or component to the Hub, in one commit: all of it arrives, or nothing. Weights there that these take the
@@ -142,6 +143,7 @@ def upload_repository(
         create_pr: open a pull request instead of committing to the branch.
         token: of the account; that of `hf auth login` if not given.
         keep_card: leave the repository's own model card, where it has one.
+        spare_card: model card for where neither the folder nor the repository has one.
 
     Returns:
         address of the commit, or of the pull request.
@@ -161,7 +163,13 @@ def upload_repository(
         there = api.list_repo_files(repo_id, revision=revision)
         if keep_card and "README.md" in there:
             names.remove("README.md")
-        operations = [CommitOperationAdd(name, _content(folder, name, repo_id)) for name in names]
+        operations = [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
+        card = (folder / "README.md").read_bytes().decode("utf-8") if "README.md" in names else None
+        if card is None and spare_card is not None and "README.md" not in there:
+            card = str(spare_card)
+        if card is not None:
+            card = card.replace(f'from_pretrained("{PLACEHOLDER}"', f'from_pretrained("{repo_id}"')
+            operations.append(CommitOperationAdd("README.md", card.encode()))
         licence = Path(__file__).with_name("LICENSE")
         if licence.is_file() and "LICENSE" not in {*names, *there}:
             operations.append(CommitOperationAdd("LICENSE", licence))
@@ -171,13 +179,6 @@ def upload_repository(
     except Exception as error:  # by whatever name the client's libraries raise it
         raise OSError(f"The upload to {repo_id} failed: {str(error).strip()}") from error
     return commit.pr_url or commit.commit_url
-
-
-def _content(folder: Path, name: str, repo_id: str) -> Union[Path, bytes]:
-    if name != "README.md":
-        return folder / name
-    card = (folder / name).read_bytes().decode("utf-8")
-    return card.replace(f'from_pretrained("{PLACEHOLDER}"', f'from_pretrained("{repo_id}"').encode()
 
 
 def repository_files(folder: Path) -> List[str]:

@@ -461,7 +461,9 @@ def test_uploads(tiny_folder, tmp_path, capsys):
             assert sent == files, name
         assert hub.repositories["somebody/branch"]["main"] == {}, "neither the branch nor the pull request touched it"
         assert {"vq_magan.py", "config.json", "diffusion_pytorch_model.safetensors"} <= set(hub.repositories["somebody/vqvae"]["main"])
-        assert {"LICENSE", "eventgan.py", "config.json", "diffusion_pytorch_model.safetensors"} == set(hub.repositories["somebody/i2e"]["main"])
+        i2e = hub.repositories["somebody/i2e"]["main"]
+        assert {"LICENSE", "README.md", "eventgan.py", "config.json", "diffusion_pytorch_model.safetensors"} == set(i2e)
+        assert b'AutoModel.from_pretrained("somebody/i2e", trust_remote_code=True)' in i2e["README.md"]
         summaries = {(name.split("/")[1], branch): summary for name, branch, summary in reversed(hub.commits)}
         assert summaries["pipeline", "main"] == "All of it" and summaries["vqvae", "main"] == "A part"
         assert summaries["branch", "new"] == "On a branch"
@@ -529,7 +531,10 @@ def test_a_failed_upload_loses_nothing_and_says_what_to_run_again(tiny_folder, t
 
 def test_only_what_is_whole_and_safe_is_uploaded(tiny_folder, tmp_path, capsys):
     assert main(["push", str(tiny_folder), "a name"]) == 2
-    assert "again" not in capsys.readouterr().err, "it would not help"
+    (tmp_path / "config.json").write_text('{"_class_name": "Unknown"}')
+    assert main(["push", str(tmp_path), "somebody/madiff"]) == 2
+    printed = capsys.readouterr().err
+    assert "is no component's of this package" in printed and "again" not in printed, "it would not help"
     with pytest.raises(ValueError, match="`folder` must be what `save_pretrained` or `madiff export` wrote"):
         upload_repository(CHECKPOINT_FOLDER / "madiff-compact", "somebody/madiff")
     folder = shutil.copytree(tiny_folder, tmp_path / "folder")
