@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
 
 
 @dataclass
@@ -110,7 +111,12 @@ class EventGANModel(ModelMixin, ConfigMixin):
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
-        for index in (Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            names = ("cache_dir", "local_files_only", "revision", "token")
+            hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns="*.index*.json", **hub))
+        for index in (folder / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             if not all(str(shard).endswith(".safetensors") for shard in shards):
                 raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")

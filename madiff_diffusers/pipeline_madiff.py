@@ -282,11 +282,13 @@ class MADiffPipeline(DiffusionPipeline):
 
     def _write_card(self, saved: Path, card: Path, variant: Optional[str]) -> None:
         """Write the card for a folder, in place of what is there if that tells scores of other weights."""
+        # A variant is of the weights beside it.
+        if card.exists() and (variant is not None or not self._tells_scores(card)):
+            return
         source, repository = self._source or (None, None)
         same = source is not None and (source / "README.md").is_file() and self._equals(source)
         if card.exists():
-            # A variant is of the weights beside it.
-            if same or variant is not None or not self._tells_scores(card):
+            if same:
                 return
             os.replace(card, card.with_name(".README.previous.md"))
             logger.warning(f"{card} tells scores of other weights; it is {card.with_name('.README.previous.md')} now.")

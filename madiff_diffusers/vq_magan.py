@@ -23,6 +23,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput, VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from huggingface_hub import snapshot_download
 from torch.func import functional_call
 
 
@@ -545,7 +546,12 @@ class VQMAGANModel(VQModel):
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
-        for index in (Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            names = ("cache_dir", "local_files_only", "revision", "token")
+            hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns="*.index*.json", **hub))
+        for index in (folder / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             if not all(str(shard).endswith(".safetensors") for shard in shards):
                 raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")

@@ -114,6 +114,15 @@ def clips(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def diffusers_log(caplog):
+    """What Diffusers' loggers say, ours among them; by themselves they hand nothing on to where `caplog` listens."""
+    diffusers.utils.logging.enable_propagation()
+    with caplog.at_level("WARNING"):
+        yield caplog
+    diffusers.utils.logging.disable_propagation()
+
+
+@pytest.fixture
 def shared_data() -> Path:
     """Folder of benchmark sets and clips, where there is one."""
     if "MADIFF_DATA" not in os.environ:

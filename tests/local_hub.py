@@ -1,5 +1,6 @@
 """A server on this machine that takes uploads and gives downloads as the Hugging Face Hub does."""
 
+import atexit
 import base64
 import contextlib
 import hashlib
@@ -7,7 +8,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
+import tempfile
 import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,8 +25,10 @@ with socket.socket() as _free:
 
 ADDRESS = f"http://127.0.0.1:{PORT}"
 
-# The Hub's client reads these when it is imported: the tests, and what they start, never reach the real Hub.
-os.environ.update({"HF_ENDPOINT": ADDRESS, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+# The Hub's client reads these when it is imported: the tests, and what they start, reach neither the real Hub nor the user's cache.
+_CACHE = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.update({"HF_HOME": _CACHE, "HF_ENDPOINT": ADDRESS, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
 
 
 class LocalHub:

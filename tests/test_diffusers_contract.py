@@ -91,10 +91,10 @@ def test_components_save_and_load_as_any_model(part, kind, pipeline, tmp_path):
     assert {**again.config, "_name_or_path": None} == {**loaded.config, "_name_or_path": None}
 
 
-def test_no_configuration_is_reported_as_unknown(pipeline, tmp_path, capfd):
+def test_no_configuration_is_reported_as_unknown(pipeline, tmp_path, diffusers_log):
     pipeline.save_pretrained(tmp_path)
     MADiffPipeline.from_pretrained(tmp_path)
-    assert "not expected" not in capfd.readouterr().err
+    assert "not expected" not in diffusers_log.text
 
 
 @pytest.mark.parametrize("save", [lambda pipe: pipe, lambda pipe: pipe.vqvae, lambda pipe: pipe.i2e], ids=["pipeline", "vqvae", "i2e"])
@@ -205,6 +205,6 @@ def test_every_documented_callback_tensor_can_be_asked_for(pipeline, pair):
 
 def test_no_file_is_left_where_saving_failed(pipeline, tmp_path):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises((OSError, AssertionError)):
+    with pytest.raises(OSError):
         pipeline.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious" and list(Path(tmp_path).iterdir()) == [tmp_path / "file"]
