@@ -109,15 +109,12 @@ class FrameProcessor:
         return PIL.Image.fromarray((frame * 255).round().astype(np.uint8))
 
 
-def check_same_size(frames_prev: torch.Tensor, frames_next: torch.Tensor, names: Sequence[str]) -> None:
-    """Raise a ValueError unless both batches have as many frames, of one size."""
-    if frames_prev.shape[0] != frames_next.shape[0]:
-        raise ValueError(
-            f"`{names[0]}` and `{names[1]}` must hold as many frames, but hold "
-            f"{frames_prev.shape[0]} and {frames_next.shape[0]}."
-        )
-    if frames_prev.shape[-2:] != frames_next.shape[-2:]:
-        sizes = [f"{frames.shape[-1]}x{frames.shape[-2]}" for frames in (frames_prev, frames_next)]
+def check_same_size(prev: Sequence[int], next_: Sequence[int], names: Sequence[str]) -> None:
+    """Raise a ValueError unless two batches of frames, `(B, H, W)` each, have as many frames, of one size."""
+    if prev[0] != next_[0]:
+        raise ValueError(f"`{names[0]}` and `{names[1]}` must hold as many frames, but hold {prev[0]} and {next_[0]}.")
+    if tuple(prev[1:]) != tuple(next_[1:]):
+        sizes = [f"{width}x{height}" for _, height, width in (prev, next_)]
         raise ValueError(
             f"`{names[0]}` and `{names[1]}` must have the same size, but are {sizes[0]} and {sizes[1]} (width x height)."
         )

@@ -59,6 +59,25 @@ class MADiffPipelineOutput(BaseOutput):
     frames: Union[List[List[PIL.Image.Image]], np.ndarray, torch.Tensor]
 
 
+@dataclass
+class EncodedFrames:
+    """
+    Frames as neighbours, with what the networks make of each on its own, once for all that it is next to. Made by
+    [`MADiffPipeline.encode_frames`].
+
+    Args:
+        frames (`torch.Tensor` of shape `(B, 3, H', W')`): padded, in [-1, 1].
+        size (`tuple` of `int`): height and width before padding.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): before quantisation, times the scaling factor.
+        features (`tuple` of `torch.Tensor`, *optional*): see [`VQMAGANEncoderOutput`].
+    """
+
+    frames: torch.Tensor
+    size: Tuple[int, int]
+    latents: Optional[torch.Tensor] = None
+    features: Optional[Tuple[torch.Tensor, ...]] = None
+
+
 class MADiffPipeline(DiffusionPipeline):
     r"""
     Pipeline for video frame interpolation: the frames in the middle between two neighbouring frames.
@@ -380,8 +399,8 @@ class MADiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image_prev: FrameInput,
-        image_next: FrameInput,
+        image_prev: Union[FrameInput, EncodedFrames],
+        image_next: Union[FrameInput, EncodedFrames],
         num_inference_steps: Optional[int] = None,
         num_frames: int = 1,
         hint_policy: str = "sampling",
@@ -400,7 +419,7 @@ class MADiffPipeline(DiffusionPipeline):
         Args:
             image_prev, image_next: the neighbouring frames, of any size but the same: PIL images, numpy arrays
                 `(H, W, 3)`, tensors `(3, H, W)`, batches `(B, …)` or lists of these; arrays and tensors are uint8, or
-                floating point in [0, 1].
+                floating point in [0, 1]. Or what `encode_frames` made of them: a frame with two neighbours needs that once.
             num_inference_steps (`int`, *optional*): sampling steps per frame; the checkpoint's default if not given.
             num_frames (`int`, defaults to 1): evenly spaced frames to make between each pair: 1, 3, 7, 15, …; more than
                 one by recursion.
@@ -438,10 +457,10 @@ class MADiffPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs.
-        frames_prev = self.frame_processor.to_tensor(image_prev, "image_prev")  # [B,3,H,W]
-        frames_next = self.frame_processor.to_tensor(image_next, "image_next")
-        check_same_size(frames_prev, frames_next, ("image_prev", "image_next"))
-        batch_size, _, *size = frames_prev.shape
+        prev = self._as_neighbours(image_prev, "image_prev")
+        next_ = self._as_neighbours(image_next, "image_next")
+        batch_size = len(prev.frames)
+        check_same_size((batch_size, *prev.size), (len(next_.frames), *next_.size), ("image_prev", "image_next"))
         self.check_inputs(
             num_inference_steps,
             num_frames,
@@ -453,24 +472,20 @@ class MADiffPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
 
-        # 2. Pad, and move to the device.
-        device = self._execution_device
-        frames_prev = self.frame_processor.pad(frames_prev).to(device)  # [B,3,H',W']
-        frames_next = self.frame_processor.pad(frames_next).to(device)
-        noise = self._check_latents(latents, num_frames, frames_prev)  # [B,F,C,h,w] or None
+        noise = self._check_latents(latents, num_frames, prev.frames)  # [B,F,C,h,w] or None
 
-        # 3. Make the middle of the widest gap first, then the middles of its halves.
+        # 2. Make the middle of the widest gap first, then the middles of its halves.
         self._interrupt = False
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_inference_steps, device=prev.frames.device)
         # Some schedulers (Heun's) call the network more than once a step.
         self._num_timesteps = len(self.scheduler.timesteps) * num_frames
-        frames: List[Optional[torch.Tensor]] = [frames_prev] + [None] * num_frames + [frames_next]
+        frames: List[Optional[EncodedFrames]] = [prev, *[None] * num_frames, next_]
         gap = num_frames + 1
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             while gap > 1:
                 for left in range(0, num_frames + 1, gap):
                     middle = left + gap // 2
-                    frames[middle] = self._interpolate(
+                    made = self._interpolate(
                         frames[left],
                         frames[left + gap],
                         num_inference_steps,
@@ -483,20 +498,55 @@ class MADiffPipeline(DiffusionPipeline):
                         callback_on_step_end_tensor_inputs,
                         progress_bar,
                     )
+                    frames[middle] = EncodedFrames(made, prev.size)
                 gap //= 2
 
-        # 4. Crop and convert.
-        result = self.frame_processor.crop(torch.stack(frames[1:-1], dim=1), tuple(size))  # [B,F,3,H,W]
+        # 3. Crop and convert.
+        result = torch.stack([each.frames for each in frames[1:-1]], dim=1)
+        result = self.frame_processor.crop(result, prev.size)  # [B,F,3,H,W]
         result = self.frame_processor.postprocess(result, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (result,)
         return MADiffPipelineOutput(frames=result)
 
+    @torch.no_grad()
+    def encode_frames(self, images: FrameInput) -> EncodedFrames:
+        """
+        What the networks make of frames on their own. Given to the pipeline in the place of `image_prev` and `image_next`, it saves
+        that work where frames are neighbours more than once, as in a video.
+
+        Args:
+            images: as `image_prev` of the pipeline.
+
+        Raises:
+            ValueError, TypeError: as the pipeline for `image_prev`.
+        """
+        neighbours = self._as_neighbours(images, "images")
+        self._encode(neighbours)
+        return neighbours
+
+    def _as_neighbours(self, images: Union[FrameInput, EncodedFrames], name: str) -> EncodedFrames:
+        """Frames, padded and on the device; not encoded unless they were."""
+        if isinstance(images, EncodedFrames):
+            return images
+        frames = self.frame_processor.to_tensor(images, name)  # [B,3,H,W]
+        return EncodedFrames(self.frame_processor.pad(frames).to(self._execution_device), tuple(frames.shape[-2:]))
+
+    def _encode(self, *neighbours: EncodedFrames) -> None:
+        """Encode those that are not encoded yet, together."""
+        left = [each for each in neighbours if each.latents is None]
+        if left:
+            encoded = self.vqvae.encode(torch.cat([each.frames for each in left]).to(self.vqvae.dtype))
+            latents = (encoded.latents * self.vqvae.config.scaling_factor).chunk(len(left))
+            features = zip(*(feature.chunk(len(left)) for feature in encoded.features))
+            for each, own_latents, own_features in zip(left, latents, features):
+                each.latents, each.features = own_latents, own_features
+
     def _interpolate(
         self,
-        frames_prev: torch.Tensor,
-        frames_next: torch.Tensor,
+        prev: EncodedFrames,
+        next_: EncodedFrames,
         num_inference_steps: int,
         hint_policy: str,
         hint_interval: int,
@@ -508,17 +558,17 @@ class MADiffPipeline(DiffusionPipeline):
         progress_bar: Any,
     ) -> torch.Tensor:
         """MA-Sampling of one middle frame per pair: `(B, 3, H, W)` in [-1, 1] from two such."""
+        frames_prev, frames_next = prev.frames, next_.frames
         batch_size, device, dtype = frames_prev.shape[0], frames_prev.device, self.vqvae.dtype
 
         # 1. Encode the neighbours, once for all steps.
-        encoded = self.vqvae.encode(torch.cat([frames_prev, frames_next]).to(dtype))
+        self._encode(prev, next_)
         scaling_factor = self.vqvae.config.scaling_factor
-        condition = torch.cat(encoded.latents.chunk(2), dim=1) * scaling_factor  # [B,2C,h,w]
-        features_prev, features_next = zip(*(feature.chunk(2) for feature in encoded.features))
+        condition = torch.cat([prev.latents, next_.latents], dim=1)  # [B,2C,h,w]
 
         def decode(latents: torch.Tensor, hints_prev: torch.Tensor, hints_next: torch.Tensor) -> torch.Tensor:
             latents = (latents / scaling_factor).to(dtype)
-            decoded = self.vqvae.decode(latents, features_prev, features_next, hints_prev, hints_next, force_not_quantize)
+            decoded = self.vqvae.decode(latents, prev.features, next_.features, hints_prev, hints_next, force_not_quantize)
             return decoded.sample.float().clamp(-1, 1)
 
         # 2. Hints to begin with: nothing is known of the middle frame yet.

@@ -69,6 +69,21 @@ def test_more_frames_are_the_middles_of_the_middles(pipeline, pair):
     assert run(pipeline, pair, num_frames=7).shape[1] == 7
 
 
+def test_frames_are_encoded_once(pipeline, pair):
+    calls = []
+    pipeline.vqvae.encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    expected = run(pipeline, pair)
+    assert calls == [4]
+    encoded = [pipeline.encode_frames(frames) for frames in pair]
+    assert calls == [4, 2, 2] and encoded[0].size == (51, 67)
+    assert (run(pipeline, encoded) - expected).abs().max() <= 1e-5
+    assert torch.equal(run(pipeline, encoded), run(pipeline, encoded)) and len(calls) == 3
+    run(pipeline, (encoded[1], pair[0]), num_frames=3)
+    assert calls[3:] == [2, 2], "the frame that was not, and the middle one, which is a neighbour too"
+    with pytest.raises(ValueError, match="`image_prev` and `image_next` must have the same size"):
+        run(pipeline, (encoded[0], pair[1][..., :-1]))
+
+
 def test_follows_the_published_algorithm(pipeline, pair):
     """MA-Sampling written out step by step for DDIM, against the pipeline."""
     steps, f = 3, pipeline.vqvae.downsample_factor
