@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
+from .tiling import Tiling
+
 HINT_SOURCES = ("events", "flow", "events+flow")
 
 HintPair = Tuple[torch.Tensor, torch.Tensor]
@@ -51,16 +53,25 @@ def single_threaded_opencv() -> Iterator[None]:
 
 
 class EventHints:
-    """Event volumes from an [`EventGANModel`]: `m_prev = f_I2E(prev, mid)`, `m_next = f_I2E(mid, next)` (MADiff)."""
+    """Event volumes from an [`EventGANModel`]: `m_prev = f_I2E(prev, mid)`, `m_next = f_I2E(mid, next)` (MADiff).
 
-    def __init__(self, i2e: torch.nn.Module):
-        self.i2e = i2e
+    Args:
+        i2e: the model.
+        tiling: runs it by tiles, which frames must then be multiples of.
+    """
+
+    def __init__(self, i2e: torch.nn.Module, tiling: Optional[Tiling] = None):
+        self.i2e, self.tiling = i2e, tiling
         self.hint_channels = 2 * i2e.config.num_bins
 
     def _events(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> HintPair:
         first, second = to_grey(torch.cat(list(first))), to_grey(torch.cat(list(second)))
-        events = self.i2e(first.to(self.i2e.dtype), second.to(self.i2e.dtype)).events.float()
-        hints_prev, hints_next = events.chunk(2)
+        pair = first.to(self.i2e.dtype), second.to(self.i2e.dtype)
+        if self.tiling is None:
+            events = self.i2e(*pair).events
+        else:
+            (events,) = self.tiling(lambda first, second: [self.i2e(first, second).events], pair, *first.shape[-2:])
+        hints_prev, hints_next = events.float().chunk(2)
         return hints_prev, hints_next
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
@@ -145,8 +156,8 @@ class StackedHints:
         return self._stack([source.from_neighbours(frame_prev, frame_next) for source in self.sources])
 
 
-def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None) -> HintSource:
-    """The hint source of a name in `HINT_SOURCES`; flow stands last in a stack, where decoders look for offsets.
+def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None, tiling: Optional[Tiling] = None) -> HintSource:
+    """The hint source of a name in `HINT_SOURCES`; flow stands last in a stack, where decoders look for offsets. `tiling` is for `i2e`.
 
     Raises:
         ValueError: if the name is unknown, or events are asked for without an `i2e` model.
@@ -155,6 +166,6 @@ def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None) -> HintS
         raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, but is {name!r}.")
     if "events" in name and i2e is None:
         raise ValueError(f"`hint_source={name!r}` needs an `i2e` model, but `i2e` is None.")
-    sources = {"events": lambda: EventHints(i2e), "flow": FlowHints}
+    sources = {"events": lambda: EventHints(i2e, tiling), "flow": FlowHints}
     stack = [sources[part]() for part in name.split("+")]
     return stack[0] if len(stack) == 1 else StackedHints(stack)

@@ -30,6 +30,7 @@ if _missing:
 from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
 from .motion_hints import HintSource, build_hint_source  # noqa: E402
+from .tiling import Tiling  # noqa: E402
 
 HINT_POLICIES = ("sampling", "start", "neighbours", "none")
 
@@ -119,6 +120,7 @@ class MADiffPipeline(DiffusionPipeline):
             default_hint_interval=default_hint_interval,
         )
         self._hints: Optional[HintSource] = None
+        self._tiling: Optional[Tiling] = None
         latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
         expected = 3 * latent_channels + 2 * self.hints.hint_channels
         if vqvae.config.hint_channels != self.hints.hint_channels or unet.config.in_channels != expected:
@@ -350,11 +352,30 @@ class MADiffPipeline(DiffusionPipeline):
     @property
     def hints(self) -> HintSource:
         """Where motion hints come from: `hint_source` with the current `i2e`, unless another source was assigned here."""
-        return build_hint_source(self.config.hint_source, self.i2e) if self._hints is None else self._hints
+        return build_hint_source(self.config.hint_source, self.i2e, self._tiling) if self._hints is None else self._hints
 
     @hints.setter
     def hints(self, source: HintSource) -> None:
         self._hints = source
+
+    def enable_tiling(self, tile_pixels: int = 1024 * 1024) -> None:
+        """
+        Encode, decode and extract event hints by overlapping tiles, blended, where frames have more pixels: memory then grows little
+        with the frames' size. Optical flow and the denoiser see whole frames.
+
+        Args:
+            tile_pixels (`int`, defaults to 1024 * 1024): pixels of a tile.
+
+        Raises:
+            ValueError: if that is not positive.
+        """
+        if tile_pixels < 1:
+            raise ValueError(f"`tile_pixels` must be positive, but is {tile_pixels}.")
+        self._tiling = Tiling(tile_pixels, self.frame_processor.multiple)
+
+    def disable_tiling(self) -> None:
+        """Undo `enable_tiling`."""
+        self._tiling = None
 
     @property
     def num_timesteps(self) -> int:
@@ -537,9 +558,15 @@ class MADiffPipeline(DiffusionPipeline):
         """Encode those that are not encoded yet, together."""
         left = [each for each in neighbours if each.latents is None]
         if left:
-            encoded = self.vqvae.encode(torch.cat([each.frames for each in left]).to(self.vqvae.dtype))
-            latents = (encoded.latents * self.vqvae.config.scaling_factor).chunk(len(left))
-            features = zip(*(feature.chunk(len(left)) for feature in encoded.features))
+            frames = torch.cat([each.frames for each in left]).to(self.vqvae.dtype)
+
+            def encode(frames: torch.Tensor) -> List[torch.Tensor]:
+                encoded = self.vqvae.encode(frames)
+                return [encoded.latents, *encoded.features]
+
+            latents, *features = encode(frames) if self._tiling is None else self._tiling(encode, [frames], *frames.shape[-2:])
+            latents = (latents * self.vqvae.config.scaling_factor).chunk(len(left))
+            features = zip(*(feature.chunk(len(left)) for feature in features))
             for each, own_latents, own_features in zip(left, latents, features):
                 each.latents, each.features = own_latents, own_features
 
@@ -567,9 +594,15 @@ class MADiffPipeline(DiffusionPipeline):
         condition = torch.cat([prev.latents, next_.latents], dim=1)  # [B,2C,h,w]
 
         def decode(latents: torch.Tensor, hints_prev: torch.Tensor, hints_next: torch.Tensor) -> torch.Tensor:
-            latents = (latents / scaling_factor).to(dtype)
-            decoded = self.vqvae.decode(latents, prev.features, next_.features, hints_prev, hints_next, force_not_quantize)
-            return decoded.sample.float().clamp(-1, 1)
+            images = [(latents / scaling_factor).to(dtype), hints_prev, hints_next, *prev.features, *next_.features]
+
+            def decode_images(latents, hints_prev, hints_next, *features):
+                features_prev, features_next = features[: len(prev.features)], features[len(prev.features) :]
+                return [self.vqvae.decode(latents, features_prev, features_next, hints_prev, hints_next, force_not_quantize).sample]
+
+            size = frames_prev.shape[-2:]
+            (decoded,) = decode_images(*images) if self._tiling is None else self._tiling(decode_images, images, *size)
+            return decoded.float().clamp(-1, 1)
 
         # 2. Hints to begin with: nothing is known of the middle frame yet.
         if hint_policy == "neighbours":

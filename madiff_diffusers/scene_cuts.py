@@ -12,19 +12,37 @@ REACH = 2  # frames on each side that it is compared with
 
 
 def find_cuts(frames: Sequence[np.ndarray]) -> List[int]:
-    """Numbers of the frames that start a new scene.
-
-    A cut changes thumbnails of 64×36 pixels by at least `LEAST_CHANGE`, and `RATIO` times as much as the mean change
-    between the frames around it; fast motion changes them as much, but for many frames in a row.
+    """Numbers of the frames that start a new scene; see `cuts_of_changes`.
 
     Args:
         frames: consecutive frames, each `(H, W, 3)` uint8.
     """
-    thumbnails = [cv2.resize(frame, (64, 36), interpolation=cv2.INTER_AREA).astype(np.int16) for frame in frames]
-    changes = [float(np.abs(b - a).mean()) / 255 for a, b in zip(thumbnails[:-1], thumbnails[1:])]
+    thumbnails = [thumbnail(frame) for frame in frames]
+    return cuts_of_changes([change(a, b) for a, b in zip(thumbnails[:-1], thumbnails[1:])])
+
+
+def thumbnail(frame: np.ndarray) -> np.ndarray:
+    """A frame `(H, W, 3)` uint8 as `(36, 64, 3)` int16."""
+    return cv2.resize(frame, (64, 36), interpolation=cv2.INTER_AREA).astype(np.int16)
+
+
+def change(prev: np.ndarray, next_: np.ndarray) -> float:
+    """Mean absolute difference of two thumbnails, of the range."""
+    return float(np.abs(next_ - prev).mean()) / 255
+
+
+def cuts_of_changes(changes: Sequence[float], least: float = LEAST_CHANGE, ratio: float = RATIO) -> List[int]:
+    """Numbers of the frames that start a new scene.
+
+    A cut changes thumbnails of 64×36 pixels by at least `least`, and `ratio` times as much as the mean change between the frames
+    around it; fast motion changes them as much, but for many frames in a row.
+
+    Args:
+        changes: from each frame to the next.
+    """
     cuts = []
-    for i, change in enumerate(changes):
-        around = changes[max(0, i - REACH) : i] + changes[i + 1 : i + 1 + REACH]
-        if change >= (max(LEAST_CHANGE, RATIO * float(np.mean(around))) if around else CHANGE_ALONE):
+    for i, size in enumerate(changes):
+        around = [*changes[max(0, i - REACH) : i], *changes[i + 1 : i + 1 + REACH]]
+        if size >= (max(least, ratio * float(np.mean(around))) if around else max(least, CHANGE_ALONE)):
             cuts.append(i + 1)
     return cuts

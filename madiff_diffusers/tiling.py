@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks on overlapping tiles of a frame, blended: less memory for large frames."""
+
+from typing import Callable, List, Sequence, Tuple
+
+import torch
+
+Span = Tuple[int, int]
+
+
+class Tiling:
+    """
+    Calls functions of images tile by tile.
+
+    Args:
+        pixels (`int`): that a tile has at most, but no tile is smaller than four times `multiple` in either direction.
+        multiple (`int`): of which tiles begin and are large, in pixels of the frame; frames are padded to it.
+    """
+
+    def __init__(self, pixels: int, multiple: int):
+        self.pixels, self.multiple = pixels, multiple
+
+    def tiles(self, height: int, width: int) -> Tuple[List[Span], List[Span]]:
+        """Rows and columns, from and to, of tiles that overlap by a quarter of their side."""
+        side = max(4 * self.multiple, int(self.pixels**0.5) // self.multiple * self.multiple)
+        rows = self._spans(height, side)
+        # What the height leaves over goes to the width.
+        tallest = max(end - start for start, end in rows)
+        return rows, self._spans(width, max(4 * self.multiple, self.pixels // tallest // self.multiple * self.multiple))
+
+    def _spans(self, length: int, side: int) -> List[Span]:
+        """As few as cover a length, as short as they can be."""
+        if length <= side:
+            return [(0, length)]
+        overlap = max(1, side // 4 // self.multiple) * self.multiple
+        count = -(-(length - overlap) // (side - overlap))
+        side = -(-(length + (count - 1) * overlap) // (count * self.multiple)) * self.multiple
+        starts = [number * (length - side) // (count - 1) // self.multiple * self.multiple for number in range(count)]
+        return [*((start, start + side) for start in starts[:-1]), (starts[-1], length)]
+
+    def __call__(
+        self, function: Callable[..., Sequence[torch.Tensor]], images: Sequence[torch.Tensor], height: int, width: int
+    ) -> List[torch.Tensor]:
+        """
+        What a function makes of images, tile by tile.
+
+        Args:
+            function: takes as many `(B, C, h, w)` as there are `images`, and returns tensors of this kind; each of a size by which
+                the frame's is divided, down to one in `multiple`.
+            images: of the whole frame.
+            height, width: of the frame, multiples of `multiple`.
+        """
+        rows, columns = self.tiles(height, width)
+        if len(rows) == len(columns) == 1:
+            return list(function(*images))
+        row_weights, column_weights = _weights(height, rows), _weights(width, columns)
+        whole: List[torch.Tensor] = []
+        for (top, bottom), row_weight in zip(rows, row_weights):
+            for (left, right), column_weight in zip(columns, column_weights):
+                made = function(*(self._crop(image, height, top, bottom, left, right) for image in images))
+                for number, part in enumerate(made):
+                    scale = (bottom - top) // part.shape[-2]
+                    if number == len(whole):
+                        whole.append(part.new_zeros((*part.shape[:-2], height // scale, width // scale)))
+                    weight = torch.outer(_reduced(row_weight, scale), _reduced(column_weight, scale)).to(part)
+                    whole[number][..., top // scale : bottom // scale, left // scale : right // scale] += part * weight
+        return whole
+
+    @staticmethod
+    def _crop(image: torch.Tensor, height: int, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
+        scale = height // image.shape[-2]
+        part = image[..., top // scale : bottom // scale, left // scale : right // scale]
+        return part.contiguous(memory_format=torch.channels_last) if part.shape[1] > 1 else part.contiguous()
+
+
+def _weights(length: int, spans: Sequence[Span]) -> List[torch.Tensor]:
+    """Of each span's pixels: 1, and down to 0 across what it shares with a neighbour; they add up to 1 everywhere."""
+    weights = []
+    for number, (start, end) in enumerate(spans):
+        weight = torch.ones(end - start)
+        if number > 0:
+            shared = spans[number - 1][1] - start
+            weight[:shared] *= (torch.arange(shared) + 0.5) / shared
+        if number + 1 < len(spans):
+            shared = end - spans[number + 1][0]
+            weight[-shared:] *= 1 - (torch.arange(shared) + 0.5) / shared
+        weights.append(weight)
+    total = torch.zeros(length)
+    for (start, end), weight in zip(spans, weights):
+        total[start:end] += weight
+    return [weight / total[start:end] for (start, end), weight in zip(spans, weights)]
+
+
+def _reduced(weight: torch.Tensor, scale: int) -> torch.Tensor:
+    return weight.view(-1, scale).mean(dim=1)

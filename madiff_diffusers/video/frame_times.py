@@ -1,0 +1,152 @@
+"""When frames are shown, and which of them are made: exact times, and the middles of middles that come nearest to them.
+
+Times are fractions of a second, never floating point: 30000/1001 frames a second stay in step with the sound for hours.
+"""
+
+from array import array
+from bisect import bisect_right
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil
+from typing import Collection, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+
+class ShownFrame(NamedTuple):
+    """
+    Args:
+        time: when it is shown, in units of the timeline's `time_base` from the first frame.
+        index: number of the source frame that it is, or that comes before it.
+        position: 0 for the source frame itself; else the place between it and the next that is kept where the frame is made, a
+            fraction whose denominator is a power of two.
+    """
+
+    time: int
+    index: int
+    position: Fraction
+
+
+class Timeline:
+    """
+    Which frames an interpolated video shows, and when.
+
+    Args:
+        starts: when each source frame begins, in units of `unit` from the first; strictly increasing from 0.
+        end: when the last one ends.
+        unit: seconds.
+        factor: frames in the place of each source frame, evenly within its time; or
+        rate: frames a second.
+        slow_motion: times that the result lasts longer.
+        dropped: numbers of source frames that are left out, so that frames are made across them; neither first nor last.
+        held: numbers of source frames after which none is made: they are shown until the next begins.
+
+    Raises:
+        ValueError: unless either `factor` or `rate` is given.
+    """
+
+    def __init__(
+        self,
+        starts: Sequence[int],
+        end: int,
+        unit: Fraction,
+        *,
+        factor: Optional[int] = None,
+        rate: Optional[Fraction] = None,
+        slow_motion: Fraction = Fraction(1),
+        dropped: Collection[int] = (),
+        held: Collection[int] = (),
+    ):
+        if (factor is None) == (rate is None):
+            raise ValueError(f"Either `factor` or `rate` must be given, but they are {factor} and {rate}.")
+        self._boundaries = array("q", [*starts, end])
+        self._unit, self._factor, self._rate, self._slow_motion = unit * slow_motion, factor, rate, slow_motion
+        gone = set(dropped)
+        # Numbers of the source frames that are neighbours of made ones.
+        self.kept = array("q", (index for index in range(len(starts)) if index not in gone))
+        self._held = set(held)
+        # Seconds in which the times of the frames shown are counted.
+        self.time_base: Fraction = 1 / rate if rate is not None else self._unit / factor
+        # A rate fills the duration to within half a frame.
+        self._frames_of_rate = 0 if rate is None else max(1, ceil(end * self._unit * rate - Fraction(1, 2)))
+
+    @property
+    def duration(self) -> int:
+        """Of the result, in units of `time_base`."""
+        return self._frames_of_rate if self._rate is not None else self._boundaries[-1] * self._factor
+
+    def __len__(self) -> int:
+        """Frames that are shown."""
+        return self._frames_of_rate if self._rate is not None else (len(self._boundaries) - 1) * self._factor
+
+    def shown(self, first: int = 0, last: Optional[int] = None) -> Iterator[List[ShownFrame]]:
+        """The frames whose times lie from the `first` kept source frame (by its place in `kept`) up to the `last`, or to the end;
+        a list for each kept source frame."""
+        last = len(self.kept) if last is None else last
+        for place in range(first, last):
+            index = self.kept[place]
+            following = self.kept[place + 1] if place + 1 < len(self.kept) else None
+            times = list(self._times(index, len(self._boundaries) - 1 if following is None else following))
+            if following is None or index in self._held:
+                yield [ShownFrame(time, index, Fraction(0)) for time in times]
+                continue
+            start, end = self._at(index), self._at(following)
+            places = nearest_places(tuple((time - start) / (end - start) for time in times))
+            yield [ShownFrame(time, following if where == 1 else index, where % 1) for time, where in zip(times, places)]
+
+    def count(self, first: int, last: int) -> int:
+        """How many frames `shown` gives."""
+        begin = self.kept[first]
+        end = self.kept[last] if last < len(self.kept) else len(self._boundaries) - 1
+        if self._rate is None:
+            return (end - begin) * self._factor
+        return len(range(*self._numbers(begin, end)))
+
+    def _at(self, boundary: int) -> Fraction:
+        """When a source frame begins in the result, in units of `time_base`."""
+        return self._boundaries[boundary] * self._unit / self.time_base
+
+    def _numbers(self, index: int, following: int) -> Tuple[int, int]:
+        """Of frames of a rate: from the first one at or after one boundary to the first one at or after another."""
+        end = ceil(self._at(following)) if following < len(self._boundaries) - 1 else self._frames_of_rate
+        return min(ceil(self._at(index)), self._frames_of_rate), min(end, self._frames_of_rate)
+
+    def _times(self, index: int, following: int) -> Iterator[int]:
+        if self._rate is not None:
+            yield from range(*self._numbers(index, following))
+            return
+        for start, end in zip(self._boundaries[index:following], self._boundaries[index + 1 : following + 1]):
+            for step in range(self._factor):
+                yield start * self._factor + step * (end - start)
+
+
+@lru_cache(maxsize=4096)
+def nearest_places(wanted: Tuple[Fraction, ...]) -> Tuple[Fraction, ...]:
+    """
+    For each wanted place between two source frames at 0 and 1, one where a frame is: one of the two, or one that is made as the
+    middle of two others. None is made that is not shown, or shown twice, and the squared distances from the wanted places add up to least.
+
+    Args:
+        wanted: increasing places in [0, 1).
+    """
+
+    @lru_cache(maxsize=None)
+    def made(low: Fraction, high: Fraction, first: int, last: int) -> Tuple[Fraction, Tuple[Fraction, ...]]:
+        """The places made for `wanted[first:last]` between two frames, and what they cost."""
+        if first == last:
+            return Fraction(0), ()
+        middle = (low + high) / 2
+        choices = []
+        # The middle stands for one of the wanted places about it; to look at all would take minutes for some twenty of them.
+        near = bisect_right(wanted, middle)
+        for k in range(max(first, min(near, last) - 3), min(last, max(near, first) + 3)):
+            left, before = made(low, middle, first, k)
+            right, after = made(middle, high, k + 1, last)
+            choices.append((left + (middle - wanted[k]) ** 2 + right, (*before, middle, *after)))
+        return min(choices)
+
+    count, choices = len(wanted), []
+    for first in range(count + 1):
+        for last in range(first, count + 1):
+            cost, places = made(Fraction(0), Fraction(1), first, last)
+            cost += sum(place**2 for place in wanted[:first]) + sum((1 - place) ** 2 for place in wanted[last:])
+            choices.append((cost, (Fraction(0),) * first + places + (Fraction(1),) * (count - last)))
+    return min(choices)[1]

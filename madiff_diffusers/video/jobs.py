@@ -1,0 +1,590 @@
+"""Whole videos: planned once, made part by part, put together at the end; stopped, resumed and shared among processes."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .. import __version__
+from ..pipeline_madiff import MADiffPipeline
+from ..scene_cuts import LEAST_CHANGE, RATIO, cuts_of_changes
+from .assembling import assemble
+from .colour import ColourPath, ColourTags
+from .frame_times import ShownFrame, Timeline
+from .middles import MiddleMaker, Neighbour, tile_pixels_for
+from .reading import Analysis, Source, VideoError, analyse, reason
+from .writing import FOLDER, Encoding, PartWriter, choose_encoding, container_of, is_complete, write_json
+
+PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
+QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
+PREVIEW_FRAMES, PREVIEW_HEIGHT = 8, 180
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """
+    How a video is interpolated.
+
+    Args:
+        factor: frames in the place of each one; 2 unless told otherwise, or as many as `slow_motion` asks for.
+        fps: frames a second of the result, instead.
+        slow_motion: times that the result lasts longer.
+        audio: "keep"; or, in slow motion, "stretch" (at the same pitch) or "drop".
+        codec, crf, preset: see `writing.CODECS`; what suits the file, if not given.
+        cut_threshold: least change of thumbnails, of 1, that may be a cut; above 1, nothing is.
+        cut_ratio: times that a cut changes more than the frames around it do.
+        max_gap: seconds between two frames above which the first is shown on and nothing is made.
+        dedup: whether frames that only repeat the one before are left out, so that motion goes on across them.
+        dedup_threshold: change, of 255, of the block of 8x8 pixels that changes most, up to which a frame is a repetition.
+        dedup_run: repetitions in a row up to which they are motion sampled less often; more are a still picture.
+        skip_damage: go on behind damaged places of the source.
+        image_fps: frames a second of a source that is images.
+        steps, seed: of sampling.
+        max_memory: bytes that the process may take, as far as tiles can see to it.
+    """
+
+    factor: Optional[int] = None
+    fps: Optional[Fraction] = None
+    slow_motion: Fraction = Fraction(1)
+    audio: str = "keep"
+    codec: Optional[str] = None
+    crf: Optional[int] = None
+    preset: Optional[str] = None
+    cut_threshold: float = LEAST_CHANGE
+    cut_ratio: float = RATIO
+    max_gap: Fraction = Fraction(1)
+    dedup: bool = False
+    dedup_threshold: float = 2.0
+    dedup_run: int = 3
+    skip_damage: bool = False
+    image_fps: Optional[Fraction] = None
+    steps: Optional[int] = None
+    seed: int = 0
+    max_memory: int = 8 * 2**30
+
+    def checked(self) -> "VideoOptions":
+        """With `factor` filled in.
+
+        Raises:
+            VideoError: for a value out of its range.
+        """
+
+        def need(name: str, right: bool, what: str) -> None:
+            if not right:
+                raise VideoError(f"`{name}` must be {what}, but is {getattr(self, name)}")
+
+        need("factor", self.factor is None or 1 <= self.factor <= 64, "from 1 to 64")
+        need("fps", self.fps is None or Fraction(1, 10) <= self.fps <= 1000, "from 0.1 to 1000")
+        if self.factor is not None and self.fps is not None:
+            raise VideoError(f"either `factor` or `fps` can be given, but both are: {self.factor} and {self.fps}")
+        need("slow_motion", 1 <= self.slow_motion <= 64, "from 1 to 64")
+        allowed = ("keep",) if self.slow_motion == 1 else ("stretch", "drop")
+        need("audio", self.audio in (*allowed, "drop"), " or ".join(dict.fromkeys((*allowed, "drop"))) + (" in slow motion" if len(allowed) > 1 else ""))
+        need("cut_threshold", self.cut_threshold >= 0, "at least 0")
+        need("cut_ratio", self.cut_ratio >= 1, "at least 1")
+        need("max_gap", self.max_gap > 0, "more than 0")
+        need("dedup_threshold", 0 <= self.dedup_threshold <= 255, "from 0 to 255")
+        need("dedup_run", self.dedup_run >= 1, "at least 1")
+        need("image_fps", self.image_fps is None or Fraction(1, 1000) <= self.image_fps <= 1000, "from 0.001 to 1000")
+        need("steps", self.steps is None or self.steps >= 1, "a positive integer")
+        need("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+        need("max_memory", self.max_memory >= 2**30, "at least 1 GiB")
+        factor = self.factor
+        if factor is None and self.fps is None:
+            factor = 2 if self.slow_motion == 1 else ceil(self.slow_motion)
+        return replace(self, factor=factor)
+
+
+class VideoResult(NamedTuple):
+    """
+    Args:
+        path: of the file or folder.
+        frames: that it shows.
+        made: of them, by the pipeline.
+        notes: what is not as in the source, in words.
+    """
+
+    path: Path
+    frames: int
+    made: int
+    notes: List[str]
+
+
+class Part(NamedTuple):
+    """
+    Args:
+        first, last: kept source frames, by their place in `Timeline.kept`, whose time the part fills; without the last.
+        number: of its first frame in the result.
+        count: frames.
+    """
+
+    first: int
+    last: int
+    number: int
+    count: int
+
+
+class VideoJob:
+    """
+    One video to be made. Every process of a launch has the same one.
+
+    Args:
+        pipeline: what makes the frames.
+        source, output: files or folders; see `reading.Source` and `writing.CONTAINERS`.
+        options: see [`VideoOptions`].
+        keep_partial: make do with what is good of a damaged source.
+        progress: called with a text and a number of frames while the source is looked through.
+
+    Raises:
+        VideoError: if the source cannot be read, or the output not be written as asked.
+    """
+
+    def __init__(
+        self, pipeline: MADiffPipeline, source: Union[str, Path], output: Union[str, Path], options: VideoOptions,
+        keep_partial: bool = False, progress: Optional[Callable[[], None]] = None,
+    ):
+        self.pipeline, self.options, self.output = pipeline, options.checked(), Path(output)
+        container = container_of(self.output)
+        if not self.output.absolute().parent.is_dir():
+            raise VideoError(f"there is no folder {self.output.parent} to write into")
+        if self.output.exists() and self.output.is_dir() != (container is FOLDER):
+            raise VideoError(f"{self.output} is {'a folder' if self.output.is_dir() else 'a file'} already")
+        if self.output.exists() and self.output.resolve() == Path(source).resolve():
+            raise VideoError(f"the result must not take the place of its source, {source}")
+        image_fps = self.options.image_fps
+        self.source = Source(source, image_fps)
+        self.analysis = analyse(
+            self.source, blocks=self.options.dedup, skip_damage=self.options.skip_damage, keep_good=keep_partial, progress=progress
+        )
+        self.is_cut_short = bool(self.analysis.damage) and keep_partial and not self.options.skip_damage
+        self.timeline, self.encoding = self._timeline(container.steady), None
+        slowed = self.analysis.rate / self.options.slow_motion
+        rate = self.options.fps or (slowed * self.options.factor)
+        self.encoding = choose_encoding(
+            self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset
+        )
+        self.colour = ColourPath(self._source_tags(), self.analysis.size[0])
+        self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
+        self.parts = self._parts()
+        self.folder = self.output.with_name(self.output.name + ".parts")
+
+    def _source_tags(self) -> ColourTags:
+        tags = self.analysis.tags
+        return tags._replace(range=2) if self.analysis.pixel_format.startswith("yuvj") else tags
+
+    def _timeline(self, steady: bool) -> Timeline:
+        options, analysis = self.options, self.analysis
+        dropped, still = analysis.duplicates(options.dedup_threshold, options.dedup_run) if options.dedup else ([], [])
+        gone = set(dropped)
+        kept = [index for index in range(len(analysis.starts)) if index not in gone]
+        # A cut that falls on a frame which is left out is one before the next that is kept.
+        cuts = set(cuts_of_changes(analysis.changes[1:], options.cut_threshold, options.cut_ratio))
+        held = {a for a, b in zip(kept, kept[1:]) if not cuts.isdisjoint(range(a + 1, b + 1))}
+        held |= {a for a, b in zip(kept, kept[1:]) if (analysis.starts[b] - analysis.starts[a]) * analysis.unit > options.max_gap}
+        rate = options.fps
+        if rate is None and steady:  # a file that has but one rate
+            rate = analysis.rate / options.slow_motion * options.factor
+        return Timeline(
+            analysis.starts,
+            analysis.end,
+            analysis.unit,
+            factor=options.factor if rate is None else None,
+            rate=rate,
+            slow_motion=options.slow_motion,
+            dropped=dropped,
+            held=held | set(still),
+        )
+
+    def _parts(self) -> List[Part]:
+        """Of about `PART_SECONDS` each; the same for every process, and every time."""
+        kept = len(self.timeline.kept)
+        seconds = float(self.timeline.duration * self.timeline.time_base)
+        each = max(1, round(kept * PART_SECONDS / seconds))
+        parts, number = [], 0
+        for first in range(0, kept, each):
+            last = min(first + each, kept)
+            count = self.timeline.count(first, last)
+            if count:
+                parts.append(Part(first, last, number, count))
+            number += count
+        return parts
+
+    @property
+    def frames(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    def path(self, part: Part) -> Path:
+        return self.folder / f"part-{part.number:08d}"
+
+    def done(self) -> List[Part]:
+        return [part for part in self.parts if is_complete(self.path(part))]
+
+    def identity(self) -> Dict[str, Any]:
+        """What makes two jobs the same, so that one can go on with what the other did."""
+        options = {name: str(value) for name, value in asdict(self.options).items() if name != "max_memory"}
+        return {"version": __version__, "source": self._source_digest(), "checkpoint": pipeline_digest(self.pipeline), "encoding": str(self.encoding), **options}
+
+    def _source_digest(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.source.images or [self.source.path]:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                digest.update(f"{path.name if self.source.images else ''} {size}".encode())
+                digest.update(file.read(2**20))
+                file.seek(max(0, size - 2**20))
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    def prepare(self, resume: bool, overwrite: bool) -> None:
+        """
+        Make the folder of parts, or take up the one that is there. One process does that for all.
+
+        Raises:
+            VideoError: if something is there that must not be lost.
+        """
+        if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
+            raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
+        plan = self.folder / "job.json"
+        identity = self.identity()
+        if plan.is_file() and not overwrite:
+            before = json.loads(plan.read_text(encoding="utf-8"))
+            others = [name for name, value in identity.items() if before.get(name) != value]
+            if others and self.done():
+                raise VideoError(f"{self.folder} holds unfinished work of another job ({', '.join(others)} differ); `overwrite` or delete it")
+            if not resume and self.done():
+                raise VideoError(f"{self.folder} holds {len(self.done())} of {len(self.parts)} parts of this job; `resume` goes on with them, `overwrite` begins anew")
+            if not others:
+                for leftover in self.folder.glob("*.tmp"):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                return
+        elif self.folder.exists() and not plan.is_file() and any(self.folder.iterdir()) and not overwrite:
+            raise VideoError(f"{self.folder} is needed for parts, but holds something else")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        pixels = self.analysis.size[0] * self.analysis.size[1]
+        write_json(plan, {**identity, "tile_pixels": tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps)})
+
+    def make_parts(self, parts: List[Part], preview: Optional[Path] = None, advance: Callable[[int], None] = lambda count: None) -> int:
+        """
+        Make parts that are not there yet: frames are decoded ahead and encoded behind while the pipeline works.
+
+        Args:
+            parts: in order.
+            preview: image file for the latest frames side by side, written with each part.
+            advance: called with 1 for each frame.
+
+        Returns:
+            frames that the pipeline made.
+        """
+        todo = [part for part in parts if not is_complete(self.path(part))]
+        tile_pixels = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["tile_pixels"]
+        if tile_pixels is not None:
+            self.pipeline.enable_tiling(tile_pixels)
+        maker = MiddleMaker(self.pipeline, self.options.steps, self.options.seed)
+        made = 0
+        strip: Deque[Tuple[str, Image.Image]] = deque(maxlen=PREVIEW_FRAMES)
+        with _ahead(self._decoded(todo), QUEUE) as decoded, _Behind(QUEUE) as encoder:
+            supply = _Supply(decoded)
+            for part in todo:
+                writer = PartWriter(self.path(part), self.encoding, self.written_colour, part.number)
+                try:
+                    for place, shown in zip(range(part.first, part.last), self.timeline.shown(part.first, part.last)):
+                        for frame, array in self._frames_of(place, shown, supply, maker):
+                            encoder.do(writer.write, array, frame.time)
+                            made += bool(frame.position)
+                            if preview is not None:
+                                strip.append((self._caption(frame), _small(np.rot90(array, self.analysis.rotation // 90))))
+                            advance(1)
+                    encoder.wait()
+                    writer.close()
+                except BaseException:
+                    encoder.cancel()
+                    writer.abandon()
+                    raise
+                if preview is not None:
+                    write_strip(list(strip), preview)
+        if tile_pixels is not None:
+            self.pipeline.disable_tiling()
+        return made
+
+    def _decoded(self, parts: List[Part]) -> Iterator[Tuple[int, np.ndarray]]:
+        """The source frames that parts need, in order, by their places in `Timeline.kept`."""
+        kept = self.timeline.kept
+        needed = {place for part in parts for place in range(part.first, min(part.last + 1, len(kept)))}
+        if not needed:
+            return
+        places, last = {kept[place]: place for place in needed}, kept[max(needed)]
+        for index, (_, frame) in enumerate(self.source.frames(self.options.skip_damage)):
+            if index in places:
+                yield places[index], self.colour.to_rgb(frame, self.analysis.size)
+            if index == last:
+                return
+        raise VideoError(f"{self.source.path} has changed: it ends before frame {last + 1}")
+
+    def _frames_of(
+        self, place: int, shown: List[ShownFrame], supply: "_Supply", maker: MiddleMaker
+    ) -> Iterator[Tuple[ShownFrame, np.ndarray]]:
+        index, positions = self.timeline.kept[place], [frame.position for frame in shown if frame.position]
+        made = maker.between(supply.get(place), supply.get(place + 1), positions) if positions else iter(())
+        for frame in shown:
+            if frame.position:
+                yield frame, next(made)
+            else:
+                yield frame, supply.get(place if frame.index == index else place + 1).frame
+
+    def _caption(self, frame: ShownFrame) -> str:
+        return f"{float(frame.time * self.timeline.time_base):.3f} s {'made' if frame.position else 'source'}"
+
+    def finish(self, overwrite: bool) -> List[str]:
+        """Put the parts together, and remove them. Returns what is not as in the source."""
+        notes = self._assemble(self.parts, self.timeline.duration, self.output, overwrite)
+        shutil.rmtree(self.folder)
+        return [*self.analysis.damage, *self._notes(), *notes]
+
+    def _notes(self) -> List[str]:
+        notes, analysis, encoding = [], self.analysis, self.encoding
+        coded, source = av.VideoFormat(encoding.pixel_format), av.VideoFormat(analysis.pixel_format)
+        if analysis.interlaced:
+            notes.append(f"{self.source.path} is interlaced: frames are made of both fields at once; deinterlace it first")
+        if min(10, max(part.bits for part in source.components)) > max(part.bits for part in coded.components):
+            notes.append(f"{encoding.codec} keeps {coded.components[0].bits} bits of the source's {source.components[0].bits} ({coded.name})")
+        if len(source.components) in (2, 4) and encoding.codec != "gif":
+            notes.append("transparency is not kept")
+        upright = analysis.size[::-1] if encoding.turned in (90, 270) else analysis.size
+        if encoding.size != tuple(upright):
+            notes.append(f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated")
+        if encoding.codec == "gif" and encoding.rate > 50:
+            notes.append(f"GIF has times in hundredths of a second; players show more than 50 frames a second ({float(encoding.rate):.2f}) slower")
+        return notes
+
+    def save_partial(self) -> Optional[Path]:
+        """A playable file of the parts that are done from the beginning on; None if there are none."""
+        done = [part for part in self.parts if is_complete(self.path(part))]
+        first = [part for part, other in zip(self.parts, done) if part == other]
+        if not first:
+            return None
+        if len(first) == len(self.parts):
+            end = self.timeline.duration
+        else:
+            end = next(frame.time for shown in self.timeline.shown(self.parts[len(first)].first) for frame in shown)
+        output = self.output.with_name(f"{self.output.stem}.partial{self.output.suffix}")
+        self._assemble(first, end, output, overwrite=True)
+        return output
+
+    def _assemble(self, parts: List[Part], end: int, output: Path, overwrite: bool) -> List[str]:
+        paths = [self.path(part) for part in parts]
+        if self.encoding.codec == "png":
+            whole = self.folder / "frames"
+            whole.mkdir(exist_ok=True)
+            for path in paths:
+                for image in path.iterdir():
+                    os.link(image, whole / image.name) if not (whole / image.name).exists() else None
+            if output.exists():
+                shutil.rmtree(output) if overwrite else output.rmdir()
+            os.replace(whole, output)
+            return []
+        joined = self.folder / f"joined{output.suffix}"
+        try:
+            notes = assemble(joined, self.encoding, paths, end, self.source, self.analysis, self.options.slow_motion, self.options.audio)
+            os.replace(joined, output)
+        finally:
+            joined.unlink(missing_ok=True)
+        return notes
+
+
+def interpolate_video(
+    pipeline: MADiffPipeline,
+    source: Union[str, Path],
+    output: Union[str, Path],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_partial: bool = False,
+    preview: Union[str, Path, None] = None,
+    progress: bool = True,
+    processes: Any = None,
+    **options,
+) -> VideoResult:
+    """
+    Interpolate a video file into another, with its sound, subtitles, chapters, metadata and rotation.
+
+    While it works, finished parts lie in the folder `OUTPUT.parts`; the output is there once it is complete. If the work is
+    stopped or fails, the parts stay, unless there are none.
+
+    Args:
+        pipeline: what makes the frames.
+        source: a video file, a folder of images, or images by a pattern (`%05d`, `*`).
+        output: a file (.mp4, .m4v, .mov, .mkv, .webm, .avi, .gif, .y4m), or a folder, which gets PNG files.
+        resume: go on with the parts that are there.
+        overwrite: replace an output, and parts, that are there.
+        keep_partial: when the work is stopped or fails, or the source is damaged, write what is good as `NAME.partial.ENDING`.
+        preview: image file to write the latest frames into, side by side, with each part.
+        progress: whether to show a bar.
+        processes: an `accelerate.PartialState`; its processes share the work, and all call this.
+        options: the fields of [`VideoOptions`].
+
+    Returns:
+        [`VideoResult`]; `made` counts this process's frames.
+
+    Raises:
+        VideoError: for what cannot be read, or not be written as asked; nothing is left then.
+        OSError: if a disk is full, or a file cannot be written.
+    """
+    count, rank = (1, 0) if processes is None else (processes.num_processes, processes.process_index)
+    wait = (lambda: None) if processes is None else processes.wait_for_everyone
+    show = progress and rank == 0
+    with _bar(show, desc="reading", unit="frame") as bar:
+        job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
+    preview = None if preview is None or rank else Path(preview)
+    if rank == 0:
+        job.prepare(resume, overwrite)
+    wait()
+    made = 0
+    try:
+        mine = job.parts[rank::count]
+        finished = sum(part.count for part in mine if is_complete(job.path(part)))
+        with _bar(show, desc=job.output.name, unit="frame", total=sum(part.count for part in mine), initial=finished) as bar:
+            made = job.make_parts(mine, preview, bar.update)
+        wait()
+        if rank == 0 and job.is_cut_short:
+            partial = job.save_partial()
+            shutil.rmtree(job.folder)
+            raise VideoError(f"{job.analysis.damage[0]}; what is good is in {partial}")
+        notes = job.finish(overwrite) if rank == 0 else []
+    except BaseException as error:
+        if rank == 0 and job.folder.exists():
+            if keep_partial and not isinstance(error, VideoError):
+                job.save_partial()
+            if not job.done():
+                shutil.rmtree(job.folder, ignore_errors=True)
+        if isinstance(error, av.FFmpegError):
+            raise OSError(error.errno, f"cannot write {job.output}: {reason(error)}") from error
+        raise
+    wait()
+    return VideoResult(job.output, job.frames, made, notes)
+
+
+def pipeline_digest(pipeline: MADiffPipeline) -> str:
+    """Of everything that decides on what a pipeline makes."""
+    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            digest.update(json.dumps(dict(component.config), sort_keys=True, default=str).encode())
+            for key, tensor in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _bar(show: bool, **settings) -> Iterator[tqdm]:
+    with tqdm(disable=not show, dynamic_ncols=True, **settings) as bar:
+        yield bar
+
+
+class _Supply:
+    """The source frames of a stream, of which the latest two are held.
+
+    Args:
+        frames: with their places, increasing.
+    """
+
+    def __init__(self, frames: Iterable[Tuple[int, np.ndarray]]):
+        self._frames = iter(frames)
+        self._held: Deque[Tuple[int, Neighbour]] = deque(maxlen=2)
+
+    def get(self, place: int) -> Neighbour:
+        while not self._held or self._held[-1][0] < place:
+            found, frame = next(self._frames)
+            self._held.append((found, Neighbour(frame)))
+        return next(neighbour for found, neighbour in self._held if found == place)
+
+
+@contextmanager
+def _ahead(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
+    """Items that a thread gets while others are used, at most so many ahead."""
+    end, iterator = object(), iter(items)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    def take() -> Iterator[T]:
+        waiting = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, iterator, end))
+            yield item
+
+    try:
+        yield take()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        if hasattr(iterator, "close"):
+            iterator.close()
+
+
+class _Behind:
+    """Calls that a thread makes one after the other, at most so many waiting; what they raise comes with the next one."""
+
+    def __init__(self, depth: int):
+        self._depth, self._pool = depth, ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._waiting: Deque[Future] = deque()
+
+    def do(self, call: Callable, *arguments: Any) -> None:
+        while len(self._waiting) >= self._depth:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(call, *arguments))
+
+    def wait(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def cancel(self) -> None:
+        """Forget calls that wait, and let the one that is being made end."""
+        for future in self._waiting:
+            future.cancel()
+        for future in self._waiting:
+            if not future.cancelled():
+                future.exception()
+        self._waiting.clear()
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _small(array: np.ndarray) -> Image.Image:
+    image = Image.fromarray((array.clip(0, 1) * 255).round().astype(np.uint8))
+    return image.resize((max(1, round(image.width * PREVIEW_HEIGHT / image.height)), PREVIEW_HEIGHT), Image.Resampling.BOX)
+
+
+def write_strip(frames: List[Tuple[str, Image.Image]], path: Path) -> None:
+    """Captioned frames side by side in an image file."""
+    from PIL import ImageDraw
+
+    from ..image_io import write_image
+
+    width = sum(image.width for _, image in frames)
+    strip = Image.new("RGB", (width, PREVIEW_HEIGHT + 14), "white")
+    draw, left = ImageDraw.Draw(strip), 0
+    for caption, image in frames:
+        strip.paste(image, (left, 0))
+        draw.text((left + 2, PREVIEW_HEIGHT + 1), caption, fill="black")
+        left += image.width
+    write_image(strip, path)

@@ -1,0 +1,136 @@
+"""Frames between frames, each source frame encoded once for all that it is next to; and the memory that this takes."""
+
+import weakref
+from fractions import Fraction
+from typing import Iterator, List, Optional, Sequence, Set
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..pipeline_madiff import EncodedFrames, MADiffPipeline
+
+PROBE = 256  # side of the frame that memory is measured on
+BESIDE_TENSORS = 2.5  # what the process grows by for each byte of tensors: convolutions' own buffers, freed memory that is not given back
+
+PROCESS_BYTES = 1.1e9  # of a process that has made no frame: torch, and the weights of a small checkpoint
+FRAME_BYTES = 250  # for each pixel: frames that wait to be used or encoded, and the encoder's own
+WHOLE_BYTES = 450  # for each pixel, with tiles: motion hints and features of the whole frame
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside it, and the most of them that were there at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._known: Set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.now -= size
+
+
+def bytes_per_pixel(pipeline: MADiffPipeline, steps: Optional[int] = None) -> float:
+    """Memory that making a frame takes, for each of its pixels; measured on a small frame."""
+    frame = torch.zeros(1, 3, PROBE, PROBE)
+    with _LiveBytes() as tensors:
+        pipeline(frame, frame, num_inference_steps=steps, output_type="pt", generator=torch.Generator().manual_seed(0))
+    return tensors.most * BESIDE_TENSORS / PROBE**2
+
+
+class MiddleMaker:
+    """
+    Makes frames in the middle between two.
+
+    Args:
+        pipeline: what makes them.
+        steps: sampling steps; the checkpoint's own if not given.
+        seed: of the noise, which is the same for all frames, so that it does not flicker.
+    """
+
+    def __init__(self, pipeline: MADiffPipeline, steps: Optional[int] = None, seed: int = 0):
+        self._pipeline, self._steps, self._seed = pipeline, steps, seed
+
+    def between(self, prev: "Neighbour", next_: "Neighbour", places: Sequence[Fraction]) -> Iterator[np.ndarray]:
+        """
+        The frames at some places between two, in order, each the middle of two others.
+
+        Args:
+            prev, next_: the two frames.
+            places: between 0 and 1, increasing; with each, the two that it is the middle of, as `nearest_places` gives them.
+
+        Yields:
+            `(H, W, 3)` float32 RGB in [0, 1].
+        """
+        yield from self._inside(prev, next_, Fraction(0), Fraction(1), list(places))
+
+    def _inside(self, prev: "Neighbour", next_: "Neighbour", low: Fraction, high: Fraction, places: List[Fraction]) -> Iterator[np.ndarray]:
+        if not places:
+            return
+        middle = (low + high) / 2
+        made = Neighbour(self.middle(prev, next_))
+        yield from self._inside(prev, made, low, middle, [place for place in places if place < middle])
+        yield made.frame
+        yield from self._inside(made, next_, middle, high, [place for place in places if place > middle])
+
+    def middle(self, prev: "Neighbour", next_: "Neighbour") -> np.ndarray:
+        """The one frame in the middle: `(H, W, 3)` float32 in [0, 1]."""
+        made = self._pipeline(
+            prev.encoded(self._pipeline),
+            next_.encoded(self._pipeline),
+            num_inference_steps=self._steps,
+            generator=torch.Generator().manual_seed(self._seed),
+            output_type="np",
+        )
+        return made.frames[0, 0]
+
+
+class Neighbour:
+    """
+    A frame that others are made next to.
+
+    Args:
+        frame: `(H, W, 3)` float32 RGB in [0, 1].
+    """
+
+    def __init__(self, frame: np.ndarray):
+        self.frame = frame
+        self._encoded: Optional[EncodedFrames] = None
+
+    def encoded(self, pipeline: MADiffPipeline) -> EncodedFrames:
+        """What the networks make of it on its own; once."""
+        if self._encoded is None:
+            self._encoded = pipeline.encode_frames(np.clip(self.frame, 0, 1))
+        return self._encoded
+
+
+def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, steps: Optional[int] = None) -> Optional[int]:
+    """
+    Pixels of tiles with which frames can be made in a memory; None if they need no tiles.
+
+    Args:
+        pipeline: what makes the frames.
+        pixels: of a frame.
+        max_memory: bytes that the process may take in all.
+        steps: of sampling.
+    """
+    each = bytes_per_pixel(pipeline, steps)
+    left = max_memory - PROCESS_BYTES - pixels * FRAME_BYTES
+    if pixels * each <= left:
+        return None
+    # Hints, features and frames are whole, however small the tiles.
+    left -= pixels * WHOLE_BYTES
+    return max(1, int(left / each))

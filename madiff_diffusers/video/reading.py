@@ -1,0 +1,334 @@
+"""Video files and images in order, read frame by frame; and what must be known of a video before it can be interpolated."""
+
+import re
+from array import array
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import av
+import cv2
+import numpy as np
+
+from ..scene_cuts import change, thumbnail
+from .colour import ColourTags
+
+IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv", ".y4m")
+
+# What a damaged header must not make us hold: 8192x8192 pixels, and frames that are shown for hours.
+MOST_PIXELS = 2**26
+LONGEST_PAUSE = 600  # seconds
+
+
+class VideoError(ValueError):
+    """A video that cannot be read, or written as asked."""
+
+
+class Source:
+    """
+    What can be decoded frame by frame.
+
+    Args:
+        path: a video file; a folder of images; or several images, named by a pattern with `%d`, `%05d`, `*` or `?`. Images are
+            taken in the order of the numbers in their names.
+        image_rate: frames a second of images; for a video file, None.
+
+    Raises:
+        VideoError: if there is no such thing, or nothing that can be read.
+    """
+
+    def __init__(self, path: Union[str, Path], image_rate: Optional[Fraction] = None):
+        self.path = Path(path)
+        self.images = find_images(self.path)
+        if self.images is None and not self.path.is_file():
+            raise VideoError(f"there is no file {self.path}")
+        if self.images is None and self.path.stat().st_size == 0:
+            raise VideoError(f"{self.path} is empty")
+        if self.images is None and image_rate is not None:
+            raise VideoError(f"a rate of images was given, but {self.path} is a video file, which has its own")
+        # Seconds that times are counted in, and the rate that the file tells, if it does.
+        self.time_base, self.rate = (1 / image_rate, image_rate) if self.images is not None else (Fraction(1), None)
+        self.damage: List[str] = []
+        self.late = 0
+
+    def open(self) -> av.container.InputContainer:
+        """
+        Raises:
+            VideoError: if it cannot be read.
+        """
+        try:
+            return av.open(str(self.path), metadata_errors="replace")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"cannot read {self.path} as a video: {reason(error)}") from error
+
+    def frames(self, skip_damage: bool = False) -> Iterator[Tuple[int, av.VideoFrame]]:
+        """
+        All frames, with the times when they begin in units of `time_base`; each later than the one before. Frames that are not are
+        left out, and counted in `late`.
+
+        Raises:
+            VideoError: where nothing can be decoded; with `skip_damage`, `damage` grows instead.
+        """
+        self.damage, self.late = [], 0
+        last, step = None, 1
+        for start, frame in self._image_frames(skip_damage) if self.images is not None else self._file_frames(skip_damage):
+            if start is None:
+                start = 0 if last is None else last + step
+            if last is not None and start <= last:
+                self.late += 1
+                continue
+            step = max(1, frame.duration or (0 if last is None else start - last))
+            last = start
+            yield start, frame
+
+    def _file_frames(self, skip_damage: bool) -> Iterator[Tuple[Optional[int], av.VideoFrame]]:
+        with self.open() as container:
+            stream = main_stream(container, self.path)
+            self.time_base = stream.time_base
+            self.rate = stream.guessed_rate or stream.average_rate
+            stream.thread_type = "AUTO"
+            packets, last = container.demux(stream), None
+            while True:
+                try:
+                    packet = next(packets, None)
+                    decoded = [] if packet is None else packet.decode()
+                except av.error.EOFError:
+                    return
+                except (av.FFmpegError, ValueError) as error:
+                    where = "its beginning" if last is None else f"{float(last * self.time_base):.2f} s"
+                    self._damaged(f"{self.path} is damaged behind {where}: {reason(error)}", skip_damage)
+                    continue
+                if packet is None:
+                    return
+                for frame in decoded:
+                    if frame.width * frame.height > MOST_PIXELS:
+                        raise VideoError(f"{self.path} must have frames of at most 8192x8192 pixels, but has {frame.width}x{frame.height}")
+                    last = frame.pts if frame.pts is not None else last
+                    yield frame.pts, frame
+
+    def _image_frames(self, skip_damage: bool) -> Iterator[Tuple[int, av.VideoFrame]]:
+        for number, path in enumerate(self.images):
+            try:
+                with av.open(str(path)) as container:
+                    frame = next(container.decode(video=0))
+            except (av.FFmpegError, OSError, ValueError, IndexError, StopIteration) as error:
+                self._damaged(f"cannot read {path} as an image: {reason(error)}", skip_damage)
+                continue
+            frame.duration = 1
+            yield number, frame
+
+    def _damaged(self, message: str, skip: bool) -> None:
+        self.damage.append(message)
+        # A file that is nothing but damage could go on for ever.
+        if not skip or len(self.damage) > 10000:
+            raise VideoError(message)
+
+
+class Analysis(NamedTuple):
+    """
+    What a whole video is like; times are in units of `unit`, from the first frame.
+
+    Args:
+        starts: when each frame begins, strictly increasing from 0.
+        end: when the last one ends.
+        unit: seconds.
+        origin: of the first frame in the file's own time, in seconds.
+        rate: frames a second, where they all lie on its grid, else the mean rate.
+        regular: whether they all do.
+        changes: how much each frame differs from the one before it; see `scene_cuts`. The first's is 0.
+        block_changes: the same of the block of 8x8 pixels that differs most.
+        size: height and width.
+        pixel_format: FFmpeg's name.
+        tags: of colours.
+        pixel_aspect: width of a pixel by its height, where it is not told 1.
+        matrix: how players turn the frames, as FFmpeg's nine numbers; None if not at all.
+        rotation: the same as degrees against the clock.
+        interlaced: whether frames say that they hold two fields.
+        damage: what was left out, in words.
+    """
+
+    starts: array
+    end: int
+    unit: Fraction
+    origin: Fraction
+    rate: Fraction
+    regular: bool
+    changes: array
+    block_changes: array
+    size: Tuple[int, int]
+    pixel_format: str
+    tags: ColourTags
+    pixel_aspect: Optional[Fraction]
+    matrix: Optional[List[int]]
+    rotation: int
+    interlaced: bool
+    damage: List[str]
+
+    def duplicates(self, threshold: float, most: int) -> Tuple[List[int], List[int]]:
+        """
+        Frames that only repeat the one before them.
+
+        Args:
+            threshold: a frame is a duplicate if no block of 8x8 pixels changes by more, of 255.
+            most: duplicates in a row that stand for motion which was sampled less often; more of them are a still picture.
+
+        Returns:
+            numbers of those to be left out, so that frames are made across them; and of still ones, after which none need be made.
+        """
+        dropped, still, run = [], [], []
+        for index, size in [*enumerate(self.block_changes), (len(self.starts), float("inf"))]:
+            if 0 < index < len(self.starts) and size <= threshold:
+                run.append(index)
+                continue
+            if len(run) > most or (run and index == len(self.starts)):
+                still += [number - 1 for number in run]
+            else:
+                dropped += run
+            run = []
+        return dropped, still
+
+
+def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, keep_good: bool = False, progress: Any = None) -> Analysis:
+    """
+    Decode a whole video once, and keep a few numbers of each frame.
+
+    Args:
+        source: the video.
+        blocks: whether to compare frames block by block, as `duplicates` needs.
+        skip_damage: go on behind damaged places; see `Source.frames`.
+        keep_good: end at the first damaged place, with a note in `damage`.
+        progress: called once a frame.
+
+    Raises:
+        VideoError: if it has no frames, or is damaged.
+    """
+    starts, changes, block_changes = array("q"), array("f"), array("f")
+    seen: Dict[str, Any] = {}
+    try:
+        for start, frame in source.frames(skip_damage):
+            if not starts:
+                seen.update(_first_frame(frame))
+            small = frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA").to_ndarray().astype(np.int16)
+            grey = frame.reformat(width=seen["size"][1], height=seen["size"][0], format="gray").to_ndarray() if blocks else None
+            changes.append(change(seen["small"], small) if starts else 0.0)
+            block_changes.append(block_change(seen["grey"], grey) if starts and blocks else float("inf"))
+            starts.append(start)
+            seen.update(small=small, grey=grey, duration=frame.duration, interlaced=seen.get("interlaced") or frame.interlaced_frame)
+            if progress is not None:
+                progress()
+    except VideoError:
+        if not (keep_good and starts):
+            raise
+    if not starts:
+        raise VideoError(f"{source.path} has no frames that can be decoded")
+    damage = list(source.damage)
+    if source.late:
+        damage.append(f"{source.late} frames of {source.path} are not later than the ones before them, and are left out")
+    first, unit = starts[0], source.time_base
+    steps = array("q", (b - a for a, b in zip(starts, starts[1:])))
+    usual = median(steps) if steps else 0
+    last_step = seen["duration"] or round(usual) or round(1 / (source.rate or 25) / unit) or 1
+    relative = array("q", (start - first for start in starts))
+    end = relative[-1] + last_step
+    longest = max(last_step, max(steps, default=0))
+    if longest * unit > LONGEST_PAUSE:
+        raise VideoError(f"{source.path} must have no pause of more than {LONGEST_PAUSE} s between frames, but has one of {float(longest * unit):.0f} s")
+    mean_rate = Fraction(len(starts)) / (end * unit)
+    grid = _on_grid(relative, end, unit, source.rate)
+    if grid is not None:
+        relative, end, unit = grid
+    return Analysis(
+        starts=relative,
+        end=end,
+        unit=unit,
+        origin=first * source.time_base,
+        rate=1 / unit if grid is not None else mean_rate.limit_denominator(100000),
+        regular=grid is not None,
+        changes=changes,
+        block_changes=block_changes,
+        damage=damage,
+        **{name: seen[name] for name in ("size", "pixel_format", "tags", "matrix", "rotation", "interlaced")},
+        pixel_aspect=_pixel_aspect(source),
+    )
+
+
+def _first_frame(frame: av.VideoFrame) -> Dict[str, Any]:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return {
+        "size": (frame.height, frame.width),
+        "pixel_format": frame.format.name,
+        "tags": ColourTags.of(frame),
+        "matrix": None if matrix is None else np.frombuffer(bytes(matrix), dtype=np.int32).tolist(),
+        "rotation": int(frame.rotation) % 360,
+    }
+
+
+def _pixel_aspect(source: Source) -> Optional[Fraction]:
+    if source.images is not None:
+        return None
+    with source.open() as container:
+        aspect = main_stream(container, source.path).sample_aspect_ratio
+    return aspect if aspect and aspect != 1 else None
+
+
+def _on_grid(starts: array, end: int, unit: Fraction, rate: Optional[Fraction]) -> Optional[Tuple[array, int, Fraction]]:
+    """Times as whole numbers of a rate's frames, where they are such to within the rounding of the file's clock."""
+    if not rate or unit * rate > Fraction(1, 4):
+        return (starts, end, unit) if rate and unit * rate == 1 else None
+    tick = unit * rate
+    numbers = array("q", (round(start * tick) for start in starts))
+    if any(abs(start * tick - number) > tick for start, number in zip(starts, numbers)) or any(a >= b for a, b in zip(numbers, numbers[1:])):
+        return None
+    return numbers, max(numbers[-1] + 1, round(end * tick)), 1 / rate
+
+
+def block_change(prev: np.ndarray, next_: np.ndarray) -> float:
+    """The mean difference, of 255, of the block of 8x8 pixels where it is greatest, between two `(H, W)` uint8."""
+    difference = cv2.absdiff(prev, next_)
+    height, width = difference.shape
+    return float(cv2.resize(difference, (max(1, width // 8), max(1, height // 8)), interpolation=cv2.INTER_AREA).max())
+
+
+def main_stream(container: av.container.InputContainer, path: Path) -> av.video.stream.VideoStream:
+    """The first video stream that is no cover picture.
+
+    Raises:
+        VideoError: if there is none that can be decoded.
+    """
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            context = stream.codec_context
+            if context is None:
+                raise VideoError(f"{path}: its video is of a kind that FFmpeg cannot decode")
+            if context.width * context.height > MOST_PIXELS:
+                raise VideoError(f"{path} must have frames of at most 8192x8192 pixels, but has {context.width}x{context.height}")
+            return stream
+    raise VideoError(f"{path} has no video")
+
+
+def find_images(path: Path) -> Optional[List[Path]]:
+    """The images that a folder or pattern stands for, in the order of the numbers in their names; None for a file.
+
+    Raises:
+        VideoError: if there are none, or no such folder.
+    """
+    folder, pattern = (path, None) if path.is_dir() else (path.parent, path.name)
+    if pattern is not None and (path.is_file() or not re.search(r"%\d*d|[*?]", pattern)):
+        return None
+    if not folder.is_dir():
+        raise VideoError(f"there is no folder {folder}")
+    paths = [each for each in folder.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES and not each.name.startswith(".")]
+    if pattern is not None:
+        expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+        expression = re.sub(r"%(0?)(\d*)d", lambda match: rf"\d{{{match[2]}}}" if match[2] else r"\d+", expression)
+        paths = [each for each in paths if re.fullmatch(expression, each.name)]
+    if not paths:
+        raise VideoError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}")
+    return sorted(paths, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)])
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without the numbers and names that FFmpeg's errors begin and end with."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,363 @@
+"""Frames into files: what each kind of file can hold, and encoding in parts that are put together at the end.
+
+Every part is encoded by an encoder of its own, from a key frame on, so that a part is the same bytes whoever makes it, and whenever.
+"""
+
+import io
+import json
+import os
+import shutil
+from fractions import Fraction
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import av
+import numpy as np
+
+from .colour import ColourPath, ColourTags, is_rgb
+from .reading import Analysis, VideoError
+
+
+class Container(NamedTuple):
+    """
+    Args:
+        format: FFmpeg's name.
+        codecs: that it is written with, by our names; the first unless told otherwise.
+        steady: whether it holds but one rate, not a time for each frame.
+        turns: whether it tells players to turn the picture.
+    """
+
+    format: str
+    codecs: Tuple[str, ...]
+    steady: bool = False
+    turns: bool = True
+
+
+# By the ending of a file's name; a name without one is a folder of PNG files.
+CONTAINERS = {
+    ".mp4": Container("mp4", ("h264", "hevc", "av1", "vp9")),
+    ".m4v": Container("mp4", ("h264", "hevc", "av1")),
+    ".mov": Container("mov", ("h264", "hevc", "prores")),
+    ".mkv": Container("matroska", ("h264", "hevc", "vp9", "av1", "prores", "ffv1")),
+    ".webm": Container("webm", ("vp9", "av1"), turns=False),
+    ".avi": Container("avi", ("h264", "ffv1"), steady=True, turns=False),
+    ".y4m": Container("yuv4mpegpipe", ("raw",), steady=True, turns=False),
+    ".gif": Container("gif", ("gif",), turns=False),
+}
+FOLDER = Container("", ("png",), turns=False)
+
+
+class Codec(NamedTuple):
+    """
+    Args:
+        encoder: FFmpeg's name.
+        crf: quality unless told otherwise; less is better and larger. None where there is no such setting.
+        best, worst: of qualities.
+        presets: from fast to slow, or the other way about; empty where there are none.
+        preset: unless told otherwise.
+        options: that are always set.
+    """
+
+    encoder: str
+    crf: Optional[int] = None
+    worst: int = 51
+    presets: Tuple[str, ...] = ()
+    preset: Optional[str] = None
+    options: Dict[str, str] = {}
+
+
+_X26X = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+CODECS = {
+    "h264": Codec("libx264", 18, 51, _X26X, "medium"),
+    "hevc": Codec("libx265", 20, 51, _X26X, "medium", {"x265-params": "log-level=none"}),
+    "vp9": Codec("libvpx-vp9", 24, 63, tuple("876543210"), "2", {"b:v": "0", "row-mt": "1"}),
+    "av1": Codec("libsvtav1", 24, 63, tuple("13 12 11 10 9 8 7 6 5 4 3 2 1 0".split()), "8"),
+    "prores": Codec("prores_ks"),
+    "ffv1": Codec("ffv1", options={"level": "3", "g": "1", "slicecrc": "1"}),
+    "raw": Codec("rawvideo"),
+    # Kept without loss until the palettes are known, which only whole frames tell.
+    "gif": Codec("ffv1", options={"level": "3", "g": "1"}),
+    "png": Codec("png"),
+}
+
+
+class Encoding(NamedTuple):
+    """
+    How a video is written.
+
+    Args:
+        container: of the file.
+        codec: a name in `CODECS`.
+        options: of the encoder.
+        pixel_format: FFmpeg's name.
+        size: height and width as coded.
+        tags: of colours.
+        time_base: seconds that times are counted in.
+        rate: frames a second, on average.
+        pixel_aspect, matrix: see [`Analysis`].
+        turned: degrees against the clock by which frames are turned before they are written.
+    """
+
+    container: Container
+    codec: str
+    options: Dict[str, str]
+    pixel_format: str
+    size: Tuple[int, int]
+    tags: ColourTags
+    time_base: Fraction
+    rate: Fraction
+    pixel_aspect: Optional[Fraction]
+    matrix: Optional[List[int]]
+    turned: int
+
+    def add_stream(self, output: av.container.OutputContainer) -> av.video.stream.VideoStream:
+        """A stream that encodes in this way, and says so in the file's header."""
+        stream = output.add_stream(CODECS[self.codec].encoder, rate=self.rate, options=dict(self.options))
+        context = stream.codec_context
+        context.height, context.width = self.size
+        context.pix_fmt = self.pixel_format
+        context.time_base = stream.time_base = self.time_base
+        context.color_range, context.colorspace = self.tags.range, self.tags.matrix
+        context.color_primaries, context.color_trc = self.tags.primaries, self.tags.transfer
+        if self.pixel_aspect is not None:
+            context.sample_aspect_ratio = self.pixel_aspect
+        if self.matrix is not None:
+            stream.set_display_matrix(self.matrix)
+        if self.codec == "hevc" and self.container.format in ("mp4", "mov"):
+            context.codec_tag = "hvc1"  # what Apple's players know it by
+        return stream
+
+
+def container_of(output: Path) -> Container:
+    """
+    Raises:
+        VideoError: if the ending of the name stands for nothing that can be written.
+    """
+    suffix = output.suffix.lower()
+    if not suffix:
+        return FOLDER
+    if suffix not in CONTAINERS:
+        raise VideoError(f"a video's name must end in {', '.join(CONTAINERS)}, or in nothing for a folder of PNG files, but is {str(output)!r}")
+    return CONTAINERS[suffix]
+
+
+def choose_encoding(
+    output: Path, analysis: Analysis, time_base: Fraction, rate: Fraction, codec: Optional[str] = None, crf: Optional[int] = None,
+    preset: Optional[str] = None,
+) -> Encoding:
+    """
+    How to write a video so that it has what the source has: pixels, colours, shape.
+
+    Args:
+        output: file or folder.
+        analysis: of the source.
+        time_base, rate: of the frames that will be shown.
+        codec, crf, preset: if not the usual ones.
+
+    Raises:
+        VideoError: for what the file or codec cannot have.
+    """
+    container = container_of(output)
+    source = av.VideoFormat(analysis.pixel_format)
+    if codec is not None and codec not in container.codecs:
+        raise VideoError(f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(container.codecs)}, but is {codec!r}")
+    # The first that keeps ten bits where there are as many.
+    able = [each for each in container.codecs if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))]
+    name = codec or (able or container.codecs)[0]
+    kind = CODECS[name]
+    options = dict(kind.options)
+    if crf is not None and kind.crf is None:
+        raise VideoError(f"`crf` cannot be set for {name}")
+    if crf is not None and not 0 <= crf <= kind.worst:
+        raise VideoError(f"`crf` for {name} must be from 0 (best) to {kind.worst}, but is {crf}")
+    if preset is not None and preset not in kind.presets:
+        raise VideoError(f"`preset` for {name} must be one of {', '.join(kind.presets) or 'none'}, but is {preset!r}")
+    if kind.crf is not None:
+        options["crf"] = str(kind.crf if crf is None else crf)
+        options["cpu-used" if name == "vp9" else "preset"] = preset or kind.preset
+    pixel_format = analogous_format(source, name)
+    if name == "prores":
+        options["profile"] = "4" if "444" in pixel_format else "3"
+    if name == "raw" and _bits(av.VideoFormat(pixel_format)) > 8:
+        options["strict"] = "-1"
+    rotation = 0 if container.turns else analysis.rotation
+    height, width = analysis.size[::-1] if rotation in (90, 270) else analysis.size
+    tags = analysis.tags
+    if is_rgb(source) and not is_rgb(av.VideoFormat(pixel_format)):
+        tags = ColourTags(1, 1, 1, 1)  # limited range, BT.709: what players take for granted
+    elif is_rgb(av.VideoFormat(pixel_format)):
+        tags = tags._replace(range=2, matrix=0)
+    elif analysis.pixel_format.startswith("yuvj"):
+        tags = tags._replace(range=2)
+    if name in ("h264", "hevc"):  # their 4:2:0 and 4:2:2 have no odd sizes
+        across, down = _chroma(av.VideoFormat(pixel_format))
+        width, height = width + -width % across, height + -height % down
+    aspect = analysis.pixel_aspect
+    return Encoding(
+        container=container,
+        codec=name,
+        options=options,
+        pixel_format=pixel_format,
+        size=(height, width),
+        tags=tags,
+        time_base=time_base,
+        rate=rate,
+        pixel_aspect=1 / aspect if aspect and rotation in (90, 270) else aspect,
+        matrix=analysis.matrix if container.turns else None,
+        turned=rotation,
+    )
+
+
+def _bits(pixel_format: av.VideoFormat) -> int:
+    return max(component.bits for component in pixel_format.components)
+
+
+def _chroma(pixel_format: av.VideoFormat) -> Tuple[int, int]:
+    """Pixels across and down that share one colour."""
+    if len(pixel_format.components) < 3 or is_rgb(pixel_format):
+        return 1, 1
+    return 1024 // pixel_format.chroma_width(1024), 1024 // pixel_format.chroma_height(1024)
+
+
+def analogous_format(source: av.VideoFormat, codec: str) -> str:
+    """The format of pixels nearest to a source's that a codec encodes: as much colour, as many bits, or the next more or less."""
+    bits = _bits(source)
+    if codec == "png":
+        return "rgb48be" if bits > 8 else "rgb24"
+    if codec == "gif":
+        return "bgr0"
+    encodable = {each.name for each in av.Codec(CODECS[codec].encoder, "w").video_formats or []}
+    if codec == "ffv1" and is_rgb(source):
+        return "bgr0" if bits <= 8 else "gbrp16le"
+    if codec == "raw":  # what the file's header can name
+        encodable = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444") for depth in ("", "10le", "12le")} | {"gray", "gray10le"}
+    if len(source.components) < 3 and not is_rgb(source):  # grey, which few players show as such
+        families = ["gray", "yuv420p", "yuv422p"] if codec in ("ffv1", "raw") else ["yuv420p", "yuv422p"]
+    else:
+        names = {(1, 1): "yuv444p", (2, 1): "yuv422p", (2, 2): "yuv420p", (1, 2): "yuv440p", (4, 1): "yuv411p", (4, 2): "yuv411p", (4, 4): "yuv410p"}
+        own = "yuv420p" if is_rgb(source) else names.get(_chroma(source), "yuv444p")
+        families = [own, "yuv422p", "yuv444p", "yuv420p"]
+    depths = {8: "", 10: "10le", 12: "12le", 16: "16le"}
+    wanted = 8 if bits <= 8 else 10 if bits <= 10 or is_rgb(source) else 12 if bits <= 12 else 16
+    for depth in sorted(depths, key=lambda depth: (abs(depth - wanted) if depth >= wanted else 100 - depth)):
+        for family in families:
+            if family + depths[depth] in encodable:
+                return family + depths[depth]
+    raise VideoError(f"{codec} has nothing like the pixels of the source ({source.name})")
+
+
+class PartWriter:
+    """
+    Encodes frames into one part, which is there once it is closed, or not at all.
+
+    Args:
+        path: of the part: its packets; `PATH.json` tells where each begins and when it is shown, and is written last. For PNG files,
+            a folder.
+        encoding: how.
+        colour: conversion of the source's pixels.
+        first: number of the part's first frame in the video, which names PNG files.
+    """
+
+    def __init__(self, path: Path, encoding: Encoding, colour: ColourPath, first: int):
+        self.path, self.encoding, self._colour, self._number = path, encoding, colour, first
+        self._last: Tuple[Optional[np.ndarray], Any] = (None, None)
+        self._index: List[Tuple[int, int, bool]] = []
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._is_folder = encoding.codec == "png"
+        if self._is_folder:
+            self._temporary.mkdir()
+        else:
+            # A file that is never written to: it tells the encoder what the real one will.
+            self._output = av.open(io.BytesIO(), "w", format=encoding.container.format if encoding.codec != "gif" else "matroska")
+            self._stream = encoding.add_stream(self._output)
+            self._file = open(self._temporary, "wb")
+
+    def write(self, array: np.ndarray, time: int) -> None:
+        """Add a frame: `(H, W, 3)` float32 RGB in [0, 1], at a time in units of the encoding's `time_base`."""
+        if self._last[0] is not array:
+            self._last = array, self._converted(array)
+        frame = self._last[1]
+        if self._is_folder:
+            frame.save(self._temporary / f"{self._number:08d}.png")
+            self._number += 1
+            return
+        frame.pts, frame.time_base = time, self.encoding.time_base
+        self._keep(self._stream.encode(frame))
+
+    def _converted(self, array: np.ndarray) -> av.VideoFrame:
+        array = np.rot90(array, self.encoding.turned // 90)
+        height, width = self.encoding.size
+        padding = (height - array.shape[0], width - array.shape[1])
+        if any(padding):
+            array = np.pad(array, ((0, padding[0]), (0, padding[1]), (0, 0)), mode="edge")
+        return self._colour.from_rgb(array, self.encoding.pixel_format)
+
+    def _keep(self, packets: Sequence[av.Packet]) -> None:
+        for packet in packets:
+            self._file.write(bytes(packet))
+            self._index.append((int(packet.pts * packet.time_base / self.encoding.time_base), packet.size, packet.is_keyframe))
+
+    def close(self) -> None:
+        """Finish the part."""
+        if not self._is_folder:
+            self._keep(self._stream.encode(None))
+            self._file.close()
+        os.replace(self._temporary, self.path)
+        if not self._is_folder:
+            write_json(index_path(self.path), self._index)
+
+    def abandon(self) -> None:
+        """Leave nothing of it."""
+        if self._is_folder:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        else:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def index_path(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def is_complete(part: Path) -> bool:
+    return part.is_dir() or (part.is_file() and index_path(part).is_file())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole, or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def joined_packets(parts: Sequence[Path], end: int) -> Iterator[av.Packet]:
+    """
+    The packets of all parts in the order in which they are decoded, with times of decoding that fit together.
+
+    Args:
+        parts: of one video, in order.
+        end: when its last frame ends; all times are in units of the encoding's `time_base`.
+    """
+    delay = 0
+    for index in map(read_index, parts):
+        ranks = {time: rank for rank, time in enumerate(sorted(time for time, _, _ in index))}
+        delay = max([delay, *(place - ranks[time] for place, (time, _, _) in enumerate(index))])
+    shown = (time for part in parts for time in sorted(time for time, _, _ in read_index(part)))
+    first = list(islice(shown, delay + 1))
+    # A frame is decoded when the one `delay` places before it is shown, and the first ones as far ahead as that takes.
+    decoded = chain((time - (first[-1] - first[0]) for time in first[:-1]), first, shown)
+    for part, next_part in zip(parts, [*parts[1:], None]):
+        index = read_index(part)
+        times = sorted(time for time, _, _ in index)
+        ends = dict(zip(times, [*times[1:], end if next_part is None else min(time for time, _, _ in read_index(next_part))]))
+        with open(part, "rb") as file:
+            for time, size, is_key in index:
+                packet = av.Packet(file.read(size))
+                packet.pts, packet.dts, packet.duration, packet.is_keyframe = time, next(decoded), ends[time] - time, is_key
+                yield packet
+
+
+def read_index(part: Path) -> List[Tuple[int, int, bool]]:
+    """When each packet of a part is shown, how many bytes it has, and whether decoding can begin there."""
+    return json.loads(index_path(part).read_text(encoding="utf-8"))
