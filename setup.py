@@ -2,9 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22", "torch-fidelity>=0.4.0", "matplotlib>=3.9", "Jinja2>=3.1", "tqdm>=4.66.3"]
-VIDEO = ["av>=12.3"]
-TRAIN = [*EVAL, *VIDEO, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
+EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22", "torch-fidelity>=0.4.0", "matplotlib>=3.9", "Jinja2>=3.1"]
+TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
 # What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
 TRAIN += ["numpy>=2.0", "opencv-python-headless>=4.10", "scikit-image>=0.24"]
 TEST = ["pytest>=8.0", *TRAIN]
@@ -29,11 +28,12 @@ setup(
         "numpy>=1.26",
         "Pillow>=10.4",
         "opencv-python-headless>=4.9",
+        "av>=17.1",
+        "tqdm>=4.66.3",
     ],
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
-        "video": VIDEO,
         "test": TEST,
         "all": TEST,
     },

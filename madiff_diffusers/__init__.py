@@ -17,6 +17,8 @@ _LOCATIONS = {
     "VQMAGANModel": "vq_magan",
     "build_hint_source": "motion_hints",
     "convert_eventgan_checkpoint": "convert_eventgan",
+    "interpolate_frames": "video.middles",
+    "interpolate_video": "video.jobs",
 }
 
 __all__ = sorted(_LOCATIONS)
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from .image_processor import FrameProcessor
     from .motion_hints import EventHints, FlowHints, StackedHints, build_hint_source
     from .pipeline_madiff import MADiffPipeline, MADiffPipelineOutput
+    from .video.jobs import interpolate_video
+    from .video.middles import interpolate_frames
     from .vq_magan import VQMAGANModel
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Iterator, List, Optional
@@ -70,6 +71,53 @@ def build_parser() -> argparse.ArgumentParser:
         help="float32, float16 or bfloat16 (default: float32)",
     )
     interpolate.set_defaults(run=run_interpolate)
+
+    video = commands.add_parser(
+        "video",
+        help="make a video smoother, or slower",
+        description="Interpolate a video file, a folder of images (or a pattern such as 'f/%05d.png'), or each video file of a folder. Sound, "
+        "subtitles, chapters, metadata, rotation and colours are kept. Finished parts lie in OUTPUT.parts until OUTPUT is complete. "
+        "Several processes share the work: accelerate launch --num_processes N -m madiff_diffusers video …",
+    )
+    video.add_argument("input", metavar="INPUT", help="video file, folder or pattern of images, or folder of video files")
+    video.add_argument(
+        "output", metavar="OUTPUT", help=".mp4, .m4v, .mov, .mkv, .webm, .avi, .gif or .y4m file; a folder for PNG files, or for the videos of a folder"
+    )
+    timing = video.add_mutually_exclusive_group()
+    timing.add_argument("--factor", type=int, metavar="N", help="frames in the place of each one (default: 2, or what --slow-motion asks for)")
+    timing.add_argument("--fps", type=parse_rate, metavar="R", help="frames a second instead: 60, 23.976, 30000/1001, …")
+    video.add_argument("--slow-motion", type=parse_rate, default=1, metavar="N", help="times that the result lasts longer (default: 1)")
+    video.add_argument(
+        "--audio", choices=("keep", "stretch", "drop"), metavar="A", help="in slow motion, stretch (default; at the same pitch) or drop; else keep (default) or drop"
+    )
+    video.add_argument("--codec", metavar="C", help="h264, hevc, vp9, av1, prores or ffv1 (default: what suits OUTPUT)")
+    video.add_argument("--crf", type=int, metavar="Q", help="quality; less is better and larger (default: 18 for h264, 20 for hevc, 24 for vp9, av1)")
+    video.add_argument("--preset", metavar="P", help="the encoder's: fast, slow, …; numbers for vp9 and av1")
+    video.add_argument(
+        "--cut-threshold", type=float, default=0.08, metavar="X", help="least change of thumbnails, of 1, that may be a scene cut; 2: none is (default: 0.08)"
+    )
+    video.add_argument("--cut-ratio", type=float, default=3.0, metavar="X", help="times that a cut changes more than frames around it (default: 3)")
+    video.add_argument("--max-gap", type=parse_rate, default=1, metavar="S", help="seconds between frames above which none are made (default: 1)")
+    video.add_argument("--dedup", action="store_true", help="leave out frames that only repeat the one before, and make motion go on across them")
+    video.add_argument(
+        "--dedup-threshold", type=float, default=2.0, metavar="X", help="change, of 255, of the 8x8 pixels that change most, up to which a frame is a repetition (default: 2)"
+    )
+    video.add_argument("--dedup-run", type=int, default=3, metavar="N", help="repetitions in a row above which the picture stands still (default: 3)")
+    video.add_argument("--input-fps", type=parse_rate, metavar="R", help="frames a second of images (default: 24)")
+    video.add_argument("--steps", type=int, metavar="N", help="sampling steps per frame (default: the checkpoint's own)")
+    video.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every frame (default: 0)")
+    video.add_argument("--max-memory", type=parse_size, default=8 * 2**30, metavar="SIZE", help="that the process may take; larger frames are made by tiles (default: 8GiB)")
+    video.add_argument("--preview", metavar="FILE", help="image file for the latest frames side by side, written every two seconds of the result")
+    video.add_argument("--resume", action="store_true", help="go on with what a stopped command left in OUTPUT.parts")
+    video.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and OUTPUT.parts, if they are there")
+    video.add_argument(
+        "--keep-partial", action="store_true", help="when stopped, or when something fails or is damaged, write what is good as NAME.partial.ENDING"
+    )
+    video.add_argument("--skip-damage", action="store_true", help="go on behind damaged places of INPUT")
+    video.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
+    video.add_argument("--device", default="cpu", metavar="D", help="as for interpolate; cuda is each process's own")
+    video.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for interpolate")
+    video.set_defaults(run=run_video)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -199,6 +247,80 @@ def run_interpolate(args: argparse.Namespace) -> None:
     print("\n".join(str(path) for path in paths))
 
 
+def parse_rate(text: str) -> Fraction:
+    """A number or fraction, such as frames a second; what broadcasting writes as 23.976, 29.97 or 59.94 is 24000/1001 and so on."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"must be a number or a fraction, but is {text!r}") from None
+    broadcast = Fraction(round(rate) * 1000, 1001)
+    return broadcast if rate.denominator != 1 and "/" not in text and abs(rate - broadcast) < Fraction(1, 200) else rate
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as 8GiB or 6000MB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB or 6000MB, but is {text!r}")
+    unit = match[2] or "B"
+    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** " KMGT".index(unit[0] if unit != "B" else " "))
+
+
+def run_video(args: argparse.Namespace) -> None:
+    import torch
+
+    from .processes import own_device, this_process
+    from .video.batches import video_batch
+    from .video.jobs import VideoOptions, interpolate_video
+
+    options = {name: getattr(args, name) for name in VideoOptions.__dataclass_fields__ if hasattr(args, name)}
+    options["image_fps"] = args.input_fps
+    options["audio"] = args.audio or ("keep" if args.slow_motion == 1 else "stretch")
+    state = this_process(usable_device(args.device))
+    try:
+        VideoOptions(**options).checked()
+        batch = video_batch(Path(args.input), Path(args.output))
+        pipeline = load_pipeline(checkpoint_folder(args.checkpoint), str(own_device(state, usable_device(args.device))), getattr(torch, args.dtype))
+    except ValueError as error:
+        raise CommandError(error) from error
+    pipeline.set_progress_bar_config(disable=True)
+    failed = []
+    # Of a single video, each process makes some parts; of several, each makes some of the videos.
+    for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
+        try:
+            result = interpolate_video(
+                pipeline,
+                source,
+                output,
+                resume=args.resume,
+                overwrite=args.overwrite,
+                keep_partial=args.keep_partial,
+                preview=args.preview,
+                processes=state if len(batch) == 1 else None,
+                **options,
+            )
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            failed.append(str(error) + kept_parts(output))
+            if len(batch) > 1:
+                print(f"madiff: {failed[-1]}", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            if state.is_main_process:
+                print(f"madiff: {output} is not complete{kept_parts(output)}", file=sys.stderr)
+            raise
+        if len(batch) > 1 or state.is_main_process:
+            for note in result.notes:
+                print(f"madiff: note: {note}", file=sys.stderr)
+            print(output)
+    if failed:
+        raise CommandError(failed[0] if len(batch) == 1 else f"{len(failed)} of {len(batch)} videos could not be made")
+
+
+def kept_parts(output: Path) -> str:
+    folder = output.with_name(output.name + ".parts")
+    return f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""
+
+
 def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> None:
     command.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(BENCHMARK_NAMES)}")
     command.add_argument("--root", required=True, metavar="DIR", help="folder of the benchmark; a wrong one is told the layout")
@@ -241,17 +363,16 @@ class EvaluationCommand:
     def __init__(self, args: argparse.Namespace):
         import torch
 
-        from .evaluation.evaluate import this_process
         from .evaluation.methods import Settings
         from .evaluation.metrics import Scorer
+        from .processes import own_device, this_process
 
         if not 0 <= args.seed < 2**63:
             raise CommandError(f"--seed must be in [0, 2^63), but is {args.seed}")
         self.args, self._pipeline = args, None
         device = usable_device(args.device)
         self.state = this_process(device)
-        # One device for each process; of a single process, the one that it was told.
-        self.device = self.state.device if device.type == "cuda" and self.state.num_processes > 1 else device
+        self.device = own_device(self.state, device)
         self.dtype = getattr(torch, args.dtype)
         quantised = False if args.no_quantise else None
         self.settings = Settings(args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised)

@@ -1,12 +1,12 @@
 """Methods on a benchmark, from files to tables and pages."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from accelerate import PartialState
 
+from ..processes import this_process
 from .benchmarks import find_triplets
 from .methods import Method, Settings
 from .metrics import Scorer
@@ -25,11 +25,6 @@ QUESTIONS: Dict[str, Any] = {
     ),
     "quantised": ("quantised", (True, False)),
 }
-
-
-def this_process(device: torch.device) -> PartialState:
-    """This process among those that were launched with it (alone, if none were). Waiting for another may take as long as its share."""
-    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 
 def ablation(question: str, base: Settings, hint_source: str, values: Optional[Sequence] = None) -> List[Settings]:

@@ -26,8 +26,8 @@ from .assembling import assemble
 from .colour import ColourPath, ColourTags
 from .frame_times import ShownFrame, Timeline
 from .middles import MiddleMaker, Neighbour, tile_pixels_for
-from .reading import Analysis, Source, VideoError, analyse, reason
-from .writing import FOLDER, Encoding, PartWriter, choose_encoding, container_of, is_complete, write_json
+from .reading import Source, VideoError, analyse, reason
+from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, write_json
 
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded

@@ -1,15 +1,20 @@
 """Frames between frames, each source frame encoded once for all that it is next to; and the memory that this takes."""
 
 import weakref
+from collections import deque
 from fractions import Fraction
-from typing import Iterator, List, Optional, Sequence, Set
+from typing import Deque, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
+import PIL.Image
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..image_processor import OUTPUT_TYPES
 from ..pipeline_madiff import EncodedFrames, MADiffPipeline
+from ..scene_cuts import LEAST_CHANGE, RATIO, REACH, change, cuts_of_changes, thumbnail
+from .frame_times import nearest_places
 
 PROBE = 256  # side of the frame that memory is measured on
 BESIDE_TENSORS = 2.5  # what the process grows by for each byte of tensors: convolutions' own buffers, freed memory that is not given back
@@ -134,3 +139,95 @@ def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, step
     # Hints, features and frames are whole, however small the tiles.
     left -= pixels * WHOLE_BYTES
     return max(1, int(left / each))
+
+
+def interpolate_frames(
+    pipeline: MADiffPipeline,
+    frames: Iterable[Union[PIL.Image.Image, np.ndarray, torch.Tensor]],
+    factor: int = 2,
+    *,
+    steps: Optional[int] = None,
+    seed: int = 0,
+    cut_threshold: float = LEAST_CHANGE,
+    cut_ratio: float = RATIO,
+    output_type: str = "pil",
+) -> Iterator[Union[PIL.Image.Image, np.ndarray, torch.Tensor]]:
+    """
+    Make a stream of frames smoother, holding but a few of them at a time.
+
+    Args:
+        pipeline: what makes the frames.
+        frames: of one size; each as `image_prev` of the pipeline.
+        factor: frames to give for each one.
+        steps: sampling steps; the checkpoint's own if not given.
+        seed: of the noise, the same for every frame.
+        cut_threshold, cut_ratio: see `scene_cuts.cuts_of_changes`; nothing is made across a cut.
+        output_type: "pil", "np" (`(H, W, 3)`) or "pt" (`(3, H, W)`); the latter two float32 in [0, 1].
+
+    Yields:
+        each frame, and behind it those made towards the next: at the nearest middles of middles to even places; before a cut and at the
+        end, the frame again.
+
+    Raises:
+        ValueError, TypeError: for arguments out of their range, and frames of another size; once frames are asked for.
+    """
+    if not isinstance(factor, int) or factor < 1:
+        raise ValueError(f"`factor` must be a positive integer, but is {factor!r}.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
+    processor, maker = pipeline.frame_processor, MiddleMaker(pipeline, steps, seed)
+    places = nearest_places(tuple(Fraction(number, factor) for number in range(factor)))
+    made_places = [place for place in places if 0 < place < 1]
+
+    def given(frame: np.ndarray) -> Union[PIL.Image.Image, np.ndarray, torch.Tensor]:
+        if output_type == "np":
+            return frame
+        tensor = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
+        return tensor if output_type == "pt" else processor.postprocess(tensor[None, None] * 2 - 1, "pil")[0][0]
+
+    last: Optional[Neighbour] = None
+    for neighbour, starts_scene in _with_cuts(_neighbours(pipeline, frames), cut_threshold, cut_ratio):
+        if last is not None:
+            made = iter(()) if starts_scene else maker.between(last, neighbour, made_places)
+            for place in places:
+                if starts_scene or place == 0:
+                    yield given(last.frame)
+                else:
+                    yield given(neighbour.frame if place == 1 else next(made))
+        last = neighbour
+    if last is not None:
+        for _ in places:
+            yield given(last.frame)
+
+
+def _neighbours(pipeline: MADiffPipeline, frames: Iterable) -> Iterator[Neighbour]:
+    size = None
+    for frame in frames:
+        tensor = pipeline.frame_processor.to_tensor(frame, "frames")
+        if tensor.shape[0] != 1 or (size or tensor.shape[-2:]) != tensor.shape[-2:]:
+            raise ValueError(f"`frames` must give single frames of one size, but gives {tuple(tensor.shape)} after {size and tuple(size)}.")
+        size = tensor.shape[-2:]
+        yield Neighbour((tensor[0].permute(1, 2, 0).contiguous() / 2 + 0.5).clamp(0, 1).numpy())
+
+
+def _with_cuts(neighbours: Iterable[Neighbour], threshold: float, ratio: float) -> Iterator[Tuple[Neighbour, bool]]:
+    """Frames, and whether each starts a new scene; some frames late, because that shows by what comes after it."""
+    waiting: Deque[Neighbour] = deque()
+    changes: List[float] = []
+    small, number = None, 0  # of the frame that is given next
+
+    def starts_scene() -> bool:
+        first = max(0, number - 1 - REACH)
+        return number > 0 and number - first in cuts_of_changes(changes[first : number + REACH], threshold, ratio)
+
+    for neighbour in neighbours:
+        before, small = small, thumbnail((neighbour.frame * 255).round().astype(np.uint8))
+        if before is not None:
+            changes.append(change(before, small))
+        waiting.append(neighbour)
+        if len(waiting) > REACH:
+            yield waiting.popleft(), starts_scene()
+            number += 1
+    while waiting:
+        yield waiting.popleft(), starts_scene()
+        number += 1

@@ -11,7 +11,7 @@ import av
 import cv2
 import numpy as np
 
-from ..scene_cuts import change, thumbnail
+from ..scene_cuts import change
 from .colour import ColourTags
 
 IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -113,6 +113,7 @@ class Encoding(NamedTuple):
 
     def add_stream(self, output: av.container.OutputContainer) -> av.video.stream.VideoStream:
         """A stream that encodes in this way, and says so in the file's header."""
+        os.environ.setdefault("SVT_LOG", "1")  # or the AV1 encoder tells its settings on stderr
         stream = output.add_stream(CODECS[self.codec].encoder, rate=self.rate, options=dict(self.options))
         context = stream.codec_context
         context.height, context.width = self.size
@@ -179,6 +180,8 @@ def choose_encoding(
     pixel_format = analogous_format(source, name)
     if name == "prores":
         options["profile"] = "4" if "444" in pixel_format else "3"
+    if container.format == "avi" and name == "h264":
+        options["bf"] = "0"  # AVI cannot tell that frames are decoded in another order than they are shown
     if name == "raw" and _bits(av.VideoFormat(pixel_format)) > 8:
         options["strict"] = "-1"
     rotation = 0 if container.turns else analysis.rotation
