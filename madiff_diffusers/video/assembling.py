@@ -62,8 +62,13 @@ class _HeaderRefused(Exception):
 
 
 def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
-    name = encoding.container.format
-    return av.open(str(output), "w", format=name, container_options={"movflags": "+faststart"} if name in ("mp4", "mov") else {})
+    # "bitexact": without it, Matroska files have random numbers, and the same work gives other bytes.
+    options = {"fflags": "+bitexact"}
+    if encoding.container.format in ("mp4", "mov"):
+        options["movflags"] = "+faststart"
+    if encoding.container.format == "avi":  # it has no times, but would begin with empty frames for sound that begins before 0
+        options["avoid_negative_ts"] = "disabled"
+    return av.open(str(output), "w", format=encoding.container.format, container_options=options)
 
 
 def _write(

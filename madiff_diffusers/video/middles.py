@@ -132,6 +132,8 @@ def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, step
         max_memory: bytes that the process may take in all.
         steps: of sampling.
     """
+    if pixels <= PROBE**2:
+        return None
     each = bytes_per_pixel(pipeline, steps)
     left = max_memory - PROCESS_BYTES - pixels * FRAME_BYTES
     if pixels * each <= left:

@@ -50,6 +50,8 @@ class Source:
             raise VideoError(f"a rate of images was given, but {self.path} is a video file, which has its own")
         # Seconds that times are counted in, and the rate that the file tells, if it does.
         self.time_base, self.rate = (1 / image_rate, image_rate) if self.images is not None else (Fraction(1), None)
+        # When the stream ends, where the file tells.
+        self.end: Optional[int] = None
         self.damage: List[str] = []
         self.late = 0
 
@@ -88,6 +90,7 @@ class Source:
             stream = main_stream(container, self.path)
             self.time_base = stream.time_base
             self.rate = stream.guessed_rate or stream.average_rate
+            self.end = None if stream.duration is None else (stream.start_time or 0) + stream.duration
             stream.thread_type = "AUTO"
             packets, last = container.demux(stream), None
             while True:
@@ -229,7 +232,10 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
     first, unit = starts[0], source.time_base
     steps = array("q", (b - a for a, b in zip(starts, starts[1:])))
     usual = median(steps) if steps else 0
-    last_step = seen["duration"] or round(usual) or round(1 / (source.rate or 25) / unit) or 1
+    # What frames tell of how long they last is of the order in which they are decoded; the stream's end is surer.
+    last_step = 0 if source.end is None or source.late else source.end - starts[-1]
+    if not 0 < last_step <= 2 * max(steps, default=last_step):
+        last_step = seen["duration"] or round(usual) or round(1 / (source.rate or 25) / unit) or 1
     relative = array("q", (start - first for start in starts))
     end = relative[-1] + last_step
     longest = max(last_step, max(steps, default=0))

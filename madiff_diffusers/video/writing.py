@@ -7,8 +7,9 @@ import io
 import json
 import os
 import shutil
+from collections import deque
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -282,7 +283,7 @@ class PartWriter:
             self._last = array, self._converted(array)
         frame = self._last[1]
         if self._is_folder:
-            frame.save(self._temporary / f"{self._number:08d}.png")
+            (self._temporary / f"{self._number:08d}.png").write_bytes(png_bytes(frame))
             self._number += 1
             return
         frame.pts, frame.time_base = time, self.encoding.time_base
@@ -319,6 +320,14 @@ class PartWriter:
             self._temporary.unlink(missing_ok=True)
 
 
+def png_bytes(frame: av.VideoFrame) -> bytes:
+    """A PNG file of a frame's own pixels (VideoFrame.save makes 8 bits of them)."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = frame.width, frame.height, frame.format.name, Fraction(1)
+    frame.pts = None
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
 def index_path(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
@@ -346,10 +355,13 @@ def joined_packets(parts: Sequence[Path], end: int) -> Iterator[av.Packet]:
     for index in map(read_index, parts):
         ranks = {time: rank for rank, time in enumerate(sorted(time for time, _, _ in index))}
         delay = max([delay, *(place - ranks[time] for place, (time, _, _) in enumerate(index))])
-    shown = (time for part in parts for time in sorted(time for time, _, _ in read_index(part)))
-    first = list(islice(shown, delay + 1))
-    # A frame is decoded when the one `delay` places before it is shown, and the first ones as far ahead as that takes.
-    decoded = chain((time - (first[-1] - first[0]) for time in first[:-1]), first, shown)
+    # A frame is decoded when the one `delay` places before it is shown, and the first ones ahead of all; so far ahead that the times
+    # of decoding span what those of showing do, by which some tell how long a file is.
+    last_time = read_index(parts[-1])[-1][0]
+    tail = deque(_shown_times(parts), maxlen=delay + 1)
+    ahead = end - tail[0] - (next((time for time in tail if time > last_time), end) - last_time)
+    first = next(_shown_times(parts))
+    decoded = chain((first - ahead + place * ahead // delay for place in range(delay)), _shown_times(parts))
     for part, next_part in zip(parts, [*parts[1:], None]):
         index = read_index(part)
         times = sorted(time for time, _, _ in index)
@@ -359,6 +371,11 @@ def joined_packets(parts: Sequence[Path], end: int) -> Iterator[av.Packet]:
                 packet = av.Packet(file.read(size))
                 packet.pts, packet.dts, packet.duration, packet.is_keyframe = time, next(decoded), ends[time] - time, is_key
                 yield packet
+
+
+def _shown_times(parts: Sequence[Path]) -> Iterator[int]:
+    for part in parts:
+        yield from sorted(time for time, _, _ in read_index(part))
 
 
 def read_index(part: Path) -> List[Tuple[int, int, bool]]:

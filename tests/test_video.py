@@ -1,0 +1,336 @@
+"""Videos in and out: times, sound, colours and all that a file has besides pictures."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from madiff_diffusers import interpolate_frames, interpolate_video
+from madiff_diffusers.video.colour import ColourPath, ColourTags
+from madiff_diffusers.video.jobs import VideoOptions
+from madiff_diffusers.video.reading import Source, VideoError, analyse
+from madiff_diffusers.video.writing import CONTAINERS, analogous_format, png_bytes
+from tests.conftest import moving_picture
+from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
+
+LOSSLESS = {"codec": "ffv1"}
+
+
+def run(pipeline, source, output, **options):
+    return interpolate_video(pipeline, source, output, progress=False, **options)
+
+
+def test_what_a_phone_records(pipeline, tmp_path):
+    source, out = phone_clip(tmp_path / "phone.mp4"), tmp_path / "out.mp4"
+    result = run(pipeline, source, out)
+    before, after = read(source), read(out)
+    assert result == (out, 28, 13, []) and not (tmp_path / "out.mp4.parts").exists()
+    assert after.times[::2] == before.times and after.duration == before.duration
+    assert all(b - a == c - b for a, b, c in zip(after.times[::2], after.times[1::2], after.times[2::2]))
+    assert after.audio == before.audio and after.audio["codec"] == "aac" and after.audio["language"] == "fra"
+    assert after.rotation == before.rotation == 90 and after.size == before.size
+    assert after.chapters == before.chapters and len(after.chapters) == 2
+    assert {name: after.metadata[name] for name in ("title", "comment")} == {"title": "Holiday", "comment": "by the sea"}
+    assert after.colours == before.colours == (1, 1, 1, 1) and after.pixel_format == "yuv420p"
+
+
+@pytest.mark.parametrize("fps, frames", [("60000/1001", 30), ("25", 13), ("8", 4)])
+def test_film_at_other_rates(pipeline, tmp_path, fps, frames):
+    source = film_clip(tmp_path / "film.mp4", 12, sound=0.5)
+    result = run(pipeline, source, tmp_path / "out.mp4", fps=Fraction(fps))
+    after = read(tmp_path / "out.mp4")
+    assert len(after.times) == frames == result.frames and after.rate == Fraction(fps)
+    assert after.times == [number / Fraction(fps) for number in range(frames)]
+    assert abs(after.duration - read(source).duration) <= 1 / Fraction(fps) and after.audio == read(source).audio
+
+
+def test_a_clock_of_milliseconds_is_taken_for_the_rate_that_it_rounds(pipeline, tmp_path):
+    source = film_clip(tmp_path / "film.mkv", 24)
+    analysis = analyse(Source(source))
+    assert analysis.regular and analysis.unit == Fraction(1001, 24000) and list(analysis.starts) == list(range(24))
+    run(pipeline, source, tmp_path / "out.mov", factor=2)
+    assert read(tmp_path / "out.mov").times == [number * Fraction(1001, 48000) for number in range(48)]
+
+
+def test_ten_bits_and_their_colours(pipeline, tmp_path):
+    hdr = (1, 9, 9, 16)  # limited range, BT.2020, PQ
+    source = film_clip(tmp_path / "hdr.mkv", 6, codec="libx265", pixel_format="yuv420p10le", colours=hdr, options={"x265-params": "log-level=none"})
+    for name, codec in (("out.mkv", "hevc"), ("out.mp4", None), ("out.webm", None), ("out.mov", "prores")):
+        run(pipeline, source, tmp_path / name, codec=codec)
+        after = read(tmp_path / name)
+        assert "10" in after.pixel_format and after.colours == hdr and len(after.times) == 12, name
+
+
+def test_a_gif(pipeline, tmp_path):
+    frames = [Image.fromarray(frame) for frame in drifting(6, 51, 75)]
+    frames[0].save(tmp_path / "in.gif", save_all=True, append_images=frames[1:], duration=[100, 100, 300, 100, 100, 200], loop=0)
+    result = run(pipeline, tmp_path / "in.gif", tmp_path / "out.mp4")
+    after = read(tmp_path / "out.mp4")
+    assert after.size == (52, 76) and "no odd sizes" in result.notes[-1] and after.pixel_format == "yuv420p"
+    assert after.times[::2] == [Fraction(time, 10) for time in (0, 1, 2, 5, 6, 7)] and after.duration == Fraction(9, 10)
+    assert after.colours == (1, 1, 1, 1)
+    source, shown = decode(tmp_path / "in.gif"), decode(tmp_path / "out.mp4")
+    assert np.abs(source[3].astype(int) - shown[6][:51, :75]).mean() < 6
+
+    run(pipeline, tmp_path / "in.gif", tmp_path / "out.gif", fps=Fraction(20))
+    after = read(tmp_path / "out.gif")
+    assert len(after.times) == 18 and after.size == (51, 75) and after.times[1] == Fraction(1, 20)
+    assert Image.open(tmp_path / "out.gif").info["loop"] == 0
+    again = decode(tmp_path / "out.gif")
+    assert np.abs(source[0].astype(int) - again[0]).mean() < 6
+
+
+def test_nothing_is_made_across_a_cut(pipeline, tmp_path):
+    frames = drifting(7) + [255 - frame for frame in drifting(7, start=7)]
+    source = write_video(tmp_path / "cut.mkv", frames, range(14), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    result = run(pipeline, source, tmp_path / "out.mkv", factor=4, **LOSSLESS)
+    shown = decode(tmp_path / "out.mkv")
+    assert result.frames == len(shown) == 56 and result.made == 12 * 3
+    for number in range(24, 28):
+        assert np.array_equal(shown[number], frames[6]), number
+    assert np.array_equal(shown[28], frames[7]) and not np.array_equal(shown[22], frames[6])
+    assert run(pipeline, source, tmp_path / "all.mkv", factor=4, cut_threshold=2.0, **LOSSLESS).made == 13 * 3
+
+
+def test_repeated_frames(pipeline, tmp_path):
+    moving = drifting(12)
+    frames = [moving[number // 2 * 2] for number in range(12)] + [moving[-1]] * 8 + drifting(4, start=14)
+    source = write_video(tmp_path / "twos.mkv", frames, range(24), Fraction(1, 24), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    plain = run(pipeline, source, tmp_path / "plain.mkv", cut_threshold=2.0, **LOSSLESS)
+    smooth = run(pipeline, source, tmp_path / "smooth.mkv", cut_threshold=2.0, dedup=True, **LOSSLESS)
+    shown = decode(tmp_path / "smooth.mkv")
+    assert plain.made == 23 and plain.frames == smooth.frames == len(shown) == 48 and read(tmp_path / "smooth.mkv").times == read(tmp_path / "plain.mkv").times
+    for number in range(1, 20):
+        assert not np.array_equal(shown[number], shown[number - 1]), number
+    still = [number for number in range(1, 48) if np.array_equal(shown[number], shown[number - 1])]
+    assert set(range(25, 38)) <= set(still), "a picture that stands still is not moved"
+    assert smooth.made == 6 * 3 + 1 + 3
+
+
+@pytest.mark.parametrize("matrix, primaries", [(1, 1), (6, 6), (9, 9)])
+@pytest.mark.parametrize("colour_range", [1, 2])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p10le", "yuv444p"])
+def test_frames_that_are_not_made_stay_what_they_are(matrix, primaries, colour_range, pixel_format):
+    """The way to RGB and back, without a file's own loss; all three planes together."""
+    tags = ColourTags(colour_range, matrix, primaries, 1)
+    path = ColourPath(tags, 480)
+    picture = path.from_rgb(moving_picture(0, 480, 640).astype(np.float32) / 255, pixel_format)
+    back = path.from_rgb(path.to_rgb(picture), pixel_format)
+    assert ColourTags.of(back) == tags
+    deep = "10" in pixel_format
+    errors = []
+    for mine, theirs in zip(picture.planes, back.planes):
+        pair = [np.frombuffer(plane, np.uint16 if deep else np.uint8).reshape(plane.height, -1)[:, : plane.width] for plane in (mine, theirs)]
+        errors.append(((pair[0].astype(float) - pair[1]) ** 2).ravel())
+    # Full range and 8 bits are where FFmpeg's scaler rounds chroma worst: by 1 of 255.
+    assert 10 * np.log10((1023 if deep else 255) ** 2 / np.concatenate(errors).mean()) >= (49.9 if colour_range == 2 else 50)
+    darkest = int(np.frombuffer(picture.planes[0], np.uint16 if deep else np.uint8).min())
+    assert (darkest >= (64 if deep else 16)) == (colour_range == 1)
+
+
+def planes(path: Path) -> list:
+    """All samples of each frame as they are decoded."""
+    with av.open(str(path)) as file:
+        return [
+            np.concatenate([np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width].ravel() for plane in frame.planes]).astype(float)
+            for frame in file.decode(video=0)
+        ]
+
+
+@pytest.mark.parametrize("colours", [(1, 6, 6, 6), (1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 2, 2)])
+def test_originals_in_a_lossless_file(pipeline, tmp_path, colours):
+    source = write_video(tmp_path / "in.mkv", drifting(3, 240, 320), range(3), Fraction(1, 25), colours=colours, options={"crf": "12"})
+    run(pipeline, source, tmp_path / "out.mkv", overwrite=True, **LOSSLESS)
+    assert read(tmp_path / "out.mkv").colours == colours
+    for frame, shown in zip(planes(source), planes(tmp_path / "out.mkv")[::2]):
+        assert 10 * np.log10(255**2 / ((frame - shown) ** 2).mean()) >= 50
+
+
+def test_made_frames_have_the_colours_of_their_neighbours(pipeline, tmp_path):
+    """A still picture: what flickers between frames that are made and those that are not is two ways for colours."""
+    source = write_video(tmp_path / "still.mkv", drifting(1) * 5, range(5), Fraction(1, 25), colours=(1, 6, 6, 6))
+    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: (torch.full_like(output[0], 0.2), *output[1:]))
+    grey = write_video(tmp_path / "grey.mkv", [np.full((64, 96, 3), 153, np.uint8)] * 5, range(5), Fraction(1, 25), colours=(1, 6, 6, 6))
+    for path in (source, grey):
+        run(pipeline, path, tmp_path / "out.mkv", overwrite=True, **LOSSLESS)
+        made = decode(tmp_path / "out.mkv")[1::2][:4]
+        assert all(np.abs(frame.astype(int) - 153).max() <= 1 for frame in made)
+    originals = decode(tmp_path / "out.mkv")[::2]
+    assert all(np.abs(frame.astype(int) - 153).max() <= 1 for frame in originals)
+
+
+@pytest.mark.parametrize("suffix, codec", [(suffix, codec) for suffix, container in CONTAINERS.items() for codec in container.codecs])
+def test_every_kind_of_file(pipeline, tmp_path, suffix, codec):
+    source, out = phone_clip(tmp_path / "in.mp4", 4), tmp_path / f"out{suffix}"
+    result = run(pipeline, source, out, **({} if codec in ("gif", "raw") else {"codec": codec}))
+    before, after = read(source), read(out)
+    assert len(after.times) == 8 == result.frames and after.codec == {"raw": "rawvideo"}.get(codec, codec)
+    turned = not CONTAINERS[suffix].turns
+    assert after.size == ((96, 64) if turned else (64, 96)) and after.rotation == (0 if turned else 90)
+    shown, frames = decode(out), decode(source)
+    first = np.rot90(frames[0]) if turned else frames[0]
+    assert np.abs(first.astype(int) - shown[0]).mean() < (12 if codec == "gif" else 6)
+    # AVI and Y4M have one rate, GIF hundredths of a second, Matroska milliseconds and no times below 0.
+    offset = after.times[0]
+    rounding = {".gif": Fraction(1, 100), ".mkv": Fraction(1, 1000), ".webm": Fraction(1, 1000)}.get(suffix, 0)
+    if not CONTAINERS[suffix].steady:
+        assert all(abs(a - offset - b) <= rounding for a, b in zip(after.times[::2], before.times))
+    if suffix in (".mp4", ".m4v", ".mov", ".mkv", ".avi"):
+        assert after.audio["hash"] == before.audio["hash"]
+        assert abs((after.audio["times"][-1] - after.times[0]) - (before.audio["times"][-1] - before.times[0])) < Fraction(3, 100)
+    elif suffix == ".webm":
+        assert after.audio["codec"] == "opus" and "encoded anew" in result.notes[-1]
+
+
+def test_images(pipeline, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(drifting(11)):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"shot{number}.png")
+    result = run(pipeline, tmp_path / "frames", tmp_path / "out.mkv", image_fps=Fraction(30), **LOSSLESS)
+    shown = decode(tmp_path / "out.mkv")
+    assert result.frames == 22 and read(tmp_path / "out.mkv").rate == 60
+    assert np.array_equal(shown[2 * 10], drifting(11)[10]), "shot10 comes behind shot9, and RGB is kept as it is"
+    assert run(pipeline, tmp_path / "frames" / "shot%d.png", tmp_path / "two.mp4", image_fps=Fraction(30)).frames == 22
+    assert run(pipeline, tmp_path / "frames" / "shot1*.png", tmp_path / "three.mp4", image_fps=Fraction(30)).frames == 4
+
+    result = run(pipeline, tmp_path / "two.mp4", tmp_path / "made")
+    names = sorted(path.name for path in (tmp_path / "made").iterdir())
+    assert len(names) == 44 == result.frames and names[0] == "00000000.png" and names[-1] == "00000043.png"
+    with pytest.raises(VideoError, match="is there already"):
+        run(pipeline, tmp_path / "two.mp4", tmp_path / "made")
+
+
+def test_sixteen_bits_of_images_are_ten_of_video(pipeline, tmp_path):
+    (tmp_path / "frames").mkdir()
+    ramp = np.tile(np.linspace(0, 65535, 96).astype(np.uint16), (64, 1))
+    for number in range(3):
+        frame = av.VideoFrame.from_ndarray(np.stack([ramp] * 3, -1), format="rgb48le").reformat(format="rgb48be")
+        (tmp_path / "frames" / f"{number}.png").write_bytes(png_bytes(frame))
+    run(pipeline, tmp_path / "frames", tmp_path / "out.mp4", image_fps=Fraction(25))
+    assert read(tmp_path / "out.mp4").pixel_format == "yuv420p10le"
+    run(pipeline, tmp_path / "frames", tmp_path / "made", image_fps=Fraction(25))
+    with av.open(str(tmp_path / "made" / "00000000.png")) as image:
+        back = next(image.decode(video=0)).to_ndarray(format="rgb48le")
+    assert np.abs(back.astype(int)[..., 0] - ramp).max() <= 2
+
+
+def test_slow_motion(pipeline, tmp_path):
+    source = phone_clip(tmp_path / "in.mp4", 14)
+    before = read(source)
+    result = run(pipeline, source, tmp_path / "slow.mp4", slow_motion=Fraction(3), audio="stretch")
+    after = read(tmp_path / "slow.mp4")
+    assert result.frames == 42 and abs(after.duration - 3 * before.duration) <= Fraction(1, 1000) and after.times[::3] == [3 * time for time in before.times]
+    assert abs(after.audio["times"][-1] - 3 * before.audio["times"][-1]) < 0.1 and after.audio["hash"] != before.audio["hash"]
+    assert [chapter[1] for chapter in after.chapters] == [3 * chapter[1] for chapter in before.chapters]
+    with av.open(str(tmp_path / "slow.mp4")) as file:  # the pitch of a sine stays
+        sound = np.concatenate([frame.to_ndarray()[0] for frame in file.decode(audio=0)])[4096:][:32768]
+    peak = np.abs(np.fft.rfft(sound * np.hanning(len(sound)))).argmax() * 48000 / len(sound)
+    assert abs(peak - 0.05 * 48000 / (2 * np.pi)) < 10
+    result = run(pipeline, source, tmp_path / "dropped.mp4", slow_motion=Fraction(3), audio="drop")
+    assert read(tmp_path / "dropped.mp4").audio == {} and "left out, as asked" in result.notes[0]
+
+
+def test_subtitles(pipeline, tmp_path):
+    source = film_clip(tmp_path / "in.mkv", 24, subtitle=b"Bonjour", sound=0.9)
+    run(pipeline, source, tmp_path / "out.mkv")
+    before, after = read(source), read(tmp_path / "out.mkv")
+    assert after.subtitles == before.subtitles and after.subtitles[0][1] == b"Bonjour"
+    run(pipeline, source, tmp_path / "slow.mkv", slow_motion=Fraction(2), audio="drop")
+    assert read(tmp_path / "slow.mkv").subtitles == [(Fraction(2, 5), b"Bonjour")]
+    assert "subtitle" in run(pipeline, source, tmp_path / "out.avi").notes[0]
+
+
+def test_pixels_that_are_not_square(pipeline, tmp_path):
+    source = film_clip(tmp_path / "in.mp4", 4, pixel_aspect=Fraction(16, 11))
+    for name in ("out.mp4", "out.mkv"):
+        run(pipeline, source, tmp_path / name)
+        assert read(tmp_path / name).pixel_aspect == Fraction(16, 11)
+
+
+def test_sound_that_begins_earlier_stays_in_step(pipeline, tmp_path):
+    times = [45000 + 3000 * number for number in range(8)]
+    source = write_video(tmp_path / "in.mp4", drifting(8), times, Fraction(1, 90000), sound=1.0)
+    run(pipeline, source, tmp_path / "out.mp4", fps=Fraction(60000, 1001))
+    after = read(tmp_path / "out.mp4")
+    assert after.times[0] == Fraction(1, 2) and after.audio == read(source).audio
+
+
+def test_a_pause_is_shown_and_not_filled(pipeline, tmp_path):
+    source = write_video(tmp_path / "in.mkv", drifting(4), [0, 40, 2040, 2080], Fraction(1, 1000), codec="ffv1", pixel_format="bgr0")
+    assert run(pipeline, source, tmp_path / "out.mkv", fps=Fraction(50)).made == 2
+    assert run(pipeline, source, tmp_path / "all.mkv", fps=Fraction(50), max_gap=Fraction(3)).made > 90
+
+
+def test_bad_input_says_what_is_allowed(pipeline, tmp_path):
+    source = phone_clip(tmp_path / "in.mp4", 4)
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty.mp4").touch()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        sound = file.add_stream("aac", rate=48000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.int16), format="s16", layout="stereo")
+        samples.sample_rate = 48000
+        file.mux(sound.encode(samples))
+        file.mux(sound.encode(None))
+    before = sorted(tmp_path.rglob("*"))
+    cases = [
+        (dict(source="none.mp4"), "there is no file"), (dict(source="text.mp4"), "cannot read .*text.mp4 as a video"), (dict(source="empty.mp4"), "is empty"),
+        (dict(source="sound.mp4"), "has no video"), (dict(output="out.xyz"), "must end in .mp4"), (dict(output="no/out.mp4"), "there is no folder"),
+        (dict(output="in.mp4"), "must not take the place"), (dict(output="text.mp4"), "is there already"), (dict(factor=0), "`factor` must be from 1 to 64, but is 0"),
+        (dict(factor=2, fps=Fraction(50)), "either `factor` or `fps`"), (dict(fps=Fraction(5000)), "`fps` must be"), (dict(codec="prores"), "`codec` for .mp4 must be one of h264"),
+        (dict(crf=70), "`crf` for h264 must be from 0"), (dict(preset="quick"), "`preset` for h264 must be one of ultrafast"), (dict(slow_motion=Fraction(1, 2)), "`slow_motion` must be"),
+        (dict(slow_motion=Fraction(2)), "`audio` must be stretch or drop in slow motion, but is keep"), (dict(audio="stretch"), "`audio` must be keep or drop, but is stretch"),
+        (dict(image_fps=Fraction(25)), "which has its own"), (dict(source="*.png"), "there are no images"), (dict(seed=-1), "`seed`"), (dict(max_memory=5), "`max_memory`"),
+        (dict(output="out.mkv", codec="ffv1", crf=3), "`crf` cannot be set for ffv1"),
+    ]  # fmt: skip
+    for changed, message in cases:
+        options = {"source": source.name, "output": "out.mp4", **changed}
+        with pytest.raises(VideoError, match=message):
+            run(pipeline, tmp_path / options.pop("source"), tmp_path / options.pop("output"), **options)
+        assert sorted(tmp_path.rglob("*")) == before, changed
+
+
+def test_options_have_their_defaults_filled_in():
+    assert VideoOptions().checked().factor == 2 and VideoOptions(fps=Fraction(60)).checked().factor is None
+    assert VideoOptions(slow_motion=Fraction(5, 2), audio="drop").checked().factor == 3
+
+
+def test_formats_of_pixels():
+    for source, codec, expected in (
+        ("yuvj420p", "h264", "yuv420p"), ("nv12", "hevc", "yuv420p"), ("p010le", "hevc", "yuv420p10le"), ("bgra", "h264", "yuv420p"), ("yuv444p", "av1", "yuv420p"),
+        ("yuv420p", "prores", "yuv422p10le"), ("yuv444p12le", "prores", "yuv444p10le"), ("gray", "h264", "yuv420p"), ("gray", "ffv1", "gray"), ("pal8", "ffv1", "bgr0"),
+    ):  # fmt: skip
+        assert analogous_format(av.VideoFormat(source), codec) == expected
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_a_generator_over_frames(pipeline, output_type):
+    frames = drifting(4) + [255 - frame for frame in drifting(4, start=4)]
+    encoded = []
+    pipeline.vqvae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    taken = []
+    stream = interpolate_frames(pipeline, (taken.append(number) or frame for number, frame in enumerate(frames)), output_type=output_type)
+    first = next(stream)
+    assert len(taken) <= 5, "frames are taken as they are needed"
+    shown = [first, *stream]
+    assert len(shown) == 16 and sum(encoded) == 8, "each frame is encoded once"
+    as_arrays = {"pil": np.array, "np": lambda frame: (frame * 255).round(), "pt": lambda frame: (frame.permute(1, 2, 0) * 255).round().numpy()}[output_type]
+    shown = [as_arrays(frame).astype(np.uint8) for frame in shown]
+    assert all(np.array_equal(a, b) for a, b in zip(shown[::2], frames))
+    assert np.array_equal(shown[7], frames[3]) and np.array_equal(shown[15], frames[7]) and not np.array_equal(shown[5], frames[2])
+    expected = pipeline(frames[0], frames[1], generator=torch.Generator().manual_seed(0)).frames[0][0]
+    assert np.abs(np.array(expected).astype(int) - shown[1]).max() <= 1
+    with pytest.raises(ValueError, match="`factor`"):
+        next(interpolate_frames(pipeline, frames, 0))
+    with pytest.raises(ValueError, match="single frames of one size"):
+        list(interpolate_frames(pipeline, [frames[0], frames[1][:-1]]))
+
+
+def test_each_frame_is_encoded_once(pipeline, tmp_path):
+    encoded = []
+    pipeline.vqvae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    run(pipeline, phone_clip(tmp_path / "in.mp4", 9), tmp_path / "out.mp4")
+    assert sum(encoded) == 9
