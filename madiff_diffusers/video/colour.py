@@ -1,17 +1,21 @@
-"""One way for colours: every frame, made or not, goes from its file's pixels to RGB in floating point and back by the same numbers."""
+"""One way for colours: every frame, made or not, goes from a file's pixels to RGB in floating point and back by the same numbers."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import av
+import cv2
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-# FFmpeg's numbers of matrices (of files) and its scaler's.
-_SCALER_MATRIX = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 7: Colorspace.SMPTE240M, 9: Colorspace.BT2020, 10: Colorspace.BT2020}  # fmt: skip
+# What luma is of red and of blue, by FFmpeg's numbers of matrices: BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020 twice.
+_LUMA = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 
-# Planar floating point: 8-bit RGB loses what the eye sees in flat areas (47 dB instead of above 60).
+# Formats by how many pixels across, and how many down, share one colour.
+PLANAR = {(1, 1): "yuv444p", (2, 1): "yuv422p", (2, 2): "yuv420p", (1, 2): "yuv440p", (4, 1): "yuv411p", (4, 4): "yuv410p"}
+
+# FFmpeg's scaler rounds changes of range and matrix to up to 1 of 255, cuts off what lies outside of RGB, and moves chroma where two
+# frames tell different places for it. So it only rearranges pixels here, and what is between YUV and RGB is floating point.
 _RGB = "gbrpf32le"
-_EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
 
 class ColourTags(NamedTuple):
@@ -44,42 +48,105 @@ class ColourPath:
 
     def __init__(self, tags: ColourTags, height: int):
         self.tags = tags
-        self._matrix = _SCALER_MATRIX.get(tags.matrix, Colorspace.ITU709 if height >= 720 else Colorspace.ITU601)
-        self._range = ColorRange.JPEG if tags.range == 2 else ColorRange.MPEG
+        self._luma = _LUMA.get(tags.matrix, _LUMA[1] if height >= 720 else _LUMA[6])
         # One for each direction, which may have a thread each.
         self._reader, self._writer = VideoReformatter(), VideoReformatter()
 
     def to_rgb(self, frame: av.VideoFrame, size: Optional[Tuple[int, int]] = None) -> np.ndarray:
-        """A frame as `(H, W, 3)` float32 in [0, 1]; scaled to `(height, width)` if it has another size."""
+        """A frame as `(H, W, 3)` float32; scaled to `(height, width)` if it has another size. RGB lies in [0, 1], but for colours
+        that YUV has and RGB has not."""
         height, width = size or (frame.height, frame.width)
         rgb = is_rgb(frame.format)
-        converted = self._reader.reformat(
-            frame,
-            width=width,
-            height=height,
-            format=_RGB,
-            interpolation=Interpolation.BICUBIC | _EXACT,
-            src_colorspace=None if rgb else self._matrix,
-            src_color_range=ColorRange.JPEG if rgb else self._range,
-            dst_color_range=ColorRange.JPEG,
+        frame = self._reader.reformat(
+            frame, width, height, _RGB if rgb else planar_format(frame.format), interpolation=Interpolation.BICUBIC, **self._same(rgb)
         )
-        return converted.to_ndarray()
+        if rgb:
+            return frame.to_ndarray()
+        luma, *chroma = (_samples(plane, frame.format).astype(np.float32) for plane in frame.planes)
+        bits = frame.format.components[0].bits
+        chroma = [_grown(plane, luma.shape) for plane in chroma] or [np.full_like(luma, 2 ** (bits - 1))] * 2
+        to_yuv = self._to_yuv(bits)
+        inverse = np.linalg.inv(to_yuv[:, :3])
+        return cv2.transform(cv2.merge([luma, *chroma]), np.column_stack([inverse, -inverse @ to_yuv[:, 3]]))
 
     def from_rgb(self, array: np.ndarray, pixel_format: str) -> av.VideoFrame:
-        """The reverse of `to_rgb`."""
-        rgb = is_rgb(av.VideoFormat(pixel_format))
-        converted = self._writer.reformat(
-            av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format=_RGB),
-            format=pixel_format,
-            # Of what the scaler has, areas undo bicubic chroma best: 50 dB and more for 4:2:0, saturated edges included.
-            interpolation=Interpolation.AREA | _EXACT,
-            src_color_range=ColorRange.JPEG,
-            dst_colorspace=None if rgb else self._matrix,
-            dst_color_range=ColorRange.JPEG if rgb else self._range,
-        )
-        converted.color_range, converted.colorspace = self.tags.range, self.tags.matrix
-        converted.color_primaries, converted.color_trc = self.tags.primaries, self.tags.transfer
-        return converted
+        """The reverse of `to_rgb`: what that made of a frame becomes the frame again, bit for bit."""
+        target = av.VideoFormat(pixel_format)
+        if is_rgb(target):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array.clip(0, 1)), format=_RGB)
+            frame = self._writer.reformat(frame, format=pixel_format, interpolation=Interpolation.BICUBIC, **self._same(True))
+        else:
+            frame = av.VideoFrame(array.shape[1], array.shape[0], pixel_format)
+            bits = target.components[0].bits
+            channels = cv2.split(cv2.transform(np.ascontiguousarray(array), self._to_yuv(bits)))
+            for plane, channel in zip(frame.planes, channels):
+                row = plane.line_size // (2 if bits > 8 else 1)
+                values = np.zeros((plane.height, row), np.uint16 if bits > 8 else np.uint8)
+                values[:, : plane.width] = np.rint(_shrunk(channel, (plane.height, plane.width))).clip(0, 2**bits - 1)
+                plane.update(values)
+        frame.color_range, frame.colorspace = self.tags.range, self.tags.matrix
+        frame.color_primaries, frame.color_trc = self.tags.primaries, self.tags.transfer
+        return frame
+
+    def _same(self, rgb: bool) -> Dict[str, int]:
+        """Settings by which the scaler leaves range and matrix alone."""
+        one = ColorRange.JPEG if rgb or self.tags.range == 2 else ColorRange.MPEG
+        settings = {"src_color_range": one, "dst_color_range": one}
+        return settings if rgb else {**settings, "src_colorspace": Colorspace.ITU709, "dst_colorspace": Colorspace.ITU709}
+
+    def _to_yuv(self, bits: int) -> np.ndarray:
+        """`(3, 4)`: RGB in [0, 1] to luma and chroma of some bits (ITU-T H.273, 8.3)."""
+        red, blue = self._luma
+        luma = np.array([red, 1 - red - blue, blue])
+        weights = np.stack([luma, (np.array([0, 0, 1]) - luma) / (2 - 2 * blue), (np.array([1, 0, 0]) - luma) / (2 - 2 * red)])
+        if self.tags.range == 2:
+            scales, offsets = [2**bits - 1] * 3, [0, 2 ** (bits - 1), 2 ** (bits - 1)]
+        else:
+            scales, offsets = (np.array(values) * 2 ** (bits - 8) for values in ([219, 224, 224], [16, 128, 128]))
+        return np.column_stack([weights * np.reshape(scales, (3, 1)), offsets])
+
+
+def _samples(plane: av.video.plane.VideoPlane, pixel_format: av.VideoFormat) -> np.ndarray:
+    values = np.frombuffer(plane, np.uint16 if pixel_format.components[0].bits > 8 else np.uint8)
+    return values.reshape(plane.height, -1)[:, : plane.width]
+
+
+def _grown(chroma: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+    """Chroma for every pixel: bicubic, and with it what it takes that its means are the samples again (without that, some 45 dB)."""
+    down, across = (-(-whole // part) for whole, part in zip(size, chroma.shape))
+    if down == across == 1:
+        return chroma
+    height, width = size
+    grown = cv2.resize(chroma, (chroma.shape[1] * across, chroma.shape[0] * down), interpolation=cv2.INTER_CUBIC)[:height, :width]
+    lost = chroma - _shrunk(grown, chroma.shape)
+    return grown + lost.repeat(down, axis=0).repeat(across, axis=1)[:height, :width]
+
+
+def _shrunk(channel: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+    """Means of the pixels that share a sample."""
+    if channel.shape == size:
+        return channel
+    down, across = (-(-whole // part) for whole, part in zip(channel.shape, size))
+    missing = (size[0] * down - channel.shape[0], size[1] * across - channel.shape[1])
+    if any(missing):
+        channel = np.pad(channel, ((0, missing[0]), (0, missing[1])), mode="edge")
+    return cv2.resize(channel, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def planar_format(source: av.VideoFormat) -> str:
+    """The format that has a source's samples, but no transparency, in planes of their own."""
+    bits = source.components[0].bits
+    depth = "" if bits == 8 else f"{bits}le"
+    if len(source.components) < 3:
+        return f"gray{depth}"
+    return f"{PLANAR[chroma_of(source)]}{depth}"
+
+
+def chroma_of(pixel_format: av.VideoFormat) -> Tuple[int, int]:
+    """How many pixels across, and how many down, share one colour."""
+    if len(pixel_format.components) < 3 or is_rgb(pixel_format):
+        return 1, 1
+    return 1024 // pixel_format.chroma_width(1024), 1024 // pixel_format.chroma_height(1024)
 
 
 def is_rgb(pixel_format: av.VideoFormat) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import av
 import numpy as np
 
-from .colour import ColourPath, ColourTags, is_rgb
+from .colour import PLANAR, ColourPath, ColourTags, chroma_of, is_rgb
 from .reading import Analysis, VideoError
 
 
@@ -195,7 +195,7 @@ def choose_encoding(
     elif analysis.pixel_format.startswith("yuvj"):
         tags = tags._replace(range=2)
     if name in ("h264", "hevc"):  # their 4:2:0 and 4:2:2 have no odd sizes
-        across, down = _chroma(av.VideoFormat(pixel_format))
+        across, down = chroma_of(av.VideoFormat(pixel_format))
         width, height = width + -width % across, height + -height % down
     aspect = analysis.pixel_aspect
     return Encoding(
@@ -217,13 +217,6 @@ def _bits(pixel_format: av.VideoFormat) -> int:
     return max(component.bits for component in pixel_format.components)
 
 
-def _chroma(pixel_format: av.VideoFormat) -> Tuple[int, int]:
-    """Pixels across and down that share one colour."""
-    if len(pixel_format.components) < 3 or is_rgb(pixel_format):
-        return 1, 1
-    return 1024 // pixel_format.chroma_width(1024), 1024 // pixel_format.chroma_height(1024)
-
-
 def analogous_format(source: av.VideoFormat, codec: str) -> str:
     """The format of pixels nearest to a source's that a codec encodes: as much colour, as many bits, or the next more or less."""
     bits = _bits(source)
@@ -239,8 +232,7 @@ def analogous_format(source: av.VideoFormat, codec: str) -> str:
     if len(source.components) < 3 and not is_rgb(source):  # grey, which few players show as such
         families = ["gray", "yuv420p", "yuv422p"] if codec in ("ffv1", "raw") else ["yuv420p", "yuv422p"]
     else:
-        names = {(1, 1): "yuv444p", (2, 1): "yuv422p", (2, 2): "yuv420p", (1, 2): "yuv440p", (4, 1): "yuv411p", (4, 2): "yuv411p", (4, 4): "yuv410p"}
-        own = "yuv420p" if is_rgb(source) else names.get(_chroma(source), "yuv444p")
+        own = "yuv420p" if is_rgb(source) else PLANAR.get(chroma_of(source), "yuv444p")
         families = [own, "yuv422p", "yuv444p", "yuv420p"]
     depths = {8: "", 10: "10le", 12: "12le", 16: "16le"}
     wanted = 8 if bits <= 8 else 10 if bits <= 10 or is_rgb(source) else 12 if bits <= 12 else 16
