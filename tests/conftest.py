@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import tests.local_hub  # noqa: F401, before anything that imports the Hub's client
@@ -86,10 +87,13 @@ def pipeline(tiny: dict) -> MADiffPipeline:
     return build_pipeline(tiny)
 
 
+photograph = lru_cache(data.coffee)
+
+
 def moving_picture(time: float, height: int = 64, width: int = 96) -> np.ndarray:
     """RGB uint8 view of a photograph that drifts by (3, 1) pixels per unit of time."""
     matrix = np.float32([[0.5, 0, -60 + 3 * time], [0, 0.5, -40 + time]])
-    return cv2.warpAffine(data.coffee(), matrix, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
+    return cv2.warpAffine(photograph(), matrix, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
 
 
 @pytest.fixture

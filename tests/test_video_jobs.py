@@ -1,0 +1,325 @@
+"""Videos as long work: stopped, killed, resumed, shared among processes, damaged. Real processes, real files."""
+
+import hashlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from madiff_diffusers import MADiffPipeline, interpolate_video
+from madiff_diffusers.cli import main
+from madiff_diffusers.video.jobs import VideoJob, VideoOptions
+from madiff_diffusers.video.middles import MiddleMaker, Neighbour, tile_pixels_for
+from madiff_diffusers.video.reading import VideoError
+from tests.conftest import moving_picture, two_processes
+from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
+
+
+@pytest.fixture
+def checkpoint(pipeline, tmp_path) -> Path:
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def film(tmp_path) -> Path:
+    """Ten seconds and five parts, quickly made."""
+    return write_video(tmp_path / "film.mp4", drifting(40), range(40), Fraction(1, 4), sound=9.0)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def command(source: Path, output: Path, checkpoint: Path, *options) -> list:
+    return [sys.executable, "-m", "madiff_diffusers", "video", *map(str, (source, output, "--checkpoint", checkpoint, *options))]
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.01)
+
+
+def test_the_command(checkpoint, tmp_path):
+    source, out = phone_clip(tmp_path / "in.mp4", 6), tmp_path / "out.mp4"
+    done = subprocess.run(command(source, out, checkpoint, "--fps", "59.94", "--preview", tmp_path / "strip.png"), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str(out), done.stderr
+    assert read(out).rate == Fraction(60000, 1001) and "frame/s" in done.stderr
+    assert Image.open(tmp_path / "strip.png").size == (8 * 270, 194) or Image.open(tmp_path / "strip.png").height == 194
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "in.mp4", "out.mp4", "strip.png"]
+
+
+def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
+    source = phone_clip(tmp_path / "in.mp4", 4)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.mp4").write_bytes(source.read_bytes())
+    Image.fromarray(moving_picture(0)).save(tmp_path / "mixed" / "a.png")
+    cases = [
+        ((tmp_path / "none.mp4", tmp_path / "out.mp4"), "there is no file"),
+        ((source, tmp_path / "out.mp4", "--crf", 99), "`crf` for h264 must be from 0 (best) to 51, but is 99"),
+        ((source, tmp_path / "out.mp4", "--audio", "stretch"), "`audio` must be keep or drop"),
+        ((source, tmp_path / "out.mp4", "--max-memory", "1KB"), "`max_memory` must be at least 1 GiB"),
+        ((tmp_path / "mixed", tmp_path / "out"), "must hold images or videos, but holds 1 and 1"),
+    ]
+    for arguments, message in cases:
+        assert main(["video", *map(str, arguments), "--checkpoint", str(checkpoint)]) == 2
+        printed = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(printed) == 1 and message in printed[0] and printed[0].startswith("madiff: error: ")
+        assert not (tmp_path / "out.mp4").exists() and not (tmp_path / "out.mp4.parts").exists()
+    for options, message in ((("--fps", "fast"), "a number or a fraction"), (("--max-memory", "big"), "a size such as 8GiB"), (("--fps", "1/0"), "a fraction")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["video", "in.mp4", "out.mp4", *options])
+        assert message in capsys.readouterr().err
+
+
+def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path, codec: tuple = ()) -> None:
+    whole, out = tmp_path / "whole.mkv", tmp_path / "out.mkv"
+    subprocess.run(command(film, whole, checkpoint, *codec), check=True, capture_output=True)
+    dice, killed = random.Random(0), 0
+    for number in range(count):
+        before = len(list((tmp_path / "out.mkv.parts").glob("*.json"))) if number else 0
+        process = subprocess.Popen(command(film, out, checkpoint, "--resume", *codec), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_for(lambda: (tmp_path / "out.mkv.parts" / "job.json").is_file() or process.poll() is not None)
+        time.sleep(dice.random() * 2)
+        process.kill()
+        process.wait()
+        killed += process.returncode == -signal.SIGKILL
+        assert not out.exists() or process.returncode == 0
+        if out.exists():
+            break
+        assert len(list((tmp_path / "out.mkv.parts").glob("*.json"))) >= before, "what is done stays"
+    assert killed
+    done = subprocess.run(command(film, out, checkpoint, "--resume", "--overwrite" if out.exists() else "--resume", *codec), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert digest(out) == digest(whole) and not (tmp_path / "out.mkv.parts").exists()
+
+
+def test_killed_work_goes_on_and_gives_the_same_file(film, checkpoint, tmp_path):
+    kills(2, film, checkpoint, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_ten_times(film, checkpoint, tmp_path):
+    kills(10, film, checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_path, keep):
+    out, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
+    process = subprocess.Popen(
+        command(film, out, checkpoint, *(["--keep-partial"] if keep else [])), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: len(list(parts.glob("*.json"))) >= 3)  # the plan and two parts
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in printed and "--resume goes on with it" in printed
+    assert not out.exists() and not list(parts.glob("*.tmp"))
+    partial = tmp_path / "out.partial.mp4"
+    assert partial.exists() == keep
+    if keep:
+        frames = read(partial).times
+        assert len(frames) >= 8 and frames == [number * Fraction(1, 8) for number in range(len(frames))] and len(decode(partial)) == len(frames)
+    assert main(list(map(str, command(film, out, checkpoint)[3:]))) == 2, "what is done is not thrown away unasked"
+    assert main(list(map(str, command(film, out, checkpoint, "--resume", "--crf", 30)[3:]))) == 2, "nor mixed with other work"
+    assert main(list(map(str, command(film, out, checkpoint, "--resume")[3:]))) == 0 and len(read(out).times) == 80 and not parts.exists()
+
+
+def test_interrupted_before_a_part_is_done(film, checkpoint, tmp_path):
+    process = subprocess.Popen(command(film, tmp_path / "out.mp4", checkpoint), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for((tmp_path / "out.mp4.parts" / "job.json").is_file)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    if not list(tmp_path.glob("out.mp4.parts/*[0-9].json")):
+        assert not (tmp_path / "out.mp4.parts").exists() and not (tmp_path / "out.mp4").exists()
+
+
+def test_two_processes_make_the_same_file(film, checkpoint, tmp_path):
+    alone, shared = tmp_path / "alone.mp4", tmp_path / "shared.mp4"
+    assert main(list(map(str, command(film, alone, checkpoint, "--factor", 3)[3:]))) == 0
+    launch = two_processes(["madiff_diffusers", *map(str, command(film, shared, checkpoint, "--factor", 3)[3:])])
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(shared)
+    assert digest(alone) == digest(shared) and read(alone).audio == read(film).audio and len(read(alone).times) == 120
+
+
+def test_a_folder_of_videos(checkpoint, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "b.mkv"):
+        film_clip(tmp_path / "in" / name, 4)
+    (tmp_path / "in" / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "in" / "notes.txt").write_text("not a video")
+    arguments = ["video", str(tmp_path / "in"), str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "1 of 3 videos could not be made" in printed.err and "cannot read" in printed.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mkv"] == [Path(line).name for line in printed.out.split()]
+    assert len(read(tmp_path / "out" / "b.mkv").times) == 8
+    (tmp_path / "in" / "broken.mp4").unlink()
+    launch = two_processes(["madiff_diffusers", *arguments, "--overwrite", "--factor", "3"])
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0 and len(read(tmp_path / "out" / "a.mp4").times) == len(read(tmp_path / "out" / "b.mkv").times) == 12, done.stderr
+
+
+def damaged(data: bytes, dice: random.Random, kind: int) -> bytes:
+    """A file's bytes: cut off, with flipped bits, with another header, of another kind, or none."""
+    if kind == 0:
+        return data[: dice.randrange(1, len(data))]
+    if kind == 1:
+        flipped = bytearray(data)
+        for _ in range(dice.choice([1, 20, 400])):
+            flipped[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        return bytes(flipped)
+    if kind == 2:
+        head = dice.randrange(8, 400)
+        return bytes(dice.randrange(256) for _ in range(head)) + data[head:]
+    if kind == 3:
+        start = dice.randrange(len(data) // 2)
+        return data[:start] + b"\xff" * dice.randrange(4, 64) + data[start + 64 :]
+    return b"" if dice.random() < 0.3 else dice.randbytes(dice.randrange(1, 4000))
+
+
+def try_damaged(pipeline, tmp_path, count: int, capfd) -> dict:
+    dice, outcomes = random.Random(1), {"error": 0, "file": 0}
+    sources = [
+        phone_clip(tmp_path / "phone.mp4", 8).read_bytes(),
+        film_clip(tmp_path / "film.mkv", 8, sound=0.3).read_bytes(),
+        film_clip(tmp_path / "film.avi", 8, codec="ffv1", pixel_format="yuv420p").read_bytes(),
+        film_clip(tmp_path / "film.mov", 8, codec="prores_ks", pixel_format="yuv422p10le").read_bytes(),
+    ]
+    for number in range(count):
+        suffix = dice.choice([".mp4", ".mkv", ".avi", ".mov", ".gif", ".y4m", ".webm"])
+        path, folder = tmp_path / f"damaged{suffix}", tmp_path / "out"
+        folder.mkdir(exist_ok=True)
+        path.write_bytes(damaged(dice.choice(sources), dice, number % 5))
+        out = folder / f"out{dice.choice(['.mp4', '.mkv'])}"
+        started = time.monotonic()
+        try:
+            result = interpolate_video(
+                pipeline, path, out, progress=False, skip_damage=number % 3 == 0, keep_partial=number % 7 == 0, fps=Fraction(50) if number % 2 else None
+            )
+        except (VideoError, OSError) as error:
+            outcomes["error"] += 1
+            assert str(error) and "\n" not in str(error)
+            assert not [left for left in folder.iterdir() if left.name != f"out.partial{out.suffix}"], (number, str(error))
+        else:
+            outcomes["file"] += 1
+            assert [left for left in folder.iterdir() if "partial" not in left.name] == [out] and len(decode(out)) == result.frames, number
+        assert time.monotonic() - started < 60, number
+        for left in folder.iterdir():
+            left.unlink()
+        path.unlink()
+    assert "Traceback" not in capfd.readouterr().err
+    return outcomes
+
+
+def test_damaged_files(pipeline, tmp_path, capfd):
+    outcomes = try_damaged(pipeline, tmp_path, 25, capfd)
+    assert min(outcomes.values()) >= 3, outcomes
+
+
+@pytest.mark.slow
+def test_two_hundred_damaged_files(pipeline, tmp_path, capfd):
+    outcomes = try_damaged(pipeline, tmp_path, 200, capfd)
+    assert min(outcomes.values()) >= 20, outcomes
+
+
+def test_damage_in_the_middle(pipeline, tmp_path):
+    """One unreadable image among others; in streams, decoders conceal most of what is damaged."""
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(drifting(8)):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"{number}.png")
+    (tmp_path / "frames" / "5.png").write_bytes(b"no image")
+    source, out = tmp_path / "frames", tmp_path / "out.mkv"
+    settings = {"image_fps": Fraction(25), "codec": "ffv1", "progress": False}
+    with pytest.raises(VideoError, match="5.png as an image"):
+        interpolate_video(pipeline, source, out, **settings)
+    assert sorted(tmp_path.iterdir()) == [source]
+    with pytest.raises(VideoError, match="5.png as an image.*what is good is in .*out.partial.mkv"):
+        interpolate_video(pipeline, source, out, keep_partial=True, **settings)
+    assert len(decode(tmp_path / "out.partial.mkv")) == 10 and not out.exists() and not list(tmp_path.glob("*.parts"))
+    result = interpolate_video(pipeline, source, out, skip_damage=True, **settings)
+    assert result.frames == 14 and "5.png" in result.notes[0]
+    place = read(out).times.index(Fraction(6, 25))
+    assert np.array_equal(decode(out)[place], drifting(8)[6]), "what comes behind keeps its time"
+
+
+def limited_file_size() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def test_a_full_disk(checkpoint, tmp_path):
+    """A limit on files' sizes, which fails as a full disk does."""
+    source = write_video(tmp_path / "in.mkv", [np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8) for number in range(6)], range(6), Fraction(1, 25))
+    done = subprocess.run(command(source, tmp_path / "out.mkv", checkpoint, "--codec", "ffv1"), capture_output=True, text=True, preexec_fn=limited_file_size)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and len(errors) == 1 and "File too large" in errors[0], done.stderr
+    assert not (tmp_path / "out.mkv").exists() and not (tmp_path / "out.mkv.parts").exists()
+
+
+def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_path):
+    job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions())
+    job.prepare(resume=False, overwrite=False)
+    job.make_parts(job.parts[:1])
+    with torch.no_grad():
+        next(pipeline.vqvae.parameters()).add_(1)
+    with pytest.raises(VideoError, match="another job .*checkpoint differ"):
+        interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, progress=False)
+    assert interpolate_video(pipeline, film, tmp_path / "out.mp4", overwrite=True, progress=False).made == 39
+
+
+def test_large_frames_are_made_by_tiles(pipeline, tmp_path):
+    """Of a memory that is too small for them whole."""
+    frames, pixels = drifting(2, 768, 1024), 768 * 1024
+    need = next(size for size in range(2**30, 2**35, 2**26) if tile_pixels_for(pipeline, pixels, size) is None)
+    assert need > 2**30 and tile_pixels_for(pipeline, pixels, 2**30) < pixels / 2
+    whole = MiddleMaker(pipeline).middle(*(Neighbour(frame / np.float32(255)) for frame in frames))
+    source = write_video(tmp_path / "in.mkv", frames, range(2), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    sizes = set()
+    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: sizes.add(output[0].shape[-2:]))
+    interpolate_video(pipeline, source, tmp_path / "out.mkv", codec="ffv1", max_memory=2**30, progress=False)
+    assert max(height * width for height, width in sizes) < pixels / 2
+    assert np.abs(decode(tmp_path / "out.mkv")[1] / 255.0 - whole).mean() <= 1 / 255
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_length(checkpoint, tmp_path):
+    script = (
+        "import sys, resource; from madiff_diffusers import MADiffPipeline, interpolate_video; pipe = MADiffPipeline.from_pretrained(sys.argv[1]);"
+        "pipe.set_progress_bar_config(disable=True); interpolate_video(pipe, sys.argv[2], sys.argv[3], progress=False);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for count in (100, 1000):
+        source = write_video(tmp_path / f"{count}.mp4", drifting(50) * (count // 50), range(count), Fraction(1, 25), sound=count / 25)
+        done = subprocess.run([sys.executable, "-c", script, str(checkpoint), str(source), str(tmp_path / f"out{count}.mp4")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(read(tmp_path / f"out{count}.mp4").times) == 2 * count
+        peaks.append(int(done.stdout))
+    assert peaks[1] / peaks[0] < 1.05, peaks
+
+
+@pytest.mark.slow
+def test_real_clips(shared_data, tmp_path):
+    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
+    pipeline.set_progress_bar_config(disable=True)
+    for source in sorted((shared_data / "train" / "open").glob("*.mp4"))[::12]:
+        out = tmp_path / source.name
+        result = interpolate_video(pipeline, source, out, factor=2, steps=1, progress=False)
+        before, after = read(source), read(out)
+        assert after.times[::2] == before.times and abs(after.duration - before.duration) <= 1 / before.rate, source
+        assert (after.colours, after.rotation, after.size) == (before.colours, before.rotation, before.size) and result.frames == 2 * len(before.times)
