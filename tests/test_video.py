@@ -236,7 +236,7 @@ def test_slow_motion(pipeline, tmp_path):
 
 
 def test_subtitles(pipeline, tmp_path):
-    source = film_clip(tmp_path / "in.mkv", 24, subtitle=b"Bonjour", sound=0.9)
+    source = film_clip(tmp_path / "in.mkv", 6, subtitle=b"Bonjour", sound=0.9)
     run(pipeline, source, tmp_path / "out.mkv")
     before, after = read(source), read(tmp_path / "out.mkv")
     assert after.subtitles == before.subtitles and after.subtitles[0][1] == b"Bonjour"
@@ -261,9 +261,9 @@ def test_sound_that_begins_earlier_stays_in_step(pipeline, tmp_path):
 
 
 def test_a_pause_is_shown_and_not_filled(pipeline, tmp_path):
-    source = write_video(tmp_path / "in.mkv", drifting(4), [0, 40, 2040, 2080], Fraction(1, 1000), codec="ffv1", pixel_format="bgr0")
+    source = write_video(tmp_path / "in.mkv", drifting(4), [0, 40, 1140, 1180], Fraction(1, 1000), codec="ffv1", pixel_format="bgr0")
     assert run(pipeline, source, tmp_path / "out.mkv", fps=Fraction(50)).made == 2
-    assert run(pipeline, source, tmp_path / "all.mkv", fps=Fraction(50), max_gap=Fraction(3)).made > 90
+    assert run(pipeline, source, tmp_path / "all.mkv", fps=Fraction(50), max_gap=Fraction(3)).made > 40
 
 
 def test_bad_input_says_what_is_allowed(pipeline, tmp_path):

@@ -19,7 +19,6 @@ from PIL import Image
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.cli import main
 from madiff_diffusers.video.jobs import VideoJob, VideoOptions
-from madiff_diffusers.video.middles import MiddleMaker, Neighbour, tile_pixels_for
 from madiff_diffusers.video.reading import VideoError
 from tests.conftest import moving_picture, two_processes
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
@@ -33,8 +32,8 @@ def checkpoint(pipeline, tmp_path) -> Path:
 
 @pytest.fixture
 def film(tmp_path) -> Path:
-    """Ten seconds and five parts, quickly made."""
-    return write_video(tmp_path / "film.mp4", drifting(40), range(40), Fraction(1, 4), sound=9.0)
+    """Six seconds in three parts, of few frames."""
+    return write_video(tmp_path / "film.mp4", drifting(24), range(24), Fraction(1, 4), sound=5.5)
 
 
 def digest(path: Path) -> str:
@@ -107,7 +106,7 @@ def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path, codec: tuple
 
 
 def test_killed_work_goes_on_and_gives_the_same_file(film, checkpoint, tmp_path):
-    kills(2, film, checkpoint, tmp_path)
+    kills(1, film, checkpoint, tmp_path)
 
 
 @pytest.mark.slow
@@ -115,13 +114,13 @@ def test_killed_ten_times(film, checkpoint, tmp_path):
     kills(10, film, checkpoint, tmp_path)
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_path, keep):
     out, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
     process = subprocess.Popen(
         command(film, out, checkpoint, *(["--keep-partial"] if keep else [])), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: len(list(parts.glob("*.json"))) >= 3)  # the plan and two parts
+    wait_for(lambda: len(list(parts.glob("*.json"))) >= 2)  # the plan and a part
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in printed and "--resume goes on with it" in printed
@@ -133,9 +132,10 @@ def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_p
         assert len(frames) >= 8 and frames == [number * Fraction(1, 8) for number in range(len(frames))] and len(decode(partial)) == len(frames)
     assert main(list(map(str, command(film, out, checkpoint)[3:]))) == 2, "what is done is not thrown away unasked"
     assert main(list(map(str, command(film, out, checkpoint, "--resume", "--crf", 30)[3:]))) == 2, "nor mixed with other work"
-    assert main(list(map(str, command(film, out, checkpoint, "--resume")[3:]))) == 0 and len(read(out).times) == 80 and not parts.exists()
+    assert main(list(map(str, command(film, out, checkpoint, "--resume")[3:]))) == 0 and len(read(out).times) == 48 and not parts.exists()
 
 
+@pytest.mark.slow
 def test_interrupted_before_a_part_is_done(film, checkpoint, tmp_path):
     process = subprocess.Popen(command(film, tmp_path / "out.mp4", checkpoint), stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for((tmp_path / "out.mp4.parts" / "job.json").is_file)
@@ -147,13 +147,14 @@ def test_interrupted_before_a_part_is_done(film, checkpoint, tmp_path):
 
 
 def test_two_processes_make_the_same_file(film, checkpoint, tmp_path):
-    alone, shared = tmp_path / "alone.mp4", tmp_path / "shared.mp4"
-    assert main(list(map(str, command(film, alone, checkpoint, "--factor", 3)[3:]))) == 0
-    launch = two_processes(["madiff_diffusers", *map(str, command(film, shared, checkpoint, "--factor", 3)[3:])])
-    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    # Each with one thread: two on as many cores are slower, and sums of another number of threads are rounded otherwise.
+    alone, shared, environment = tmp_path / "alone.mp4", tmp_path / "shared.mp4", {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(film, alone, checkpoint), check=True, capture_output=True, env=environment)
+    launch = two_processes(["madiff_diffusers", *command(film, shared, checkpoint)[3:]])
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(shared)
-    assert digest(alone) == digest(shared) and read(alone).audio == read(film).audio and len(read(alone).times) == 120
+    assert digest(alone) == digest(shared) and read(alone).audio == read(film).audio and len(read(alone).times) == 48
 
 
 def test_a_folder_of_videos(checkpoint, tmp_path, capsys):
@@ -168,9 +169,15 @@ def test_a_folder_of_videos(checkpoint, tmp_path, capsys):
     assert "1 of 3 videos could not be made" in printed.err and "cannot read" in printed.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mkv"] == [Path(line).name for line in printed.out.split()]
     assert len(read(tmp_path / "out" / "b.mkv").times) == 8
-    (tmp_path / "in" / "broken.mp4").unlink()
-    launch = two_processes(["madiff_diffusers", *arguments, "--overwrite", "--factor", "3"])
-    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+
+
+@pytest.mark.slow
+def test_a_folder_of_videos_among_processes(checkpoint, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "b.mkv"):
+        film_clip(tmp_path / "in" / name, 4)
+    launch = two_processes(["madiff_diffusers", *command(tmp_path / "in", tmp_path / "out", checkpoint, "--factor", 3)[3:]])
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and len(read(tmp_path / "out" / "a.mp4").times) == len(read(tmp_path / "out" / "b.mkv").times) == 12, done.stderr
 
 
@@ -279,21 +286,7 @@ def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_
         next(pipeline.vqvae.parameters()).add_(1)
     with pytest.raises(VideoError, match="another job .*checkpoint differ"):
         interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, progress=False)
-    assert interpolate_video(pipeline, film, tmp_path / "out.mp4", overwrite=True, progress=False).made == 39
-
-
-def test_large_frames_are_made_by_tiles(pipeline, tmp_path):
-    """Of a memory that is too small for them whole."""
-    frames, pixels = drifting(2, 768, 1024), 768 * 1024
-    need = next(size for size in range(2**30, 2**35, 2**26) if tile_pixels_for(pipeline, pixels, size) is None)
-    assert need > 2**30 and tile_pixels_for(pipeline, pixels, 2**30) < pixels / 2
-    whole = MiddleMaker(pipeline).middle(*(Neighbour(frame / np.float32(255)) for frame in frames))
-    source = write_video(tmp_path / "in.mkv", frames, range(2), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
-    sizes = set()
-    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: sizes.add(output[0].shape[-2:]))
-    interpolate_video(pipeline, source, tmp_path / "out.mkv", codec="ffv1", max_memory=2**30, progress=False)
-    assert max(height * width for height, width in sizes) < pixels / 2
-    assert np.abs(decode(tmp_path / "out.mkv")[1] / 255.0 - whole).mean() <= 1 / 255
+    assert interpolate_video(pipeline, film, tmp_path / "out.mp4", overwrite=True, progress=False).made == 23
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""Networks on overlapping tiles."""
+
+import numpy as np
+import pytest
+import torch
+
+from madiff_diffusers import MADiffPipeline
+from madiff_diffusers.tiling import Tiling
+from madiff_diffusers.video.middles import bytes_per_pixel, tile_pixels_for
+from tests.conftest import moving_picture
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (256, 1920), (1088, 1920), (2176, 3840), (3840, 2176), (448, 320), (64, 8192)])
+@pytest.mark.parametrize("pixels", [1, 100_000, 400_000, 1_500_000])
+def test_tiles_cover_a_frame_and_overlap(height, width, pixels):
+    tiling = Tiling(pixels, 64)
+    rows, columns = tiling.tiles(height, width)
+    largest = max(b - a for a, b in rows) * max(b - a for a, b in columns)
+    assert largest <= max(pixels, 256 * 256) or len(rows) == len(columns) == 1
+    for spans, length in ((rows, height), (columns, width)):
+        assert spans[0][0] == 0 and spans[-1][1] == length and all(start % 64 == 0 for start, _ in spans)
+        assert all(before[1] - after[0] >= 64 for before, after in zip(spans, spans[1:]))
+
+
+@pytest.mark.parametrize("height, width", [(704, 1216), (1088, 256), (320, 320)])
+def test_tiles_are_put_together_where_they_were(height, width):
+    image, coarse = torch.rand(1, 3, height, width), torch.rand(1, 4, height // 32, width // 32)
+    seen = []
+
+    def network(image, coarse):
+        seen.append(image.shape[-2:])
+        return [image * 2, coarse, torch.nn.functional.avg_pool2d(image, 8)]
+
+    doubled, same, small = Tiling(1, 64)(network, [image, coarse], height, width)
+    assert len(seen) > 1 and max(seen)[0] <= 320
+    assert (doubled - 2 * image).abs().max() < 1e-5 and (same - coarse).abs().max() < 1e-5
+    assert (small - torch.nn.functional.avg_pool2d(image, 8)).abs().max() < 1e-5
+
+
+def test_tiled_frames_are_what_whole_ones_are():
+    """The shipped networks; the least tiles that there can be."""
+    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
+    pipeline.set_progress_bar_config(disable=True)
+    frames = [moving_picture(time, 384, 576) for time in (-1, 1)]
+
+    def made() -> np.ndarray:
+        return pipeline(*frames, generator=torch.Generator().manual_seed(0), output_type="np").frames[0, 0] * 255
+
+    whole = made()
+    pipeline.enable_tiling(1)
+    rows, columns = pipeline._tiling.tiles(384, 576)
+    assert len(rows) > 1 and len(columns) > 1
+    tiled = made()
+    error = np.abs(tiled - whole)
+    border = np.zeros(error.shape[:2], bool)
+    for start, end in columns:
+        border[:, max(0, start - 2) : start + 2] = border[:, end - 2 : end + 2] = True
+    for start, end in rows:
+        border[max(0, start - 2) : start + 2] = border[end - 2 : end + 2] = True
+    assert error[~border].mean() <= 1 and error[border].mean() <= 1
+    # A step at a border would be a difference from pixel to pixel that the whole frame has not.
+    for axis, spans in ((1, columns), (0, rows)):
+        steps = np.abs(np.diff(tiled - whole, axis=axis)).mean(axis=(1 - axis, 2))
+        for start, end in spans:
+            for place in (start, end):
+                if 0 < place < len(steps):
+                    assert steps[place - 1] <= 2 * steps.mean() + 0.1
+    pipeline.disable_tiling()
+    assert np.array_equal(made(), whole)
+    with pytest.raises(ValueError, match="`tile_pixels` must be positive, but is 0"):
+        pipeline.enable_tiling(0)
+
+
+def test_tiles_fit_a_memory(pipeline):
+    each = bytes_per_pixel(pipeline)
+    assert each == bytes_per_pixel(pipeline) and each > 500
+    assert tile_pixels_for(pipeline, 640 * 480, 8 * 2**30) is None
+    four_k = 3840 * 2160
+    tiles = [tile_pixels_for(pipeline, four_k, gigabytes * 2**30) for gigabytes in (1, 8, 12)]
+    assert tiles[0] == 1 < tiles[1] < tiles[2] < four_k
