@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     timing = video.add_mutually_exclusive_group()
     timing.add_argument("--factor", type=int, metavar="N", help="frames in the place of each one (default: 2, or what --slow-motion asks for)")
     timing.add_argument("--fps", type=parse_rate, metavar="R", help="frames a second instead: 60, 23.976, 30000/1001, …")
-    video.add_argument("--slow-motion", type=parse_rate, default=1, metavar="N", help="times that the result lasts longer (default: 1)")
+    video.add_argument("--slow-motion", type=parse_number, default=1, metavar="N", help="times that the result lasts longer (default: 1)")
     video.add_argument(
         "--audio", choices=("keep", "stretch", "drop"), metavar="A", help="in slow motion, stretch (default; at the same pitch) or drop; else keep (default) or drop"
     )
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cut-threshold", type=float, default=0.08, metavar="X", help="least change of thumbnails, of 1, that may be a scene cut; 2: none is (default: 0.08)"
     )
     video.add_argument("--cut-ratio", type=float, default=3.0, metavar="X", help="times that a cut changes more than frames around it (default: 3)")
-    video.add_argument("--max-gap", type=parse_rate, default=1, metavar="S", help="seconds between frames above which none are made (default: 1)")
+    video.add_argument("--max-gap", type=parse_number, default=1, metavar="S", help="seconds between frames above which none are made (default: 1)")
     video.add_argument("--dedup", action="store_true", help="leave out frames that only repeat the one before, and make motion go on across them")
     video.add_argument(
         "--dedup-threshold", type=float, default=2.0, metavar="X", help="change, of 255, of the 8x8 pixels that change most, up to which a frame is a repetition (default: 2)"
@@ -247,12 +247,17 @@ def run_interpolate(args: argparse.Namespace) -> None:
     print("\n".join(str(path) for path in paths))
 
 
-def parse_rate(text: str) -> Fraction:
-    """A number or fraction, such as frames a second; what broadcasting writes as 23.976, 29.97 or 59.94 is 24000/1001 and so on."""
+def parse_number(text: str) -> Fraction:
+    """A number or a fraction."""
     try:
-        rate = Fraction(text)
+        return Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"must be a number or a fraction, but is {text!r}") from None
+
+
+def parse_rate(text: str) -> Fraction:
+    """Frames a second; what broadcasting writes as 23.976, 29.97 or 59.94 is 24000/1001 and so on."""
+    rate = parse_number(text)
     broadcast = Fraction(round(rate) * 1000, 1001)
     return broadcast if rate.denominator != 1 and "/" not in text and abs(rate - broadcast) < Fraction(1, 200) else rate
 
@@ -287,6 +292,8 @@ def run_video(args: argparse.Namespace) -> None:
     failed = []
     # Of a single video, each process makes some parts; of several, each makes some of the videos.
     for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
+        if len(batch) > 1 and args.resume and output.exists() and not args.overwrite:
+            continue
         try:
             result = interpolate_video(
                 pipeline,
@@ -312,6 +319,8 @@ def run_video(args: argparse.Namespace) -> None:
             for note in result.notes:
                 print(f"madiff: note: {note}", file=sys.stderr)
             print(output)
+    if len(batch) > 1:
+        state.wait_for_everyone()  # one that fails would end the others' work
     if failed:
         raise CommandError(failed[0] if len(batch) == 1 else f"{len(failed)} of {len(batch)} videos could not be made")
 

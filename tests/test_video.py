@@ -203,6 +203,12 @@ def test_images(pipeline, tmp_path):
     assert len(names) == 44 == result.frames and names[0] == "00000000.png" and names[-1] == "00000043.png"
     with pytest.raises(VideoError, match="is there already"):
         run(pipeline, tmp_path / "two.mp4", tmp_path / "made")
+    assert run(pipeline, tmp_path / "three.mp4", tmp_path / "made", overwrite=True).frames == 8
+    assert len(list((tmp_path / "made").iterdir())) == 8
+    (tmp_path / "made" / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(VideoError, match="holds other files"):
+        run(pipeline, tmp_path / "three.mp4", tmp_path / "made", overwrite=True)
+    assert (tmp_path / "made" / "holiday.jpg").exists()
 
 
 def test_sixteen_bits_of_images_are_ten_of_video(pipeline, tmp_path):
@@ -335,3 +341,126 @@ def test_each_frame_is_encoded_once(pipeline, tmp_path):
     pipeline.vqvae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
     run(pipeline, phone_clip(tmp_path / "in.mp4", 9), tmp_path / "out.mp4")
     assert sum(encoded) == 9
+
+
+def remuxed(source: Path, target: Path, kinds=("video", "audio"), shift: Fraction = Fraction(0), hole: tuple = (10**6, 10**6), cover: bool = False) -> Path:
+    """A file's packets in another file, later by some seconds and without those of its sound in a hole."""
+    with av.open(str(source)) as file, av.open(str(target), "w") as out:
+        streams = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in file.streams if stream.type in kinds}
+        if cover:
+            picture = out.add_mux_stream("png", width=8, height=8)
+            picture.time_base, picture.disposition = Fraction(1, 1000), av.stream.Disposition.attached_pic
+        for packet in file.demux([file.streams[index] for index in streams]):
+            time = packet.dts is not None and packet.dts * packet.time_base
+            if packet.dts is None or (packet.stream.type == "audio" and hole[0] <= time < hole[1]):
+                continue
+            packet.pts, packet.dts = packet.pts + int(shift / packet.time_base), packet.dts + int(shift / packet.time_base)
+            packet.stream = streams[packet.stream.index]
+            out.mux(packet)
+        if cover:
+            packet = av.Packet(png_bytes(av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8), format="rgb24")))
+            packet.stream, packet.pts, packet.dts, packet.time_base, packet.is_keyframe = picture, 0, 0, Fraction(1, 1000), True
+            out.mux(packet)
+    return target
+
+
+def order_of_packets(path: Path) -> list:
+    with av.open(str(path)) as file:
+        return [float(packet.dts * packet.time_base) for packet in file.demux() if packet.dts is not None]
+
+
+def test_a_recording_that_begins_at_an_hour(pipeline, tmp_path):
+    source = remuxed(phone_clip(tmp_path / "phone.mp4"), tmp_path / "in.ts", shift=Fraction(3600))
+    run(pipeline, source, tmp_path / "out.mkv")
+    after = read(tmp_path / "out.mkv")
+    assert after.times[0] < 1 and len(after.times) == 28
+    assert abs((after.audio["times"][0] - after.times[0]) - (read(source).audio["times"][0] - read(source).times[0])) < Fraction(1, 100)
+    for path, options in ((tmp_path / "out.mkv", {}), (tmp_path / "slow.mkv", {"slow_motion": Fraction(4), "audio": "stretch"})):
+        run(pipeline, source, path, overwrite=True, **options)
+        order = order_of_packets(path)
+        assert max(before - after for before, after in zip(order, order[1:])) < 0.2, "sound lies beside its pictures"
+
+
+def test_a_hole_in_sound_that_is_encoded_anew(pipeline, tmp_path):
+    source = remuxed(film_clip(tmp_path / "film.mp4", 24, sound=1.0), tmp_path / "in.mp4", hole=(0.3, 0.6))
+    for name, options, length in (("out.webm", {}, 1), ("slow.mp4", {"slow_motion": Fraction(2), "audio": "stretch"}, 2)):
+        run(pipeline, source, tmp_path / name, **options)
+        assert abs(float(read(tmp_path / name).audio["times"][-1]) - length) < 0.1
+
+
+def test_a_cover_picture(pipeline, tmp_path):
+    source = remuxed(phone_clip(tmp_path / "phone.mp4", 4), tmp_path / "in.mp4", cover=True)
+    assert run(pipeline, source, tmp_path / "out.mp4").notes == []
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        covers = [stream for stream in file.streams.video if stream.disposition & av.stream.Disposition.attached_pic]
+        assert len(covers) == 1 and [packet.size for packet in file.demux(covers[0]) if packet.size]
+    assert "cannot be kept in matroska" in run(pipeline, source, tmp_path / "out.mkv").notes[0]
+
+
+def test_two_recordings_glued_together(pipeline, tmp_path):
+    part = remuxed(phone_clip(tmp_path / "phone.mp4", 40), tmp_path / "part.ts", shift=Fraction(2))
+    source = tmp_path / "in.ts"
+    source.write_bytes(part.read_bytes() * 2)
+    with pytest.raises(VideoError, match="jump back by"):
+        run(pipeline, source, tmp_path / "out.mp4")
+    result = run(pipeline, source, tmp_path / "out.mp4", skip_damage=True, cut_threshold=0.0, max_gap=Fraction(1, 1000))
+    assert result.made == 0 and any("jump back" in note for note in result.notes) and len(read(tmp_path / "out.mp4").times) == 80
+
+
+@pytest.mark.parametrize("turns, expected", [((0, True, False), lambda a: a[:, ::-1]), ((0, False, True), lambda a: a[::-1]), ((90, True, False), None), ((180, False, False), lambda a: a[::-1, ::-1])])
+def test_mirrored_pictures(pipeline, tmp_path, turns, expected):
+    frames = drifting(2)
+    with av.open(str(tmp_path / "in.mov"), "w") as file:
+        video = file.add_stream("libx264", rate=25, options={"crf": "4"})
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv444p"
+        video.set_display_rotation(turns[0], hflip=turns[1], vflip=turns[2])
+        for frame in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(video.encode(None))
+    run(pipeline, tmp_path / "in.mov", tmp_path / "made")
+    upright = np.array(Image.open(tmp_path / "made" / "00000000.png")).astype(int)
+    if expected is not None:
+        assert np.abs(upright - expected(frames[0])).mean() < 3
+    else:
+        assert upright.shape == (96, 64, 3) and min(np.abs(upright - turned).mean() for turned in (frames[0].transpose(1, 0, 2), frames[0].transpose(1, 0, 2)[::-1, ::-1])) < 3
+    run(pipeline, tmp_path / "in.mov", tmp_path / "out.mov")
+    with av.open(str(tmp_path / "in.mov")) as before, av.open(str(tmp_path / "out.mov")) as after:
+        matrices = [bytes(next(file.decode(video=0)).side_data.get("DISPLAYMATRIX") or b"") for file in (before, after)]
+    assert matrices[0] == matrices[1]
+
+
+def test_what_files_cannot_hold_is_found_at_once(pipeline, tmp_path):
+    source = film_clip(tmp_path / "in.mkv", 4, codec="libx265", pixel_format="yuv420p10le", options={"x265-params": "log-level=none"})
+    assert run(pipeline, source, tmp_path / "out.y4m").frames == 8 and read(tmp_path / "out.y4m").pixel_format == "yuv420p10le"
+    with pytest.raises(VideoError, match="at most 100 frames a second"):
+        run(pipeline, source, tmp_path / "out.gif", fps=Fraction(120))
+    with pytest.raises(ValueError, match="must end in an image format"):
+        run(pipeline, source, tmp_path / "out.mp4", preview=tmp_path / "strip.xyz")
+    with pytest.raises(VideoError, match="must not take the place of its source"):
+        run(pipeline, source, tmp_path, overwrite=True)
+    assert source.exists() and not list(tmp_path.glob("*.parts"))
+
+
+def test_odd_names_and_plain_numbers(pipeline, tmp_path):
+    source = film_clip(tmp_path / "12_30.mkv", 4).rename(tmp_path / "12:30 at 50%d.mkv")
+    result = run(pipeline, source, tmp_path / "out: a.mp4", fps=59.94, max_gap=0.5)
+    assert result.path.exists() and read(result.path).rate == Fraction(2997, 50)
+
+
+def test_pictures_of_b_frames_in_avi(pipeline, tmp_path):
+    with av.open(str(tmp_path / "in.avi"), "w") as file:
+        video = file.add_stream("libx264", rate=25, options={"bf": "2"})
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        for frame in drifting(12):
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(video.encode(None))
+    result = run(pipeline, tmp_path / "in.avi", tmp_path / "out.mp4")
+    assert result.frames == 24 and read(tmp_path / "out.mp4").rate == 50 and result.notes == []
+
+
+def test_grey_that_does_not_tell_its_range_is_full(pipeline, tmp_path):
+    ramp = np.repeat(np.tile(np.linspace(0, 255, 96).astype(np.uint8), (64, 1))[..., None], 3, 2)
+    source = write_video(tmp_path / "in.mkv", [ramp] * 2, range(2), Fraction(1, 25), codec="ffv1", pixel_format="gray", colours=(0, 2, 2, 2))
+    run(pipeline, source, tmp_path / "made")
+    shown = np.array(Image.open(tmp_path / "made" / "00000000.png")).astype(int)
+    assert abs(int(shown.min()) - int(decode(source)[0].min())) <= 1 and np.abs(shown - decode(source)[0]).max() <= 2

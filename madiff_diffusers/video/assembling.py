@@ -4,7 +4,7 @@ import heapq
 from fractions import Fraction
 from math import gcd
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import av
 
@@ -15,11 +15,18 @@ from .writing import Encoding, joined_packets
 _OWN_METADATA = ("major_brand", "minor_version", "compatible_brands", "encoder", "rotate", "duration", "bps", "number_of_", "_statistics_")
 _AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "vorbis": "libvorbis", "mp3": "libmp3lame"}
 
+# Seconds of a hole in the sound: shorter ones are rounding, longer ones a fault in its times.
+LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
+
+# Seconds of sound that codecs decode before what is heard.
+PRIMING = Fraction(1, 10)
+
 Timed = Tuple[Fraction, int, List[av.Packet]]
 
 
 def assemble(
-    output: Path, encoding: Encoding, parts: Sequence[Path], end: int, source: Source, analysis: Analysis, slow_motion: Fraction, audio: str
+    output: Path, encoding: Encoding, parts: Sequence[Path], end: int, source: Source, analysis: Analysis, slow_motion: Fraction, audio: str,
+    is_partial: bool = False,
 ) -> List[str]:
     """
     Write a file from parts.
@@ -32,6 +39,7 @@ def assemble(
         source, analysis: where everything else comes from.
         slow_motion: times that the result lasts longer than the source.
         audio: "keep", or "stretch" or "drop" for slow motion.
+        is_partial: whether sound and the rest end with the last frame, not with the source's.
 
     Returns:
         what of the source is not in the file, in words.
@@ -47,23 +55,26 @@ def assemble(
             for _, _, packets in _video_packets(encoding.add_stream(file), encoding, parts, end, Fraction(0)):
                 file.mux(packets)
         return []
-    # A file that refuses one kind of stream may still take the others.
-    for kinds in (("audio", "subtitle", "attachment", "video"), ("audio", "subtitle"), ("audio",), ()):
+    # What a file refuses shows when its header is written: a codec's flavour of sound, mostly, which can be encoded anew.
+    attempts = [(("audio", "subtitle", "attachment", "video"), False), (("audio", "subtitle"), False), (("audio", "subtitle"), True), (("audio",), True), ((), False)]
+    for kinds, anew in attempts:
         with source.open() as container, _open(output, encoding) as file:
+            carrier = _Carrier(file, container, encoding, slow_motion, audio, anew)
             try:
-                return _write(file, container, kinds, encoding, parts, end, source, analysis, slow_motion, audio)
-            except _HeaderRefused as error:
+                carrier.add_streams(kinds, main_stream(container, source.path))
+            except (av.FFmpegError, ValueError):
                 if not kinds:
-                    raise error.__cause__ from None
-
-
-class _HeaderRefused(Exception):
-    """A file cannot have the streams that it was given."""
+                    raise
+                continue
+            carrier.write(parts, end, analysis, is_partial)
+            return carrier.notes
 
 
 def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
     # "bitexact": without it, Matroska files have random numbers, and the same work gives other bytes.
     options = {"fflags": "+bitexact"}
+    if encoding.container.format == "yuv4mpegpipe":  # which calls more than 8 bits experimental
+        options["strict"] = "-1"
     if encoding.container.format in ("mp4", "mov"):
         options["movflags"] = "+faststart"
     if encoding.container.format == "avi":  # it has no times, but would begin with empty frames for sound that begins before 0
@@ -71,66 +82,107 @@ def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
     return av.open(str(output), "w", format=encoding.container.format, container_options=options)
 
 
-def _write(
-    file: av.container.OutputContainer, container: av.container.InputContainer, kinds: Sequence[str], encoding: Encoding,
-    parts: Sequence[Path], end: int, source: Source, analysis: Analysis, slow_motion: Fraction, audio: str,
-) -> List[str]:
-    main, notes = main_stream(container, source.path), []
-    # Time 0 of the result is where the source's first stream begins.
-    begin = Fraction(container.start_time or 0, av.time_base)
-    if encoding.container.format == "yuv4mpegpipe":
-        kinds = ()
-    video = encoding.add_stream(file)
-    video.metadata.update(_metadata(main.metadata))
-    video.disposition = main.disposition
-    file.metadata.update(_metadata(container.metadata))
-    if any(key.startswith("com.") for key in file.metadata) and encoding.container.format in ("mp4", "mov"):
-        file.container_options["movflags"] = "+faststart+use_metadata_tags"
-    chapters = container.chapters()
-    file.set_chapters([{**chapter, **{when: round((chapter[when] - begin / chapter["time_base"]) * slow_motion) for when in ("start", "end")}} for chapter in chapters])
+class _Carrier:
+    """
+    Puts the parts into a file, and beside them what the source has besides pictures.
 
-    carried: Dict[int, Callable[[av.Packet], List[av.Packet]]] = {}
-    for stream in container.streams:
-        name = f"stream {stream.index} ({stream.type}, {stream.codec_context.name if stream.codec_context else 'no codec'})"
-        if stream.index == main.index:
-            continue
-        if stream.type == "audio" and audio == "drop":
-            notes.append(f"{name} is left out, as asked")
-            continue
-        if stream.type not in kinds or (slow_motion != 1 and stream.type == "video"):
-            if getattr(stream.codec_context, "name", None) != "bin_data" and stream.type != "data":  # chapters are data too
-                notes.append(f"{name} cannot be kept in {encoding.container.format}")
-            continue
-        if stream.type == "attachment":
+    Args:
+        file: to be written.
+        container: the source.
+        encoding: of the parts.
+        slow_motion, audio: see `assemble`.
+        anew: whether all sound is encoded anew.
+    """
+
+    def __init__(
+        self, file: av.container.OutputContainer, container: av.container.InputContainer, encoding: Encoding, slow_motion: Fraction, audio: str, anew: bool
+    ):
+        self.notes: List[str] = []
+        self._file, self._container, self._encoding, self._slow_motion, self._audio, self._anew = file, container, encoding, slow_motion, audio, anew
+        # Time 0 of the result is where the source's first stream begins.
+        self._begin = Fraction(container.start_time or 0, av.time_base)
+        self._carried: Dict[int, Any] = {}
+
+    def add_streams(self, kinds: Sequence[str], main: av.video.stream.VideoStream) -> None:
+        """
+        Write the file's header.
+
+        Args:
+            kinds: of streams to carry.
+            main: the source's pictures.
+
+        Raises:
+            av.FFmpegError, ValueError: if the file refuses them.
+        """
+        file, container = self._file, self._container
+        if self._encoding.container.format == "yuv4mpegpipe":
+            kinds = ()
+        self._video = self._encoding.add_stream(file)
+        self._video.metadata.update(_metadata(main.metadata))
+        self._video.disposition = main.disposition
+        file.metadata.update(_metadata(container.metadata))
+        if any(key.startswith("com.") for key in file.metadata) and self._encoding.container.format in ("mp4", "mov"):
+            file.container_options["movflags"] = "+faststart+use_metadata_tags"
+        chapters = container.chapters()
+        for chapter in chapters:
+            for when in ("start", "end"):
+                chapter[when] = round((chapter[when] - self._begin / chapter["time_base"]) * self._slow_motion)
+        file.set_chapters(chapters)
+        for stream in container.streams:
+            if stream.index != main.index and stream.type != "data":  # chapters are data too
+                self._add(stream, kinds, main)
+        file.start_encoding()
+
+    def _add(self, stream: av.stream.Stream, kinds: Sequence[str], main: av.video.stream.VideoStream) -> None:
+        file, format_name = self._file, self._encoding.container.format
+        codec = stream.codec_context.name if stream.codec_context else "of an unknown codec"
+        name = f"stream {stream.index} ({stream.type}, {codec})"
+        if stream.type == "audio" and self._audio == "drop":
+            self.notes.append(f"{name} is left out, as asked")
+            return
+        if stream.type == "attachment" and stream.type in kinds and format_name == "matroska":
             file.add_attachment(stream.metadata.get("filename", "attachment"), stream.mimetype or "application/octet-stream", stream.data)
-            continue
+            return
+        slowed = self._slow_motion != 1
+        if stream.type not in kinds or stream.type == "attachment" or stream.codec_context is None or (slowed and stream.type == "video"):
+            self.notes.append(f"{name} cannot be kept in {format_name}")
+            return
+        stretched = stream.type == "audio" and slowed
         try:
-            stretch = slow_motion if stream.type == "audio" and audio == "stretch" else Fraction(1)
-            if stretch != 1:
+            if stretched or (self._anew and stream.type == "audio"):
                 raise ValueError
-            copy = file.add_stream_from_template(stream, opaque=True)
-            carry = _Copy(copy, begin, slow_motion)
+            carry = _Copy(file.add_stream_from_template(stream, opaque=True), self._begin, self._slow_motion, stream.type, format_name)
         except ValueError:  # a codec that this kind of file does not hold, or sound that must last longer
             if stream.type != "audio":
-                notes.append(f"{name} cannot be kept in {encoding.container.format}")
-                continue
-            carry = _Sound(file, stream, begin, slow_motion)
-            copy = carry.stream
-            if stretch == 1:
-                notes.append(f"{name} is encoded anew as {copy.codec_context.name}, because {encoding.container.format} does not hold it")
-        copy.metadata.update(_metadata(stream.metadata))
-        copy.disposition = stream.disposition
-        carried[stream.index] = carry
-    try:
-        file.start_encoding()
-    except (av.FFmpegError, ValueError) as error:
-        raise _HeaderRefused from error
+                self.notes.append(f"{name} cannot be kept in {format_name}")
+                return
+            carry = _Sound(file, stream, self._begin, self._slow_motion)
+            if not stretched:
+                self.notes.append(f"{name} is encoded anew as {carry.stream.codec_context.name}, because {format_name} does not hold it")
+        carry.stream.metadata.update(_metadata(stream.metadata))
+        carry.stream.disposition = stream.disposition
+        self._carried[stream.index] = carry
+        apart = abs((stream.start_time or 0) * (stream.time_base or 0) - (main.start_time or 0) * main.time_base)
+        if format_name == "avi" and stream.type == "audio" and apart > Fraction(1, 20):
+            self.notes.append(f"AVI cannot tell that {name} begins {float(apart):.2f} s apart from the pictures: choose another kind of file")
 
-    offset = (analysis.origin - begin) * slow_motion
-    pictures = _video_packets(video, encoding, parts, end, Fraction(0) if encoding.container.steady else offset)
-    for _, _, packets in heapq.merge(pictures, _other_packets(container, carried), key=lambda timed: timed[:2]):
-        file.mux(packets)
-    return notes
+    def write(self, parts: Sequence[Path], end: int, analysis: Analysis, is_partial: bool) -> None:
+        """Write everything in the order of time."""
+        offset = Fraction(0) if self._encoding.container.steady else (analysis.origin - self._begin) * self._slow_motion
+        until = offset + end * self._encoding.time_base if is_partial else None
+        pictures = _video_packets(self._video, self._encoding, parts, end, offset)
+        for _, _, packets in heapq.merge(pictures, self._other_packets(until), key=lambda timed: timed[:2]):
+            self._file.mux(packets)
+
+    def _other_packets(self, until: Optional[Fraction]) -> Iterator[Timed]:
+        if not self._carried:
+            return
+        time = Fraction(0)
+        for packet in self._container.demux([self._container.streams[index] for index in self._carried]):
+            if packet.dts is not None:
+                time = max(time, (packet.dts * packet.time_base - self._begin) * self._slow_motion)
+            if until is None or time < until or packet.size == 0:
+                yield time, 1, self._carried[packet.stream.index](packet)
 
 
 def _metadata(tags: Dict[str, str]) -> Dict[str, str]:
@@ -149,35 +201,34 @@ def _video_packets(stream: av.video.stream.VideoStream, encoding: Encoding, part
         yield packet.dts * unit, 0, [packet]
 
 
-def _other_packets(container: av.container.InputContainer, carried: Dict[int, Callable]) -> Iterator[Timed]:
-    if not carried:
-        return
-    time = Fraction(0)
-    for packet in container.demux([container.streams[index] for index in carried]):
-        if packet.dts is not None:
-            time = max(time, packet.dts * packet.time_base)
-        yield time, 1, carried[packet.stream.index](packet)
-
-
 class _Copy:
     """Packets as they are, at their times in the result."""
 
-    def __init__(self, stream: Any, begin: Fraction, slow_motion: Fraction):
-        self.stream, self._begin, self._slow_motion = stream, begin, slow_motion
+    def __init__(self, stream: Any, begin: Fraction, slow_motion: Fraction, kind: str, format_name: str):
+        self.stream, self._begin, self._slow_motion, self._kind, self._format_name = stream, begin, slow_motion, kind, format_name
         self._last: Optional[int] = None
 
     def __call__(self, packet: av.Packet) -> List[av.Packet]:
-        if packet.dts is None or packet.size == 0:
+        if packet.size == 0:
             return []
-        shift = self._begin / packet.time_base
-        pts = packet.dts if packet.pts is None else packet.pts
-        dts = round((packet.dts - shift) * self._slow_motion)
-        # Files take no packet that is not later than the one before; damaged ones have such.
-        dts = dts if self._last is None else max(dts, self._last + 1)
+        # What an edit list leaves out is heard where files have no such lists; but for what codecs need to begin with.
+        if packet.is_discard and self._kind == "audio" and self._format_name not in ("mp4", "mov") and packet.pts is not None:
+            if packet.pts * packet.time_base - self._begin < -PRIMING:
+                return []
+        unit = self.stream.time_base
+
+        def moved(time: int) -> int:
+            return round((time * packet.time_base - self._begin) * self._slow_motion / unit)
+
+        pts = packet.pts if packet.pts is not None else packet.dts
+        dts = packet.dts if packet.dts is not None else pts
+        dts, pts = (0, 0) if dts is None else (moved(dts), moved(pts))  # cover pictures have no time
+        if self._last is not None and (dts < self._last or (dts == self._last and self._kind != "subtitle")):
+            return []  # files take none that is not later than the one before; damaged and glued ones have such
         self._last = dts
-        packet.pts, packet.dts = max(dts, round((pts - shift) * self._slow_motion)), dts
-        packet.duration = round(packet.duration * self._slow_motion) if packet.duration else 0
-        packet.stream = self.stream
+        duration = round((packet.duration or 0) * packet.time_base * self._slow_motion / unit)
+        packet.time_base, packet.stream = unit, self.stream
+        packet.pts, packet.dts, packet.duration = max(dts, pts), dts, duration
         return [packet]
 
 
@@ -188,28 +239,36 @@ class _Sound:
         encoder = _AUDIO_ENCODERS.get(source.codec_context.name, _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec))
         if encoder not in file.supported_codecs:
             encoder = _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
-        rate = 48000 if encoder == "libopus" else source.codec_context.sample_rate
+        rate = source.codec_context.sample_rate
+        rate = 48000 if encoder == "libopus" or rate not in (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000) else rate
         self.stream = file.add_stream(encoder, rate=rate)
-        self.stream.layout = source.codec_context.layout
+        # The layouts that every encoder takes; 5.1 has two names for where its back speakers are.
+        self.stream.layout = {1: "mono", 6: "5.1"}.get(source.codec_context.layout.nb_channels, "stereo")
         self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, rate)
-        self._source, self._begin, self._slow_motion = source, begin, slow_motion
+        self._begin, self._slow_motion = begin, slow_motion
         self._graph: Optional[av.filter.Graph] = None
         self._resampler = av.AudioResampler(self.stream.codec_context.format, self.stream.layout, rate)
-        self._position: Optional[int] = None
+        # When the next sample that is decoded is due in the source, and the number of the next that is encoded.
+        self._due, self._position = Fraction(0), 0
 
     def __call__(self, packet: av.Packet) -> List[av.Packet]:
         try:
             frames = packet.decode()
         except (av.FFmpegError, ValueError):
-            frames = []  # a damaged packet is a short silence
+            frames = []  # damaged: silence fills its place
         encoded = []
         for frame in frames:
+            time = self._due if frame.pts is None else frame.pts * frame.time_base - self._begin
             if self._graph is None:
-                self._graph = self._tempo(frame)
-                self._position = round((frame.pts * frame.time_base - self._begin) * self._slow_motion * self.stream.codec_context.sample_rate)
+                self._graph, self._due = self._tempo(frame), time
+                self._position = round(time * self._slow_motion * self.stream.codec_context.sample_rate)
+            if LEAST_SILENCE < time - self._due < MOST_SILENCE:
+                self._graph.push(_silence(frame, round((time - self._due) * frame.sample_rate)))
+                self._due = time
             self._graph.push(frame)
+            self._due += Fraction(frame.samples, frame.sample_rate)
             encoded += self._encode_ready()
-        if packet.dts is None and self._graph is not None:  # the end
+        if packet.dts is None and packet.size == 0 and self._graph is not None:  # the end
             self._graph.push(None)
             encoded += self._encode_ready()
             encoded += self.stream.encode(None)
@@ -237,6 +296,14 @@ class _Sound:
                 piece.pts, piece.time_base = self._position, Fraction(1, piece.sample_rate)
                 self._position += piece.samples
                 packets += self.stream.encode(piece)
+
+
+def _silence(like: av.AudioFrame, samples: int) -> av.AudioFrame:
+    frame = av.AudioFrame(format=like.format.name, layout=like.layout.name, samples=samples)
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size) if "u8" not in like.format.name else b"\x80" * plane.buffer_size)
+    frame.sample_rate, frame.pts, frame.time_base = like.sample_rate, None, Fraction(1, like.sample_rate)
+    return frame
 
 
 def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: int) -> None:

@@ -1,9 +1,10 @@
 """Folders of videos."""
 
 from pathlib import Path
-from typing import List, Tuple
+from typing import Collection, List, Tuple
 
 from .reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError
+from .writing import CONTAINERS
 
 
 def video_batch(source: Path, output: Path) -> List[Tuple[Path, Path]]:
@@ -31,4 +32,11 @@ def video_batch(source: Path, output: Path) -> List[Tuple[Path, Path]]:
     if output.exists() and output.resolve() == source.resolve():
         raise VideoError(f"the results must not go into the folder of their sources, {source}")
     output.mkdir(parents=True, exist_ok=True)
-    return [(path, output / path.name) for path in videos]
+    # What is read but not written becomes MP4, beside its old ending where another video has that name.
+    names = {path.name for path in videos}
+    return [(path, output / (path.name if path.suffix.lower() in CONTAINERS else _as_mp4(path, names))) for path in videos]
+
+
+def _as_mp4(path: Path, names: Collection[str]) -> str:
+    alone = path.stem not in {Path(name).stem for name in names if name != path.name}
+    return f"{path.stem if alone else path.name}.mp4"

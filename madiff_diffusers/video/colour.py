@@ -136,7 +136,7 @@ def _shrunk(channel: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
 def planar_format(source: av.VideoFormat) -> str:
     """The format that has a source's samples, but no transparency, in planes of their own."""
     bits = source.components[0].bits
-    depth = "" if bits == 8 else f"{bits}le"
+    depth = "" if bits <= 8 else f"{bits}le" if bits in (9, 10, 12, 14, 16) else "16le"
     if len(source.components) < 3:
         return f"gray{depth}"
     return f"{PLANAR[chroma_of(source)]}{depth}"

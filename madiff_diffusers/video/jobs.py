@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,18 +17,19 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 import av
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .. import __version__
+from ..image_io import image_format, write_image
 from ..pipeline_madiff import MADiffPipeline
 from ..scene_cuts import LEAST_CHANGE, RATIO, cuts_of_changes
 from .assembling import assemble
-from .colour import ColourPath, ColourTags
+from .colour import ColourPath
 from .frame_times import ShownFrame, Timeline
 from .middles import MiddleMaker, Neighbour, tile_pixels_for
 from .reading import Source, VideoError, analyse, reason
-from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, write_json
+from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, source_tags, write_json
 
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
@@ -108,7 +110,12 @@ class VideoOptions:
         factor = self.factor
         if factor is None and self.fps is None:
             factor = 2 if self.slow_motion == 1 else ceil(self.slow_motion)
-        return replace(self, factor=factor)
+        # Numbers of any kind become fractions that files can hold.
+        exact = {
+            name: getattr(self, name) and Fraction(getattr(self, name)).limit_denominator(most)
+            for name, most in (("fps", 10**5), ("image_fps", 10**5), ("slow_motion", 100), ("max_gap", 1000))
+        }
+        return replace(self, factor=factor, **exact)
 
 
 class VideoResult(NamedTuple):
@@ -165,7 +172,8 @@ class VideoJob:
             raise VideoError(f"there is no folder {self.output.parent} to write into")
         if self.output.exists() and self.output.is_dir() != (container is FOLDER):
             raise VideoError(f"{self.output} is {'a folder' if self.output.is_dir() else 'a file'} already")
-        if self.output.exists() and self.output.resolve() == Path(source).resolve():
+        folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        if self.output.exists() and self.output.resolve() in (Path(source).resolve(), folder.resolve()):
             raise VideoError(f"the result must not take the place of its source, {source}")
         image_fps = self.options.image_fps
         self.source = Source(source, image_fps)
@@ -175,18 +183,14 @@ class VideoJob:
         self.is_cut_short = bool(self.analysis.damage) and keep_partial and not self.options.skip_damage
         self.timeline, self.encoding = self._timeline(container.steady), None
         slowed = self.analysis.rate / self.options.slow_motion
-        rate = self.options.fps or (slowed * self.options.factor)
+        rate = self.options.fps or (slowed * self.options.factor).limit_denominator(10**5)
         self.encoding = choose_encoding(
             self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset
         )
-        self.colour = ColourPath(self._source_tags(), self.analysis.size[0])
+        self.colour = ColourPath(source_tags(self.analysis), self.analysis.size[0])
         self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
         self.parts = self._parts()
         self.folder = self.output.with_name(self.output.name + ".parts")
-
-    def _source_tags(self) -> ColourTags:
-        tags = self.analysis.tags
-        return tags._replace(range=2) if self.analysis.pixel_format.startswith("yuvj") else tags
 
     def _timeline(self, steady: bool) -> Timeline:
         options, analysis = self.options, self.analysis
@@ -258,14 +262,16 @@ class VideoJob:
         Raises:
             VideoError: if something is there that must not be lost.
         """
+        if self.output.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in self.output.iterdir()):
+            raise VideoError(f"{self.output} holds other files than frames that were written before")
         if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
         plan = self.folder / "job.json"
         identity = self.identity()
-        if plan.is_file() and not overwrite:
+        if plan.is_file() and (resume or not overwrite):
             before = json.loads(plan.read_text(encoding="utf-8"))
             others = [name for name, value in identity.items() if before.get(name) != value]
-            if others and self.done():
+            if others and self.done() and not overwrite:
                 raise VideoError(f"{self.folder} holds unfinished work of another job ({', '.join(others)} differ); `overwrite` or delete it")
             if not resume and self.done():
                 raise VideoError(f"{self.folder} holds {len(self.done())} of {len(self.parts)} parts of this job; `resume` goes on with them, `overwrite` begins anew")
@@ -297,6 +303,8 @@ class VideoJob:
         tile_pixels = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["tile_pixels"]
         if tile_pixels is not None:
             self.pipeline.enable_tiling(tile_pixels)
+        else:
+            self.pipeline.disable_tiling()
         maker = MiddleMaker(self.pipeline, self.options.steps, self.options.seed)
         made = 0
         strip: Deque[Tuple[str, Image.Image]] = deque(maxlen=PREVIEW_FRAMES)
@@ -310,7 +318,7 @@ class VideoJob:
                             encoder.do(writer.write, array, frame.time)
                             made += bool(frame.position)
                             if preview is not None:
-                                strip.append((self._caption(frame), _small(np.rot90(array, self.analysis.rotation // 90))))
+                                strip.append((self._caption(frame), _small(self._upright(array))))
                             advance(1)
                     encoder.wait()
                     writer.close()
@@ -320,8 +328,6 @@ class VideoJob:
                     raise
                 if preview is not None:
                     write_strip(list(strip), preview)
-        if tile_pixels is not None:
-            self.pipeline.disable_tiling()
         return made
 
     def _decoded(self, parts: List[Part]) -> Iterator[Tuple[int, np.ndarray]]:
@@ -349,14 +355,17 @@ class VideoJob:
             else:
                 yield frame, supply.get(place if frame.index == index else place + 1).frame
 
+    def _upright(self, array: np.ndarray) -> np.ndarray:
+        return np.rot90(array[:, ::-1] if self.analysis.mirrored else array, self.analysis.rotation // 90)
+
     def _caption(self, frame: ShownFrame) -> str:
         return f"{float(frame.time * self.timeline.time_base):.3f} s {'made' if frame.position else 'source'}"
 
-    def finish(self, overwrite: bool) -> List[str]:
+    def finish(self) -> List[str]:
         """Put the parts together, and remove them. Returns what is not as in the source."""
-        notes = self._assemble(self.parts, self.timeline.duration, self.output, overwrite)
+        notes = self._assemble(self.parts, self.timeline.duration, self.output)
         shutil.rmtree(self.folder)
-        return [*self.analysis.damage, *self._notes(), *notes]
+        return [*self.analysis.damage, *self.analysis.notes, *self._notes(), *notes]
 
     def _notes(self) -> List[str]:
         notes, analysis, encoding = [], self.analysis, self.encoding
@@ -385,24 +394,26 @@ class VideoJob:
         else:
             end = next(frame.time for shown in self.timeline.shown(self.parts[len(first)].first) for frame in shown)
         output = self.output.with_name(f"{self.output.stem}.partial{self.output.suffix}")
-        self._assemble(first, end, output, overwrite=True)
+        self._assemble(first, end, output)
         return output
 
-    def _assemble(self, parts: List[Part], end: int, output: Path, overwrite: bool) -> List[str]:
+    def _assemble(self, parts: List[Part], end: int, output: Path) -> List[str]:
         paths = [self.path(part) for part in parts]
         if self.encoding.codec == "png":
             whole = self.folder / "frames"
             whole.mkdir(exist_ok=True)
             for path in paths:
                 for image in path.iterdir():
-                    os.link(image, whole / image.name) if not (whole / image.name).exists() else None
+                    shutil.copyfile(image, whole / image.name)
             if output.exists():
-                shutil.rmtree(output) if overwrite else output.rmdir()
+                shutil.rmtree(output)
             os.replace(whole, output)
             return []
         joined = self.folder / f"joined{output.suffix}"
         try:
-            notes = assemble(joined, self.encoding, paths, end, self.source, self.analysis, self.options.slow_motion, self.options.audio)
+            notes = assemble(
+                joined, self.encoding, paths, end, self.source, self.analysis, self.options.slow_motion, self.options.audio, len(parts) < len(self.parts)
+            )
             os.replace(joined, output)
         finally:
             joined.unlink(missing_ok=True)
@@ -433,7 +444,7 @@ def interpolate_video(
         source: a video file, a folder of images, or images by a pattern (`%05d`, `*`).
         output: a file (.mp4, .m4v, .mov, .mkv, .webm, .avi, .gif, .y4m), or a folder, which gets PNG files.
         resume: go on with the parts that are there.
-        overwrite: replace an output, and parts, that are there.
+        overwrite: replace an output, and parts, that are there; with `resume`, parts only if they are of other work.
         keep_partial: when the work is stopped or fails, or the source is damaged, write what is good as `NAME.partial.ENDING`.
         preview: image file to write the latest frames into, side by side, with each part.
         progress: whether to show a bar.
@@ -448,6 +459,12 @@ def interpolate_video(
         OSError: if a disk is full, or a file cannot be written.
     """
     count, rank = (1, 0) if processes is None else (processes.num_processes, processes.process_index)
+    if Path(output).is_file() and not overwrite and Path(output).resolve() != Path(source).resolve():
+        raise VideoError(f"{output} is there already; `overwrite` replaces it")
+    if preview is not None:
+        image_format(preview)
+        if not Path(preview).absolute().parent.is_dir():
+            raise VideoError(f"there is no folder {Path(preview).parent} for `preview`")
     wait = (lambda: None) if processes is None else processes.wait_for_everyone
     show = progress and rank == 0
     with _bar(show, desc="reading", unit="frame") as bar:
@@ -467,7 +484,7 @@ def interpolate_video(
             partial = job.save_partial()
             shutil.rmtree(job.folder)
             raise VideoError(f"{job.analysis.damage[0]}; what is good is in {partial}")
-        notes = job.finish(overwrite) if rank == 0 else []
+        notes = job.finish() if rank == 0 else []
     except BaseException as error:
         if rank == 0 and job.folder.exists():
             if keep_partial and not isinstance(error, VideoError):
@@ -576,10 +593,6 @@ def _small(array: np.ndarray) -> Image.Image:
 
 def write_strip(frames: List[Tuple[str, Image.Image]], path: Path) -> None:
     """Captioned frames side by side in an image file."""
-    from PIL import ImageDraw
-
-    from ..image_io import write_image
-
     width = sum(image.width for _, image in frames)
     strip = Image.new("RGB", (width, PREVIEW_HEIGHT + 14), "white")
     draw, left = ImageDraw.Draw(strip), 0

@@ -3,6 +3,7 @@
 import re
 from array import array
 from fractions import Fraction
+from math import atan2, degrees
 from pathlib import Path
 from statistics import median
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -10,9 +11,10 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import Colorspace
 
 from ..scene_cuts import change
-from .colour import ColourTags
+from .colour import ColourTags, is_rgb
 
 IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv", ".y4m")
@@ -20,6 +22,9 @@ VIDEO_SUFFIXES = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpe
 # What a damaged header must not make us hold: 8192x8192 pixels, and frames that are shown for hours.
 MOST_PIXELS = 2**26
 LONGEST_PAUSE = 600  # seconds
+
+# Seconds by which a frame may be earlier than the one before it, as a fault of the file; more is another recording glued on.
+LONGEST_RETURN = 1
 
 
 class VideoError(ValueError):
@@ -61,7 +66,7 @@ class Source:
             VideoError: if it cannot be read.
         """
         try:
-            return av.open(str(self.path), metadata_errors="replace")
+            return av.open(file_url(self.path), metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot read {self.path} as a video: {reason(error)}") from error
 
@@ -79,6 +84,8 @@ class Source:
             if start is None:
                 start = 0 if last is None else last + step
             if last is not None and start <= last:
+                if (last - start) * self.time_base > LONGEST_RETURN:
+                    self._damaged(f"the times of {self.path} jump back by {float((last - start) * self.time_base):.1f} s", skip_damage)
                 self.late += 1
                 continue
             step = max(1, frame.duration or (0 if last is None else start - last))
@@ -93,6 +100,7 @@ class Source:
             self.end = None if stream.duration is None else (stream.start_time or 0) + stream.duration
             stream.thread_type = "AUTO"
             packets, last = container.demux(stream), None
+            is_avi, ahead = container.format.name == "avi", None
             while True:
                 try:
                     packet = next(packets, None)
@@ -108,13 +116,17 @@ class Source:
                 for frame in decoded:
                     if frame.width * frame.height > MOST_PIXELS:
                         raise VideoError(f"{self.path} must have frames of at most 8192x8192 pixels, but has {frame.width}x{frame.height}")
-                    last = frame.pts if frame.pts is not None else last
-                    yield frame.pts, frame
+                    start = frame.pts
+                    if is_avi:  # which tells times of decoding alone; the last frames have none
+                        ahead = (frame.dts or 0) - (stream.start_time or 0) if ahead is None else ahead
+                        start = None if frame.dts is None else frame.dts - ahead
+                    last = start if start is not None else last
+                    yield start, frame
 
     def _image_frames(self, skip_damage: bool) -> Iterator[Tuple[int, av.VideoFrame]]:
         for number, path in enumerate(self.images):
             try:
-                with av.open(str(path)) as container:
+                with av.open(file_url(path)) as container:
                     frame = next(container.decode(video=0))
             except (av.FFmpegError, OSError, ValueError, IndexError, StopIteration) as error:
                 self._damaged(f"cannot read {path} as an image: {reason(error)}", skip_damage)
@@ -147,9 +159,10 @@ class Analysis(NamedTuple):
         tags: of colours.
         pixel_aspect: width of a pixel by its height, where it is not told 1.
         matrix: how players turn the frames, as FFmpeg's nine numbers; None if not at all.
-        rotation: the same as degrees against the clock.
+        mirrored, rotation: the same: whether left and right change places first, and then degrees against the clock.
         interlaced: whether frames say that they hold two fields.
-        damage: what was left out, in words.
+        damage: what could not be decoded, in words.
+        notes: what else was left out.
     """
 
     starts: array
@@ -165,9 +178,11 @@ class Analysis(NamedTuple):
     tags: ColourTags
     pixel_aspect: Optional[Fraction]
     matrix: Optional[List[int]]
+    mirrored: bool
     rotation: int
     interlaced: bool
     damage: List[str]
+    notes: List[str]
 
     def duplicates(self, threshold: float, most: int) -> Tuple[List[int], List[int]]:
         """
@@ -213,8 +228,10 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
         for start, frame in source.frames(skip_damage):
             if not starts:
                 seen.update(_first_frame(frame))
-            small = frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA").to_ndarray().astype(np.int16)
-            grey = frame.reformat(width=seen["size"][1], height=seen["size"][0], format="gray").to_ndarray() if blocks else None
+            # Any matrix does to compare frames; the scaler does not know the file's own if it is a rare one.
+            matrix = {} if is_rgb(frame.format) else {"src_colorspace": Colorspace.ITU709}
+            small = frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA", **matrix).to_ndarray().astype(np.int16)
+            grey = frame.reformat(width=seen["size"][1], height=seen["size"][0], format="gray", **matrix).to_ndarray() if blocks else None
             changes.append(change(seen["small"], small) if starts else 0.0)
             block_changes.append(block_change(seen["grey"], grey) if starts and blocks else float("inf"))
             starts.append(start)
@@ -226,9 +243,9 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
             raise
     if not starts:
         raise VideoError(f"{source.path} has no frames that can be decoded")
-    damage = list(source.damage)
+    damage, notes = list(source.damage), []
     if source.late:
-        damage.append(f"{source.late} frames of {source.path} are not later than the ones before them, and are left out")
+        notes.append(f"{source.late} frames of {source.path} are not later than the ones before them, and are left out")
     first, unit = starts[0], source.time_base
     steps = array("q", (b - a for a, b in zip(starts, starts[1:])))
     usual = median(steps) if steps else 0
@@ -255,19 +272,26 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
         changes=changes,
         block_changes=block_changes,
         damage=damage,
-        **{name: seen[name] for name in ("size", "pixel_format", "tags", "matrix", "rotation", "interlaced")},
+        notes=notes,
+        **{name: seen[name] for name in ("size", "pixel_format", "tags", "matrix", "mirrored", "rotation", "interlaced")},
         pixel_aspect=_pixel_aspect(source),
     )
 
 
 def _first_frame(frame: av.VideoFrame) -> Dict[str, Any]:
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    matrix = None if side_data is None else np.frombuffer(bytes(side_data), dtype=np.int32).tolist()
+    a, b, c, d = (1, 0, 0, 1) if matrix is None else (matrix[0], matrix[1], matrix[3], matrix[4])
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
     return {
         "size": (frame.height, frame.width),
         "pixel_format": frame.format.name,
         "tags": ColourTags.of(frame),
-        "matrix": None if matrix is None else np.frombuffer(bytes(matrix), dtype=np.int32).tolist(),
-        "rotation": int(frame.rotation) % 360,
+        "matrix": matrix,
+        "mirrored": mirrored,
+        "rotation": round(-degrees(atan2(b, a)) / 90) * 90 % 360,
     }
 
 
@@ -333,6 +357,11 @@ def find_images(path: Path) -> Optional[List[Path]]:
     if not paths:
         raise VideoError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}")
     return sorted(paths, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)])
+
+
+def file_url(path: Path) -> str:
+    """What FFmpeg takes for a file whatever its name; a colon in it would mean a protocol."""
+    return f"file:{path}"
 
 
 def reason(error: Exception) -> str:

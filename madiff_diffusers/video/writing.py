@@ -98,7 +98,8 @@ class Encoding(NamedTuple):
         time_base: seconds that times are counted in.
         rate: frames a second, on average.
         pixel_aspect, matrix: see [`Analysis`].
-        turned: degrees against the clock by which frames are turned before they are written.
+        mirrored, turned: whether left and right change places, and then degrees against the clock by which frames are turned, before
+            they are written.
     """
 
     container: Container
@@ -111,6 +112,7 @@ class Encoding(NamedTuple):
     rate: Fraction
     pixel_aspect: Optional[Fraction]
     matrix: Optional[List[int]]
+    mirrored: bool
     turned: int
 
     def add_stream(self, output: av.container.OutputContainer) -> av.video.stream.VideoStream:
@@ -130,6 +132,12 @@ class Encoding(NamedTuple):
         if self.codec == "hevc" and self.container.format in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # what Apple's players know it by
         return stream
+
+
+def source_tags(analysis: Analysis) -> ColourTags:
+    """Of a source's colours; grey, and what formats with a J are, has full range without saying so."""
+    tags, name = analysis.tags, analysis.pixel_format
+    return tags._replace(range=2) if name.startswith("yuvj") or (tags.range == 0 and name.startswith(("gray", "ya", "mono"))) else tags
 
 
 def container_of(output: Path) -> Container:
@@ -184,17 +192,16 @@ def choose_encoding(
         options["profile"] = "4" if "444" in pixel_format else "3"
     if container.format == "avi" and name == "h264":
         options["bf"] = "0"  # AVI cannot tell that frames are decoded in another order than they are shown
-    if name == "raw" and _bits(av.VideoFormat(pixel_format)) > 8:
-        options["strict"] = "-1"
+    if name == "gif" and rate > 100:
+        raise VideoError(f"a GIF has at most 100 frames a second, but would have {float(rate):.2f}; set `fps`")
     rotation = 0 if container.turns else analysis.rotation
     height, width = analysis.size[::-1] if rotation in (90, 270) else analysis.size
-    tags = analysis.tags
+    tags = source_tags(analysis)
     if is_rgb(source) and not is_rgb(av.VideoFormat(pixel_format)):
-        tags = ColourTags(1, 1, 1, 1)  # limited range, BT.709: what players take for granted
+        # Limited range and BT.709, what players take for granted, but for what the source says of itself.
+        tags = ColourTags(1, 1, *(1 if told == 2 else told for told in (tags.primaries, tags.transfer)))
     elif is_rgb(av.VideoFormat(pixel_format)):
         tags = tags._replace(range=2, matrix=0)
-    elif analysis.pixel_format.startswith("yuvj"):
-        tags = tags._replace(range=2)
     if name in ("h264", "hevc"):  # their 4:2:0 and 4:2:2 have no odd sizes
         across, down = chroma_of(av.VideoFormat(pixel_format))
         width, height = width + -width % across, height + -height % down
@@ -210,6 +217,7 @@ def choose_encoding(
         rate=rate,
         pixel_aspect=1 / aspect if aspect and rotation in (90, 270) else aspect,
         matrix=analysis.matrix if container.turns else None,
+        mirrored=analysis.mirrored and not container.turns,
         turned=rotation,
     )
 
@@ -283,7 +291,7 @@ class PartWriter:
         self._keep(self._stream.encode(frame))
 
     def _converted(self, array: np.ndarray) -> av.VideoFrame:
-        array = np.rot90(array, self.encoding.turned // 90)
+        array = np.rot90(array[:, ::-1] if self.encoding.mirrored else array, self.encoding.turned // 90)
         height, width = self.encoding.size
         padding = (height - array.shape[0], width - array.shape[1])
         if any(padding):
