@@ -56,7 +56,7 @@ class VideoOptions:
         dedup_threshold: change, of 255, of the block of 8x8 pixels that changes most, up to which a frame is a repetition.
         dedup_run: repetitions in a row up to which they are motion sampled less often; more are a still picture.
         skip_damage: go on behind damaged places of the source.
-        image_fps: frames a second of a source that is images.
+        image_fps: frames a second of a source that is images; 24 if not given.
         steps, seed: of sampling.
         max_memory: bytes that the process may take, as far as tiles can see to it.
     """
@@ -156,7 +156,7 @@ class VideoJob:
         source, output: files or folders; see `reading.Source` and `writing.CONTAINERS`.
         options: see [`VideoOptions`].
         keep_partial: make do with what is good of a damaged source.
-        progress: called with a text and a number of frames while the source is looked through.
+        progress: called once for each frame of the source while that is looked through.
 
     Raises:
         VideoError: if the source cannot be read, or the output not be written as asked.
@@ -175,13 +175,12 @@ class VideoJob:
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
         if self.output.exists() and self.output.resolve() in (Path(source).resolve(), folder.resolve()):
             raise VideoError(f"the result must not take the place of its source, {source}")
-        image_fps = self.options.image_fps
-        self.source = Source(source, image_fps)
+        self.source = Source(source, self.options.image_fps)
         self.analysis = analyse(
             self.source, blocks=self.options.dedup, skip_damage=self.options.skip_damage, keep_good=keep_partial, progress=progress
         )
         self.is_cut_short = bool(self.analysis.damage) and keep_partial and not self.options.skip_damage
-        self.timeline, self.encoding = self._timeline(container.steady), None
+        self.timeline = self._timeline(container.steady)
         slowed = self.analysis.rate / self.options.slow_motion
         rate = self.options.fps or (slowed * self.options.factor).limit_denominator(10**5)
         self.encoding = choose_encoding(

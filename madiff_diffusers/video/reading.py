@@ -19,6 +19,8 @@ from .colour import ColourTags, is_rgb
 IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv", ".y4m")
 
+IMAGE_RATE = Fraction(24)
+
 # What a damaged header must not make us hold: 8192x8192 pixels, and frames that are shown for hours.
 MOST_PIXELS = 2**26
 LONGEST_PAUSE = 600  # seconds
@@ -38,7 +40,7 @@ class Source:
     Args:
         path: a video file; a folder of images; or several images, named by a pattern with `%d`, `%05d`, `*` or `?`. Images are
             taken in the order of the numbers in their names.
-        image_rate: frames a second of images; for a video file, None.
+        image_rate: frames a second of images, `IMAGE_RATE` if not given; a video file has its own.
 
     Raises:
         VideoError: if there is no such thing, or nothing that can be read.
@@ -54,7 +56,8 @@ class Source:
         if self.images is None and image_rate is not None:
             raise VideoError(f"a rate of images was given, but {self.path} is a video file, which has its own")
         # Seconds that times are counted in, and the rate that the file tells, if it does.
-        self.time_base, self.rate = (1 / image_rate, image_rate) if self.images is not None else (Fraction(1), None)
+        self.rate = None if self.images is None else image_rate or IMAGE_RATE
+        self.time_base = Fraction(1) if self.rate is None else 1 / self.rate
         # When the stream ends, where the file tells.
         self.end: Optional[int] = None
         self.damage: List[str] = []
