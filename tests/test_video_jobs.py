@@ -83,24 +83,23 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path, codec: tuple = ()) -> None:
+def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.mkv", tmp_path / "out.mkv"
-    subprocess.run(command(film, whole, checkpoint, *codec), check=True, capture_output=True)
+    subprocess.run(command(film, whole, checkpoint), check=True, capture_output=True)
     dice, killed = random.Random(0), 0
     for number in range(count):
         before = len(list((tmp_path / "out.mkv.parts").glob("*.json"))) if number else 0
-        process = subprocess.Popen(command(film, out, checkpoint, "--resume", *codec), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command(film, out, checkpoint, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         wait_for(lambda: (tmp_path / "out.mkv.parts" / "job.json").is_file() or process.poll() is not None)
-        time.sleep(dice.random() * 2)
+        time.sleep(dice.random())
         process.kill()
         process.wait()
         killed += process.returncode == -signal.SIGKILL
-        assert not out.exists() or process.returncode == 0
-        if out.exists():
+        if out.exists():  # killed when all was done
             break
         assert len(list((tmp_path / "out.mkv.parts").glob("*.json"))) >= before, "what is done stays"
-    assert killed
-    done = subprocess.run(command(film, out, checkpoint, "--resume", "--overwrite" if out.exists() else "--resume", *codec), capture_output=True, text=True)
+    assert killed == count
+    done = subprocess.run(command(film, out, checkpoint, "--resume"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert digest(out) == digest(whole) and not (tmp_path / "out.mkv.parts").exists()
 
@@ -110,8 +109,8 @@ def test_killed_work_goes_on_and_gives_the_same_file(film, checkpoint, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_ten_times(film, checkpoint, tmp_path):
-    kills(10, film, checkpoint, tmp_path)
+def test_killed_ten_times(checkpoint, tmp_path):
+    kills(10, write_video(tmp_path / "film.mp4", drifting(120), range(120), Fraction(1, 4), sound=29.0), checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("keep", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -315,4 +314,6 @@ def test_real_clips(shared_data, tmp_path):
         result = interpolate_video(pipeline, source, out, factor=2, steps=1, progress=False)
         before, after = read(source), read(out)
         assert after.times[::2] == before.times and abs(after.duration - before.duration) <= 1 / before.rate, source
-        assert (after.colours, after.rotation, after.size) == (before.colours, before.rotation, before.size) and result.frames == 2 * len(before.times)
+        assert (after.rotation, after.size) == (before.rotation, before.size) and result.frames == 2 * len(before.times)
+        # x264 does not write that a range is limited where it writes nothing else of colours: it is what players take for granted.
+        assert (after.colours[0] or 1, *after.colours[1:]) == before.colours
