@@ -56,7 +56,7 @@ def test_the_command(checkpoint, tmp_path):
     done = subprocess.run(command(source, out, checkpoint, "--fps", "59.94", "--preview", tmp_path / "strip.png"), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == str(out), done.stderr
     assert read(out).rate == Fraction(60000, 1001) and "frame/s" in done.stderr
-    assert Image.open(tmp_path / "strip.png").size == (8 * 270, 194) or Image.open(tmp_path / "strip.png").height == 194
+    assert Image.open(tmp_path / "strip.png").size == (8 * 120, 194), "eight portraits of 180 rows, and captions"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "in.mp4", "out.mp4", "strip.png"]
 
 
@@ -286,6 +286,11 @@ def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_
     with pytest.raises(VideoError, match="another job .*checkpoint differ"):
         interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, progress=False)
     assert interpolate_video(pipeline, film, tmp_path / "out.mp4", overwrite=True, progress=False).made == 23
+    (tmp_path / "other.mp4.parts").mkdir()
+    (tmp_path / "other.mp4.parts" / "precious.txt").write_text("not ours")
+    with pytest.raises(VideoError, match="is needed for parts, but holds something else"):
+        interpolate_video(pipeline, film, tmp_path / "other.mp4", overwrite=True, progress=False)
+    assert (tmp_path / "other.mp4.parts" / "precious.txt").exists()
 
 
 @pytest.mark.slow

@@ -278,7 +278,7 @@ class VideoJob:
                 for leftover in self.folder.glob("*.tmp"):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
                 return
-        elif self.folder.exists() and not plan.is_file() and any(self.folder.iterdir()) and not overwrite:
+        elif not plan.is_file() and any(path.suffix != ".tmp" for path in self.folder.glob("*")):
             raise VideoError(f"{self.folder} is needed for parts, but holds something else")
         if self.folder.exists():
             shutil.rmtree(self.folder)
