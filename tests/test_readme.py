@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from madiff_diffusers.cli import main
 from madiff_diffusers.evaluation.benchmarks import BENCHMARKS
 from madiff_diffusers.evaluation.evaluate import QUESTIONS
 from madiff_diffusers.evaluation.metrics import METRICS
 from tests.conftest import REPOSITORY
+from tests.video_files import phone_clip, read
 from training.data import LAYOUTS
 from training.options import RunOptions
 
@@ -44,11 +46,22 @@ def test_the_first_command_makes_the_picture_that_is_shown(tmp_path):
 
 def test_python_snippets_run(tmp_path):
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
+    phone_clip(tmp_path / "in.mp4", 3)
     exporting = next(line for block in blocks("bash") for line in block.splitlines() if line.startswith("madiff export"))
     subprocess.run([sys.executable, "-m", "madiff_diffusers", *shlex.split(exporting)[1:]], cwd=tmp_path, check=True)
     for code in blocks("python"):
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_video_commands_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines() if line.startswith("madiff video")]
+    assert len(commands) == 3
+    for command in commands:
+        phone_clip(tmp_path / command[2], 3)
+        assert main([*command[1:], "--overwrite"]) == 0
+        assert read(tmp_path / command[3]).audio
 
 
 def test_ci_runs_the_test_command():
