@@ -54,6 +54,7 @@ def test_python_snippets_run(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_video_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines() if line.startswith("madiff video")]

@@ -200,7 +200,7 @@ def test_discriminators_take_part_from_their_first_step_on(trained):
         assert adversarial == [False] * 4 + [True] * 16
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["i2e", pytest.param("vqvae", marks=SLOW), pytest.param("unet", marks=SLOW)])
 def test_loss_falls_on_one_fixed_batch(stage, trained, tmp_path):
     # One clip of three frames as large as the crop: every sample is the same picture, turned or mirrored.
     fixed = tmp_path / "fixed"
@@ -295,7 +295,7 @@ def test_two_processes_equal_accumulation_in_the_other_stages(stage, clips, trai
 # ---- interrupted runs ----
 
 
-@pytest.mark.parametrize("stage", [pytest.param("i2e", marks=pytest.mark.slow), "vqvae", "unet"])
+@pytest.mark.parametrize("stage", [pytest.param("i2e", marks=SLOW), pytest.param("vqvae", marks=SLOW), "unet"])
 def test_four_steps_are_two_a_kill_and_two_more(stage, clips, trained, tmp_path):
     flags = ["--steps", "4", "--save_every", "2", "--keep", "2", "--tracker", "none"]
     flags += {"i2e": ["--disc_start", "1"], "vqvae": ["--disc_start", "1", "--ema_decay", "0.9"], "unet": []}[stage]

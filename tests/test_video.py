@@ -85,15 +85,15 @@ def test_a_gif(pipeline, tmp_path):
 
 
 def test_nothing_is_made_across_a_cut(pipeline, tmp_path):
-    frames = drifting(7) + [255 - frame for frame in drifting(7, start=7)]
-    source = write_video(tmp_path / "cut.mkv", frames, range(14), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
-    result = run(pipeline, source, tmp_path / "out.mkv", factor=4, **LOSSLESS)
+    frames = drifting(4) + [255 - frame for frame in drifting(4, start=4)]
+    source = write_video(tmp_path / "cut.mkv", frames, range(8), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    result = run(pipeline, source, tmp_path / "out.mkv", factor=3, **LOSSLESS)
     shown = decode(tmp_path / "out.mkv")
-    assert result.frames == len(shown) == 56 and result.made == 12 * 3
-    for number in range(24, 28):
-        assert np.array_equal(shown[number], frames[6]), number
-    assert np.array_equal(shown[28], frames[7]) and not np.array_equal(shown[22], frames[6])
-    assert run(pipeline, source, tmp_path / "all.mkv", factor=4, cut_threshold=2.0, **LOSSLESS).made == 13 * 3
+    assert result.frames == len(shown) == 24 and result.made == 6 * 2
+    for number in range(9, 12):
+        assert np.array_equal(shown[number], frames[3]), number
+    assert np.array_equal(shown[12], frames[4]) and not np.array_equal(shown[8], frames[3])
+    assert run(pipeline, source, tmp_path / "all.mkv", factor=2, cut_threshold=2.0, **LOSSLESS).made == 7
 
 
 def test_repeated_frames(pipeline, tmp_path):
@@ -164,7 +164,14 @@ def test_made_frames_have_the_colours_of_their_neighbours(pipeline, tmp_path):
     assert all(np.abs(frame.astype(int) - 153).max() <= 1 for frame in originals)
 
 
-@pytest.mark.parametrize("suffix, codec", [(suffix, codec) for suffix, container in CONTAINERS.items() for codec in container.codecs])
+@pytest.mark.parametrize(
+    "suffix, codec",
+    [
+        pytest.param(suffix, codec, marks=[] if codec == container.codecs[0] or (suffix, codec) in ((".mov", "prores"), (".mkv", "ffv1")) else pytest.mark.slow)
+        for suffix, container in CONTAINERS.items()
+        for codec in container.codecs
+    ],
+)
 def test_every_kind_of_file(pipeline, tmp_path, suffix, codec):
     source, out = phone_clip(tmp_path / "in.mp4", 4), tmp_path / f"out{suffix}"
     result = run(pipeline, source, out, **({} if codec in ("gif", "raw") else {"codec": codec}))
@@ -270,7 +277,7 @@ def test_sound_that_begins_earlier_stays_in_step(pipeline, tmp_path):
 def test_a_pause_is_shown_and_not_filled(pipeline, tmp_path):
     source = write_video(tmp_path / "in.mkv", drifting(4), [0, 40, 1140, 1180], Fraction(1, 1000), codec="ffv1", pixel_format="bgr0")
     assert run(pipeline, source, tmp_path / "out.mkv", fps=Fraction(50)).made == 2
-    assert run(pipeline, source, tmp_path / "all.mkv", fps=Fraction(50), max_gap=Fraction(3)).made > 40
+    assert run(pipeline, source, tmp_path / "all.mkv", fps=Fraction(10), max_gap=Fraction(3)).made >= 8
 
 
 def test_bad_input_says_what_is_allowed(pipeline, tmp_path):
@@ -376,8 +383,8 @@ def test_a_recording_that_begins_at_an_hour(pipeline, tmp_path):
     after = read(tmp_path / "out.mkv")
     assert after.times[0] < 1 and len(after.times) == 28
     assert abs((after.audio["times"][0] - after.times[0]) - (read(source).audio["times"][0] - read(source).times[0])) < Fraction(1, 100)
-    for path, options in ((tmp_path / "out.mkv", {}), (tmp_path / "slow.mkv", {"slow_motion": Fraction(4), "audio": "stretch"})):
-        run(pipeline, source, path, overwrite=True, **options)
+    run(pipeline, source, tmp_path / "slow.mkv", slow_motion=Fraction(2), audio="stretch")
+    for path in (tmp_path / "out.mkv", tmp_path / "slow.mkv"):
         order = order_of_packets(path)
         assert max(before - after for before, after in zip(order, order[1:])) < 0.2, "sound lies beside its pictures"
 

@@ -85,7 +85,7 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
 
 def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.mkv", tmp_path / "out.mkv"
-    subprocess.run(command(film, whole, checkpoint), check=True, capture_output=True)
+    assert main(list(map(str, command(film, whole, checkpoint)[3:]))) == 0
     dice, killed = random.Random(0), 0
     for number in range(count):
         before = len(list((tmp_path / "out.mkv.parts").glob("*.json"))) if number else 0
@@ -113,7 +113,8 @@ def test_killed_ten_times(checkpoint, tmp_path):
     kills(10, write_video(tmp_path / "film.mp4", drifting(120), range(120), Fraction(1, 4), sound=29.0), checkpoint, tmp_path)
 
 
-@pytest.mark.parametrize("keep", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [True, False])
 def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_path, keep):
     out, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
     process = subprocess.Popen(
@@ -145,6 +146,7 @@ def test_interrupted_before_a_part_is_done(film, checkpoint, tmp_path):
         assert not (tmp_path / "out.mp4.parts").exists() and not (tmp_path / "out.mp4").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_file(film, checkpoint, tmp_path):
     # Each with one thread: two on as many cores are slower, and sums of another number of threads are rounded otherwise.
     alone, shared, environment = tmp_path / "alone.mp4", tmp_path / "shared.mp4", {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -268,6 +270,7 @@ def limited_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
+@pytest.mark.slow
 def test_a_full_disk(checkpoint, tmp_path):
     """A limit on files' sizes, which fails as a full disk does."""
     source = write_video(tmp_path / "in.mkv", [np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8) for number in range(6)], range(6), Fraction(1, 25))
