@@ -307,13 +307,13 @@ def run_video(args: argparse.Namespace) -> None:
                 **options,
             )
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            failed.append(str(error) + kept_parts(output))
+            failed.append(str(error) + what_is_kept(output))
             if len(batch) > 1:
                 print(f"madiff: {failed[-1]}", file=sys.stderr)
             continue
         except KeyboardInterrupt:
             if state.is_main_process:
-                print(f"madiff: {output} is not complete{kept_parts(output)}", file=sys.stderr)
+                print(f"madiff: {output} is not complete{what_is_kept(output)}", file=sys.stderr)
             raise
         if len(batch) > 1 or state.is_main_process:
             for note in result.notes:
@@ -325,9 +325,11 @@ def run_video(args: argparse.Namespace) -> None:
         raise CommandError(failed[0] if len(batch) == 1 else f"{len(failed)} of {len(batch)} videos could not be made")
 
 
-def kept_parts(output: Path) -> str:
-    folder = output.with_name(output.name + ".parts")
-    return f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""
+def what_is_kept(output: Path) -> str:
+    """Of a video that could not be finished, for the end of a message."""
+    folder, partial = output.with_name(output.name + ".parts"), output.with_name(f"{output.stem}.partial{output.suffix}")
+    kept = f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""
+    return f"{kept}; it can be watched in {partial}" if kept and partial.exists() else kept
 
 
 def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> None:

@@ -120,7 +120,8 @@ class MADiffPipeline(DiffusionPipeline):
             default_hint_interval=default_hint_interval,
         )
         self._hints: Optional[HintSource] = None
-        self._tiling: Optional[Tiling] = None
+        # Set by `enable_tiling`.
+        self.tiling: Optional[Tiling] = None
         latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
         expected = 3 * latent_channels + 2 * self.hints.hint_channels
         if vqvae.config.hint_channels != self.hints.hint_channels or unet.config.in_channels != expected:
@@ -352,7 +353,7 @@ class MADiffPipeline(DiffusionPipeline):
     @property
     def hints(self) -> HintSource:
         """Where motion hints come from: `hint_source` with the current `i2e`, unless another source was assigned here."""
-        return build_hint_source(self.config.hint_source, self.i2e, self._tiling) if self._hints is None else self._hints
+        return build_hint_source(self.config.hint_source, self.i2e, self.tiling) if self._hints is None else self._hints
 
     @hints.setter
     def hints(self, source: HintSource) -> None:
@@ -371,11 +372,11 @@ class MADiffPipeline(DiffusionPipeline):
         """
         if tile_pixels < 1:
             raise ValueError(f"`tile_pixels` must be positive, but is {tile_pixels}.")
-        self._tiling = Tiling(tile_pixels, self.frame_processor.multiple)
+        self.tiling = Tiling(tile_pixels, self.frame_processor.multiple)
 
     def disable_tiling(self) -> None:
         """Undo `enable_tiling`."""
-        self._tiling = None
+        self.tiling = None
 
     @property
     def num_timesteps(self) -> int:
@@ -564,7 +565,7 @@ class MADiffPipeline(DiffusionPipeline):
                 encoded = self.vqvae.encode(frames)
                 return [encoded.latents, *encoded.features]
 
-            latents, *features = encode(frames) if self._tiling is None else self._tiling(encode, [frames], *frames.shape[-2:])
+            latents, *features = encode(frames) if self.tiling is None else self.tiling(encode, [frames], *frames.shape[-2:])
             latents = (latents * self.vqvae.config.scaling_factor).chunk(len(left))
             features = zip(*(feature.chunk(len(left)) for feature in features))
             for each, own_latents, own_features in zip(left, latents, features):
@@ -601,7 +602,7 @@ class MADiffPipeline(DiffusionPipeline):
                 return [self.vqvae.decode(latents, features_prev, features_next, hints_prev, hints_next, force_not_quantize).sample]
 
             size = frames_prev.shape[-2:]
-            (decoded,) = decode_images(*images) if self._tiling is None else self._tiling(decode_images, images, *size)
+            (decoded,) = decode_images(*images) if self.tiling is None else self.tiling(decode_images, images, *size)
             return decoded.float().clamp(-1, 1)
 
         # 2. Hints to begin with: nothing is known of the middle frame yet.

@@ -87,6 +87,13 @@ def pipeline(tiny: dict) -> MADiffPipeline:
     return build_pipeline(tiny)
 
 
+@pytest.fixture
+def checkpoint(pipeline, tmp_path) -> Path:
+    """The tiny pipeline, saved."""
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
 photograph = lru_cache(data.coffee)
 
 

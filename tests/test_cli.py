@@ -23,12 +23,6 @@ def madiff(*arguments) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def checkpoint(pipeline, tmp_path) -> Path:
-    pipeline.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
 def frames(tmp_path) -> tuple:
     paths = tmp_path / "prev.png", tmp_path / "next.jpg"
     for path, time in zip(paths, (-1, 1)):

@@ -44,12 +44,6 @@ def root(tmp_path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(pipeline, tmp_path) -> Path:
-    pipeline.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
 def peer(tmp_path) -> Path:
     """A working directory with a module of functions to evaluate; each call is a line of `calls`."""
     folder = tmp_path / "peer"

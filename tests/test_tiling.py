@@ -48,7 +48,7 @@ def test_tiled_frames_are_what_whole_ones_are():
 
     whole = made()
     pipeline.enable_tiling(1)
-    rows, columns = pipeline._tiling.tiles(384, 576)
+    rows, columns = pipeline.tiling.tiles(384, 576)
     assert len(rows) > 1 and len(columns) > 1
     tiled = made()
     error = np.abs(tiled - whole)

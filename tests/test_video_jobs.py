@@ -25,12 +25,6 @@ from tests.video_files import decode, drifting, film_clip, phone_clip, read, wri
 
 
 @pytest.fixture
-def checkpoint(pipeline, tmp_path) -> Path:
-    pipeline.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
 def film(tmp_path) -> Path:
     """Six seconds in three parts, of few frames."""
     return write_video(tmp_path / "film.mp4", drifting(24), range(24), Fraction(1, 4), sound=5.5)
@@ -129,6 +123,7 @@ def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_p
     assert partial.exists() == keep
     if keep:
         frames = read(partial).times
+        assert f"it can be watched in {partial}" in printed and read(partial).audio["times"][-1] < frames[-1] + Fraction(1, 4)
         assert len(frames) >= 8 and frames == [number * Fraction(1, 8) for number in range(len(frames))] and len(decode(partial)) == len(frames)
     assert main(list(map(str, command(film, out, checkpoint)[3:]))) == 2, "what is done is not thrown away unasked"
     assert main(list(map(str, command(film, out, checkpoint, "--resume", "--crf", 30)[3:]))) == 2, "nor mixed with other work"
@@ -165,11 +160,16 @@ def test_a_folder_of_videos(checkpoint, tmp_path, capsys):
     (tmp_path / "in" / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "in" / "notes.txt").write_text("not a video")
     arguments = ["video", str(tmp_path / "in"), str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
+    film_clip(tmp_path / "in" / "c.ts", 4)
     assert main(arguments) == 2
     printed = capsys.readouterr()
-    assert "1 of 3 videos could not be made" in printed.err and "cannot read" in printed.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mkv"] == [Path(line).name for line in printed.out.split()]
+    assert "1 of 4 videos could not be made" in printed.err and "cannot read" in printed.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mkv", "c.mp4"] == [Path(line).name for line in printed.out.split()]
     assert len(read(tmp_path / "out" / "b.mkv").times) == 8
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "in" / "broken.mp4").unlink()
+    assert main([*arguments, "--resume"]) == 0 and capsys.readouterr().out == "", "what is made is not made again"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == made
 
 
 @pytest.mark.slow
@@ -294,6 +294,21 @@ def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_
     with pytest.raises(VideoError, match="is needed for parts, but holds something else"):
         interpolate_video(pipeline, film, tmp_path / "other.mp4", overwrite=True, progress=False)
     assert (tmp_path / "other.mp4.parts" / "precious.txt").exists()
+
+
+def test_large_frames_are_made_by_tiles(pipeline, tmp_path):
+    """Where memory is short, and for as long as the video takes."""
+    frames = drifting(2, 320, 320)
+    source = write_video(tmp_path / "in.mkv", frames, range(2), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    sizes = set()
+    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: sizes.add(tuple(output[0].shape[-2:])))
+    interpolate_video(pipeline, source, tmp_path / "whole.mkv", codec="ffv1", progress=False)
+    assert max(sizes) == (320, 320)
+    sizes.clear()
+    pipeline.enable_tiling(10**6)
+    own = pipeline.tiling
+    interpolate_video(pipeline, source, tmp_path / "tiled.mkv", codec="ffv1", max_memory=2**30, progress=False)
+    assert max(sizes) == (256, 256) and pipeline.tiling is own
 
 
 @pytest.mark.slow

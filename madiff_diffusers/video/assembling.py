@@ -1,6 +1,7 @@
 """The last step of a video: its parts in one file, beside what the source has besides pictures."""
 
 import heapq
+from contextlib import suppress
 from fractions import Fraction
 from math import gcd
 from pathlib import Path
@@ -147,17 +148,17 @@ class _Carrier:
         if stream.type not in kinds or stream.type == "attachment" or stream.codec_context is None or (slowed and stream.type == "video"):
             self.notes.append(f"{name} cannot be kept in {format_name}")
             return
-        stretched = stream.type == "audio" and slowed
-        try:
-            if stretched or (self._anew and stream.type == "audio"):
-                raise ValueError
-            carry = _Copy(file.add_stream_from_template(stream, opaque=True), self._begin, self._slow_motion, stream.type, format_name)
-        except ValueError:  # a codec that this kind of file does not hold, or sound that must last longer
-            if stream.type != "audio":
-                self.notes.append(f"{name} cannot be kept in {format_name}")
-                return
+        carry: Any = None
+        if stream.type != "audio" or not (slowed or self._anew):
+            # Not for a codec that this kind of file does not hold.
+            with suppress(ValueError):
+                carry = _Copy(file.add_stream_from_template(stream, opaque=True), self._begin, self._slow_motion, stream.type, format_name)
+        if carry is None and stream.type != "audio":
+            self.notes.append(f"{name} cannot be kept in {format_name}")
+            return
+        if carry is None:
             carry = _Sound(file, stream, self._begin, self._slow_motion)
-            if not stretched:
+            if not slowed:
                 self.notes.append(f"{name} is encoded anew as {carry.stream.codec_context.name}, because {format_name} does not hold it")
         carry.stream.metadata.update(_metadata(stream.metadata))
         carry.stream.disposition = stream.disposition
@@ -309,11 +310,11 @@ def _silence(like: av.AudioFrame, samples: int) -> av.AudioFrame:
 def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: int) -> None:
     """Every frame with a palette of its own."""
     height, width = encoding.size
-    with av.open(str(output.with_name(output.name + ".unused")), "w", format="matroska") as unwritten:
-        decoder = av.CodecContext.create("ffv1", "r")
-        stream = encoding.add_stream(unwritten)
-        stream.codec_context.open()
-        decoder.extradata, decoder.width, decoder.height = stream.codec_context.extradata, width, height
+    unwritten, stream = encoding.unwritten_stream()
+    stream.codec_context.open()
+    decoder = av.CodecContext.create("ffv1", "r")
+    decoder.extradata, decoder.width, decoder.height = stream.codec_context.extradata, width, height
+    unwritten.close()
     graph = av.filter.Graph()
     source = graph.add_buffer(width=width, height=height, format=encoding.pixel_format, time_base=Fraction(1, 100))
     split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")

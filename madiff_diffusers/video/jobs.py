@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from math import ceil
@@ -33,6 +33,7 @@ from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_compl
 
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
+MOST_NOTES = 5  # of damaged places
 PREVIEW_FRAMES, PREVIEW_HEIGHT = 8, 180
 
 T = TypeVar("T")
@@ -96,8 +97,10 @@ class VideoOptions:
         if self.factor is not None and self.fps is not None:
             raise VideoError(f"either `factor` or `fps` can be given, but both are: {self.factor} and {self.fps}")
         need("slow_motion", 1 <= self.slow_motion <= 64, "from 1 to 64")
-        allowed = ("keep",) if self.slow_motion == 1 else ("stretch", "drop")
-        need("audio", self.audio in (*allowed, "drop"), " or ".join(dict.fromkeys((*allowed, "drop"))) + (" in slow motion" if len(allowed) > 1 else ""))
+        if self.slow_motion == 1:
+            need("audio", self.audio in ("keep", "drop"), "keep or drop")
+        else:
+            need("audio", self.audio in ("stretch", "drop"), "stretch or drop in slow motion")
         need("cut_threshold", self.cut_threshold >= 0, "at least 0")
         need("cut_ratio", self.cut_ratio >= 1, "at least 1")
         need("max_gap", self.max_gap > 0, "more than 0")
@@ -228,10 +231,6 @@ class VideoJob:
             number += count
         return parts
 
-    @property
-    def frames(self) -> int:
-        return sum(part.count for part in self.parts)
-
     def path(self, part: Part) -> Path:
         return self.folder / f"part-{part.number:08d}"
 
@@ -300,14 +299,10 @@ class VideoJob:
         """
         todo = [part for part in parts if not is_complete(self.path(part))]
         tile_pixels = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["tile_pixels"]
-        if tile_pixels is not None:
-            self.pipeline.enable_tiling(tile_pixels)
-        else:
-            self.pipeline.disable_tiling()
         maker = MiddleMaker(self.pipeline, self.options.steps, self.options.seed)
         made = 0
         strip: Deque[Tuple[str, Image.Image]] = deque(maxlen=PREVIEW_FRAMES)
-        with _ahead(self._decoded(todo), QUEUE) as decoded, _Behind(QUEUE) as encoder:
+        with _tiled(self.pipeline, tile_pixels), _ahead(self._decoded(todo), QUEUE) as decoded, _Behind(QUEUE) as encoder:
             supply = _Supply(decoded)
             for part in todo:
                 writer = PartWriter(self.path(part), self.encoding, self.written_colour, part.number)
@@ -362,9 +357,11 @@ class VideoJob:
 
     def finish(self) -> List[str]:
         """Put the parts together, and remove them. Returns what is not as in the source."""
-        notes = self._assemble(self.parts, self.timeline.duration, self.output)
+        notes = self._assemble(self.parts, self.timeline.duration, self.output, is_partial=False)
         shutil.rmtree(self.folder)
-        return [*self.analysis.damage, *self.analysis.notes, *self._notes(), *notes]
+        damage = self.analysis.damage
+        more = [f"{len(damage) - MOST_NOTES} more places are damaged"] if len(damage) > MOST_NOTES else []
+        return [*damage[:MOST_NOTES], *more, *self.analysis.notes, *self._notes(), *notes]
 
     def _notes(self) -> List[str]:
         notes, analysis, encoding = [], self.analysis, self.encoding
@@ -393,10 +390,10 @@ class VideoJob:
         else:
             end = next(frame.time for shown in self.timeline.shown(self.parts[len(first)].first) for frame in shown)
         output = self.output.with_name(f"{self.output.stem}.partial{self.output.suffix}")
-        self._assemble(first, end, output)
+        self._assemble(first, end, output, is_partial=True)
         return output
 
-    def _assemble(self, parts: List[Part], end: int, output: Path) -> List[str]:
+    def _assemble(self, parts: List[Part], end: int, output: Path, is_partial: bool) -> List[str]:
         paths = [self.path(part) for part in parts]
         if self.encoding.codec == "png":
             whole = self.folder / "frames"
@@ -411,7 +408,7 @@ class VideoJob:
         joined = self.folder / f"joined{output.suffix}"
         try:
             notes = assemble(
-                joined, self.encoding, paths, end, self.source, self.analysis, self.options.slow_motion, self.options.audio, len(parts) < len(self.parts)
+                joined, self.encoding, paths, end, self.source, self.analysis, self.options.slow_motion, self.options.audio, is_partial
             )
             os.replace(joined, output)
         finally:
@@ -487,14 +484,15 @@ def interpolate_video(
     except BaseException as error:
         if rank == 0 and job.folder.exists():
             if keep_partial and not isinstance(error, VideoError):
-                job.save_partial()
+                with suppress(OSError, av.FFmpegError):  # the disk may be full; the parts stay
+                    job.save_partial()
             if not job.done():
                 shutil.rmtree(job.folder, ignore_errors=True)
         if isinstance(error, av.FFmpegError):
             raise OSError(error.errno, f"cannot write {job.output}: {reason(error)}") from error
         raise
     wait()
-    return VideoResult(job.output, job.frames, made, notes)
+    return VideoResult(job.output, len(job.timeline), made, notes)
 
 
 def pipeline_digest(pipeline: MADiffPipeline) -> str:
@@ -513,6 +511,18 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
 def _bar(show: bool, **settings) -> Iterator[tqdm]:
     with tqdm(disable=not show, dynamic_ncols=True, **settings) as bar:
         yield bar
+
+
+@contextmanager
+def _tiled(pipeline: MADiffPipeline, tile_pixels: Optional[int]) -> Iterator[None]:
+    """Tiles for as long as they are needed; a pipeline that has others keeps them where none are."""
+    before = pipeline.tiling
+    if tile_pixels is not None:
+        pipeline.enable_tiling(tile_pixels)
+    try:
+        yield
+    finally:
+        pipeline.tiling = before
 
 
 class _Supply:

@@ -82,12 +82,13 @@ class Source:
             VideoError: where nothing can be decoded; with `skip_damage`, `damage` grows instead.
         """
         self.damage, self.late = [], 0
-        last, step = None, 1
+        last, step, returned = None, 1, False
         for start, frame in self._image_frames(skip_damage) if self.images is not None else self._file_frames(skip_damage):
             if start is None:
                 start = 0 if last is None else last + step
             if last is not None and start <= last:
-                if (last - start) * self.time_base > LONGEST_RETURN:
+                if (last - start) * self.time_base > LONGEST_RETURN and not returned:
+                    returned = True
                     self._damaged(f"the times of {self.path} jump back by {float((last - start) * self.time_base):.1f} s", skip_damage)
                 self.late += 1
                 continue

@@ -22,6 +22,8 @@ from .reading import Analysis, VideoError
 
 class Container(NamedTuple):
     """
+    A kind of file.
+
     Args:
         format: FFmpeg's name.
         codecs: that it is written with, by our names; the first unless told otherwise.
@@ -51,10 +53,12 @@ FOLDER = Container("", ("png",), turns=False)
 
 class Codec(NamedTuple):
     """
+    A kind of pictures in it.
+
     Args:
         encoder: FFmpeg's name.
         crf: quality unless told otherwise; less is better and larger. None where there is no such setting.
-        best, worst: of qualities.
+        worst: of qualities, the best of which is 0.
         presets: from fast to slow, or the other way about; empty where there are none.
         preset: unless told otherwise.
         options: that are always set.
@@ -132,6 +136,11 @@ class Encoding(NamedTuple):
         if self.codec == "hevc" and self.container.format in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # what Apple's players know it by
         return stream
+
+    def unwritten_stream(self) -> Tuple[av.container.OutputContainer, av.video.stream.VideoStream]:
+        """The same in a file that is never written to, which tells the encoder what the real one will."""
+        output = av.open(io.BytesIO(), "w", format="matroska" if self.codec == "gif" else self.container.format)
+        return output, self.add_stream(output)
 
 
 def source_tags(analysis: Analysis) -> ColourTags:
@@ -273,9 +282,7 @@ class PartWriter:
         if self._is_folder:
             self._temporary.mkdir()
         else:
-            # A file that is never written to: it tells the encoder what the real one will.
-            self._output = av.open(io.BytesIO(), "w", format=encoding.container.format if encoding.codec != "gif" else "matroska")
-            self._stream = encoding.add_stream(self._output)
+            self._output, self._stream = encoding.unwritten_stream()
             self._file = open(self._temporary, "wb")
 
     def write(self, array: np.ndarray, time: int) -> None:
