@@ -17,7 +17,7 @@ from einops import rearrange
 
 from .tiling import Tiling
 
-HINT_SOURCES = ("events", "flow", "events+flow")
+HINT_SOURCES = ("events", "flow", "fine_flow", "events+flow", "events+fine_flow")
 
 HintPair = Tuple[torch.Tensor, torch.Tensor]
 
@@ -87,16 +87,30 @@ class EventHints:
         return self._events((frame_prev, frame_prev), (frame_next, frame_next))
 
 
+def _seen_from_the_end(flow: np.ndarray, rounds: int = 3) -> np.ndarray:
+    """A flow `(H, W, 2)` as it arrives: at every pixel `p` the flow of the pixel `q` from which it leads there, `q + flow(q) = p`,
+    found by fixed-point iteration."""
+    y, x = np.indices(flow.shape[:2], dtype=np.float32)
+    arriving = flow
+    for _ in range(rounds):
+        arriving = cv2.remap(flow, x - arriving[..., 0], y - arriving[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return arriving
+
+
 class FlowHints:
     """Optical flow by OpenCV's DIS: backward flow from the middle frame to each neighbour, (x, y) in pixels.
 
     A backward flow is the very offset that a warp needs. Runs on the CPU wherever the frames are, in threads.
+
+    Args:
+        fine: search at full resolution and with patches closer together, some five times the work; and start from half of
+            the flow that passes each pixel in the middle, instead of half of the flow that begins there in a neighbour.
     """
 
     hint_channels = 2
 
-    def __init__(self, preset: int = cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
-        self.preset = preset
+    def __init__(self, fine: bool = False):
+        self.fine = fine
 
     def _flows(self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor]) -> torch.Tensor:
         """Flow `(B, 2, H, W)` such that `from(p) = to(p + flow(p))`."""
@@ -106,7 +120,11 @@ class FlowHints:
 
         def one(pair: Tuple[np.ndarray, np.ndarray]) -> np.ndarray:
             # A DIS object keeps buffers, so each thread needs its own.
-            return cv2.DISOpticalFlow_create(self.preset).calc(pair[0], pair[1], None)
+            dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+            if self.fine:
+                dis.setFinestScale(0)
+                dis.setPatchStride(2)
+            return dis.calc(pair[0], pair[1], None)
 
         # Parallelism comes from the pairs.
         workers = min(len(from_images), max(cv2.getNumThreads(), 1))
@@ -121,9 +139,12 @@ class FlowHints:
         return ((grey.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        """Half of the flow between the neighbours, each seen from the other."""
-        flow = self._flows([*frame_next, *frame_prev], [*frame_prev, *frame_next])
-        hints_prev, hints_next = (0.5 * flow).chunk(2)
+        """Half of the flow between the neighbours, each seen from the other; with `fine`, seen from the middle."""
+        half = 0.5 * self._flows([*frame_next, *frame_prev], [*frame_prev, *frame_next])
+        if self.fine:
+            passing = np.stack([_seen_from_the_end(rearrange(each, "c h w -> h w c").cpu().numpy()) for each in half])
+            half = rearrange(torch.from_numpy(passing), "b h w c -> b c h w").contiguous().to(half.device)
+        hints_prev, hints_next = half.chunk(2)
         return hints_prev, hints_next
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
@@ -156,6 +177,14 @@ class StackedHints:
         return self._stack([source.from_neighbours(frame_prev, frame_next) for source in self.sources])
 
 
+def mix_hints(hints: HintPair, refined: HintPair, share: float) -> HintPair:
+    """Hints with a `share` in `(0, 1]` of refined ones: 1 / n for the n-th extraction makes them the mean of all."""
+    if share == 1:
+        return refined
+    hints_prev, hints_next = (torch.lerp(old, new, share) for old, new in zip(hints, refined))
+    return hints_prev, hints_next
+
+
 def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None, tiling: Optional[Tiling] = None) -> HintSource:
     """The hint source of a name in `HINT_SOURCES`; flow stands last in a stack, where decoders look for offsets. `tiling` is for `i2e`.
 
@@ -166,6 +195,6 @@ def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None, tiling: 
         raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, but is {name!r}.")
     if "events" in name and i2e is None:
         raise ValueError(f"`hint_source={name!r}` needs an `i2e` model, but `i2e` is None.")
-    sources = {"events": lambda: EventHints(i2e, tiling), "flow": FlowHints}
+    sources = {"events": lambda: EventHints(i2e, tiling), "flow": FlowHints, "fine_flow": lambda: FlowHints(fine=True)}
     stack = [sources[part]() for part in name.split("+")]
     return stack[0] if len(stack) == 1 else StackedHints(stack)

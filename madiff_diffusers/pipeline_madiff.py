@@ -29,10 +29,10 @@ if _missing:
 
 from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
-from .motion_hints import HintSource, build_hint_source  # noqa: E402
+from .motion_hints import HintSource, build_hint_source, mix_hints  # noqa: E402
 from .tiling import Tiling  # noqa: E402
 
-HINT_POLICIES = ("sampling", "start", "neighbours", "none")
+HINT_POLICIES = ("sampling", "averaged", "start", "neighbours", "none")
 
 # Files with the code of components, by their stems.
 _COMPONENT_MODULES = ("eventgan", "vq_magan")
@@ -88,10 +88,11 @@ class MADiffPipeline(DiffusionPipeline):
         unet ([`UNet2DModel`]): predicts the noise in the middle frame's latents; its input channels are those latents,
             both neighbours' latents, and the hints towards both neighbours at the latents' size.
         scheduler ([`SchedulerMixin`]): any of Diffusers' that takes the checkpoint's `prediction_type`.
-        i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is `"flow"`.
-        hint_source (`str`): `"events"` (the paper's), `"flow"` or `"events+flow"`.
+        i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is flow alone.
+        hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, `"events+flow"` or `"events+fine_flow"`.
         default_num_inference_steps (`int`): what `num_inference_steps=None` stands for.
         default_hint_interval (`int`): what `hint_interval=None` stands for.
+        default_hint_policy (`str`): what `hint_policy=None` stands for; `"sampling"` is the paper's.
     """
 
     model_cpu_offload_seq = "vqvae->unet->i2e"
@@ -111,6 +112,7 @@ class MADiffPipeline(DiffusionPipeline):
         hint_source: str = "events",
         default_num_inference_steps: int = 10,
         default_hint_interval: int = 1,
+        default_hint_policy: str = "sampling",
     ):
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e)
@@ -118,6 +120,7 @@ class MADiffPipeline(DiffusionPipeline):
             hint_source=hint_source,
             default_num_inference_steps=default_num_inference_steps,
             default_hint_interval=default_hint_interval,
+            default_hint_policy=default_hint_policy,
         )
         self._hints: Optional[HintSource] = None
         # Set by `enable_tiling`.
@@ -425,7 +428,7 @@ class MADiffPipeline(DiffusionPipeline):
         image_next: Union[FrameInput, EncodedFrames],
         num_inference_steps: Optional[int] = None,
         num_frames: int = 1,
-        hint_policy: str = "sampling",
+        hint_policy: Optional[str] = None,
         hint_interval: Optional[int] = None,
         generator: Optional[Union[torch.Generator, List[torch.Generator]]] = None,
         latents: Optional[torch.Tensor] = None,
@@ -445,11 +448,12 @@ class MADiffPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): sampling steps per frame; the checkpoint's default if not given.
             num_frames (`int`, defaults to 1): evenly spaced frames to make between each pair: 1, 3, 7, 15, …; more than
                 one by recursion.
-            hint_policy (`str`, defaults to `"sampling"`): where motion hints come from. `"sampling"`: start hints at the
-                first step, then re-extracted from the current guess of the middle frame (MA-Sampling). For ablations:
-                `"start"`, start hints all along; `"neighbours"`, what the two neighbours tell without a guess;
-                `"none"`, zeros.
-            hint_interval (`int`, *optional*): with `"sampling"`, re-extract the hints after the first step and every
+            hint_policy (`str`, *optional*): where motion hints come from; the checkpoint's default if not given.
+                `"sampling"`: start hints at the first step, then re-extracted from the current guess of the middle frame
+                (MA-Sampling). `"averaged"`: the same, but the mean of all extractions so far, so that their errors
+                do not add up over many steps. For ablations: `"start"`, start hints all along; `"neighbours"`, what the
+                two neighbours tell without a guess; `"none"`, zeros.
+            hint_interval (`int`, *optional*): with `"sampling"` and `"averaged"`, re-extract the hints after the first step and every
                 `hint_interval` steps from there; the checkpoint's default if not given.
             generator (`torch.Generator` or one per pair, *optional*): makes the result repeatable.
             latents (`torch.Tensor` of shape `(B, num_frames, C, h, w)`, or `(B, C, h, w)` for one frame, *optional*):
@@ -474,6 +478,8 @@ class MADiffPipeline(DiffusionPipeline):
             num_inference_steps = self.config.default_num_inference_steps
         if hint_interval is None:
             hint_interval = self.config.default_hint_interval
+        if hint_policy is None:
+            hint_policy = self.config.default_hint_policy
 
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -639,9 +645,11 @@ class MADiffPipeline(DiffusionPipeline):
             latents = step.prev_sample
 
             # 4.2 hints from the frame that these latents stand for
-            if hint_policy == "sampling" and i % hint_interval == 0:
+            if hint_policy in ("sampling", "averaged") and i % hint_interval == 0:
                 guess = decode(clean_latents, hints_prev, hints_next)
-                hints_prev, hints_next = self.hints.from_guess(frames_prev, guess, frames_next)
+                refined = self.hints.from_guess(frames_prev, guess, frames_next)
+                share = 1 / (1 + i // hint_interval) if hint_policy == "averaged" else 1.0
+                hints_prev, hints_next = mix_hints((hints_prev, hints_next), refined, share)
 
             # 4.3 the caller's turn
             if callback is not None:

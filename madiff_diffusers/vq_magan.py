@@ -242,7 +242,7 @@ class MAWarpBlock(nn.Module):
         features: torch.Tensor,
         hints: torch.Tensor,
         corrections: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Both directions run in one batch: the first half of each `2B` tensor is for the previous frame.
 
@@ -253,7 +253,8 @@ class MAWarpBlock(nn.Module):
             corrections (`(2B, 2, U, V)`, *optional*): what coarser scales added to the hints' own offsets.
 
         Returns:
-            `(h̃, corrections, offsets, gate)`, of shapes `(B, C, U, V)`, `(2B, 2, U, V)` twice and `(B, 1, U, V)`.
+            `(h̃, corrections, offsets, gate, warped)`, of shapes `(B, C, U, V)`, `(2B, 2, U, V)` twice, `(B, 1, U, V)` and
+            `(2B, C, U, V)`.
         """
         # 1. where the search starts  # [2B,2,U,V]
         start = hints[:, -2:].float() if self.offset_hints else torch.zeros_like(hints[:, :2], dtype=torch.float32)
@@ -272,10 +273,11 @@ class MAWarpBlock(nn.Module):
         offsets = start + estimate
 
         # 3. warp, blend, add
-        warped_prev, warped_next = warp(features, offsets).chunk(2)  # [B,C,U,V]
+        warped = warp(features, offsets)
+        warped_prev, warped_next = warped.chunk(2)  # [B,C,U,V]
         gate = torch.sigmoid(self.gate_net(torch.cat([warped_prev, warped_next], dim=1)))  # [B,1,U,V]
         blended = gate * warped_prev + (1 - gate) * warped_next + self.residual_net(hidden_states)
-        return blended, corrections + estimate, offsets, gate
+        return blended, corrections + estimate, offsets, gate, warped
 
 
 class FrameHead(nn.Module):
@@ -284,8 +286,10 @@ class FrameHead(nn.Module):
 
     With `warp_frames` the frames themselves pass a last MA-WARP at image resolution, so that texture is copied and not
     repainted: offsets, gate and residual are predicted at the decoder's finest stride and unfolded to pixels, and
-    `refine_channels` (0: none) sets the width of a small network that touches up the blend at full resolution.
-    Without it, the image is painted from the features alone, as in the paper.
+    `refine_channels` (0: none) sets the width of a small network that touches up the blend at full resolution. With
+    `compare_warps` the offsets, gate and residual are predicted from both neighbours' warped features too: the blend of
+    these, which the decoder's features are, does not tell where they disagree, as they do where one side is hidden.
+    Without `warp_frames`, the image is painted from the features alone, as in the paper.
     """
 
     def __init__(
@@ -297,14 +301,16 @@ class FrameHead(nn.Module):
         act_fn: str,
         warp_frames: bool,
         refine_channels: int,
+        compare_warps: bool,
     ):
         super().__init__()
-        self.stride, self.warp_frames = stride, warp_frames
+        self.stride, self.warp_frames, self.compare_warps = stride, warp_frames, compare_warps
         self.conv_norm = _norm(norm_num_groups, channels)
         self.act = _activation(act_fn)
         # A pixel's outputs: residual, and with `warp_frames` also 2 + 2 offsets and the gate's logit.
         pixel_channels = out_channels + 5 if warp_frames else out_channels
-        self.conv_out = nn.Conv2d(channels, pixel_channels * stride**2, 3, padding=1)
+        in_channels = 3 * channels if compare_warps else channels
+        self.conv_out = nn.Conv2d(in_channels, pixel_channels * stride**2, 3, padding=1)
         if warp_frames:
             _zero_init(self.conv_out)
         self.refine = None
@@ -322,18 +328,22 @@ class FrameHead(nn.Module):
         return self.conv_out.weight if self.refine is None else self.refine[-1].weight
 
     def forward(
-        self, hidden_states: torch.Tensor, frames: torch.Tensor, start: torch.Tensor
+        self, hidden_states: torch.Tensor, frames: torch.Tensor, start: torch.Tensor, warped: torch.Tensor
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         """
         Args:
             hidden_states (`(B, C, H / stride, W / stride)`): the decoder's finest features.
             frames (`(2B, 3, H, W)`): the previous and the next frames.
             start (`(2B, 2, H, W)`): offsets to start from, in pixels.
+            warped (`(2B, C, H / stride, W / stride)`): the neighbours' finest features as the last warp left them.
 
         Returns:
             `(image, offsets, gate)`; the last two are None without `warp_frames`.
         """
-        pixels = F.pixel_shuffle(self.conv_out(self.act(self.conv_norm(hidden_states))), self.stride)
+        hidden_states = self.act(self.conv_norm(hidden_states))
+        if self.compare_warps:
+            hidden_states = torch.cat([hidden_states, *warped.chunk(2)], dim=1)
+        pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride)
         if not self.warp_frames:
             return pixels, None, None
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
@@ -364,6 +374,7 @@ class MotionDecoder(nn.Module):
         match_neighbours: bool,
         warp_frames: bool,
         refine_channels: int,
+        compare_warps: bool,
     ):
         super().__init__()
         self.coarse_to_fine, self.offset_hints, self.stem_stride = coarse_to_fine, offset_hints, stem_stride
@@ -385,7 +396,7 @@ class MotionDecoder(nn.Module):
             self.warps.append(warp_block(out_channels_level))
             channels = out_channels_level
         self.head = FrameHead(
-            channels, out_channels, stem_stride, norm_num_groups, act_fn, warp_frames, refine_channels
+            channels, out_channels, stem_stride, norm_num_groups, act_fn, warp_frames, refine_channels, compare_warps
         )
         self.gradient_checkpointing = False
 
@@ -422,7 +433,7 @@ class MotionDecoder(nn.Module):
                 level = self.levels[i - 1]
                 hidden_states = level(hidden_states) if run is None else run(level, hidden_states)
             arguments = (hidden_states, feature, hint, corrections)
-            hidden_states, corrections, offsets, gate = (
+            hidden_states, corrections, offsets, gate, warped = (
                 warp_block(*arguments) if run is None else run(warp_block, *arguments)
             )
             corrections = _upsample_offsets(corrections) if self.coarse_to_fine and i < len(self.levels) else None
@@ -437,7 +448,7 @@ class MotionDecoder(nn.Module):
             start = _upsample_offsets(start, self.stem_stride)
         if self.offset_hints:
             start = start + hints[0][:, -2:].float()
-        image, offsets, gate = self.head(hidden_states, features[0], start)
+        image, offsets, gate = self.head(hidden_states, features[0], start, warped)
         if offsets is not None:
             all_offsets.append(torch.cat(offsets.chunk(2), dim=1))
             all_gates.append(gate)
@@ -471,6 +482,8 @@ class VQMAGANModel(VQModel):
         match_neighbours (`bool`): let the offset network see both neighbours' features.
         warp_frames (`bool`): a last warp of the frames themselves at image resolution.
         refine_channels (`int`): width of the full-resolution refinement after the last warp; 0 for none.
+        compare_warps (`bool`): let the last warp see both neighbours' warped features beside their blend. Needs
+            `warp_frames`.
     """
 
     _supports_gradient_checkpointing = True
@@ -498,6 +511,7 @@ class VQMAGANModel(VQModel):
         match_neighbours: bool = False,
         warp_frames: bool = False,
         refine_channels: int = 0,
+        compare_warps: bool = False,
     ):
         # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
         ModelMixin.__init__(self)
@@ -505,6 +519,8 @@ class VQMAGANModel(VQModel):
             raise ValueError(f"`stem_stride` must be 1 or 2, but is {stem_stride}.")
         if offset_hints and not coarse_to_fine:
             raise ValueError("`offset_hints=True` needs `coarse_to_fine=True`: estimates are added to the hints.")
+        if compare_warps and not warp_frames:
+            raise ValueError("`compare_warps=True` needs `warp_frames=True`: it is for the last warp.")
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         shared = {
             "block_out_channels": block_out_channels,
@@ -529,6 +545,7 @@ class VQMAGANModel(VQModel):
             match_neighbours=match_neighbours,
             warp_frames=warp_frames,
             refine_channels=refine_channels,
+            compare_warps=compare_warps,
         )
 
     # The class travels with its weights. What follows stands in every component, since each must be a file that needs no other.

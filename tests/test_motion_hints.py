@@ -3,12 +3,14 @@ import pytest
 import torch
 
 from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints, build_hint_source
+from madiff_diffusers.motion_hints import mix_hints
+from madiff_diffusers.vq_magan import warp
 from tests.conftest import moving_picture
 
 
-def frames(*times: float) -> list:
+def frames(*times: float, width: int = 128) -> list:
     return [
-        torch.from_numpy(moving_picture(time, 96, 128)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in times
+        torch.from_numpy(moving_picture(time, 96, width)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in times
     ]
 
 
@@ -36,17 +38,36 @@ def test_flow_starts_from_half_of_the_flow_between_the_neighbours():
     assert torch.equal(start_prev, 0.5 * FlowHints().from_guess(prev, next_, next_)[0])
 
 
-def test_flow_does_not_depend_on_threads_or_batch():
+def test_fine_flow_starts_from_the_motion_that_passes_the_middle():
+    """A patch moves by 16 pixels across a still picture: in the middle of its way, offsets lead to where it is in the neighbours."""
+    still, patch = frames(0, 30, width=160)
+    pictures = [still.clone() for _ in range(3)]
+    for left, picture in zip((60, 68, 76), pictures):
+        picture[..., 32:64, left : left + 32] = patch[..., 32:64, 60:92]
+    prev, mid, next_ = pictures
+
+    def wrong(hints, frame) -> float:
+        """Share of the middle's patch and its surroundings that is not what the offsets lead to."""
+        return ((warp(frame, hints) - mid).abs().mean(1)[:, 24:72, 56:112] > 0.1).float().mean().item()
+
+    plain, fine = FlowHints().start(prev, next_), FlowHints(fine=True).start(prev, next_)
+    for side in (0, 1):
+        assert fine[side].shape == plain[side].shape and fine[side].dtype == torch.float32
+        assert wrong(fine[side], pictures[2 * side]) < 0.6 * wrong(plain[side], pictures[2 * side])
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_flow_does_not_depend_on_threads_or_batch(fine):
     prev, mid, next_ = frames(-1, 0, 1)
-    alone = FlowHints().from_guess(prev, mid, next_)[0]
+    alone = FlowHints(fine).from_guess(prev, mid, next_)[0]
     threads = cv2.getNumThreads()
     try:
         cv2.setNumThreads(7)
-        assert torch.equal(alone, FlowHints().from_guess(prev, mid, next_)[0])
+        assert torch.equal(alone, FlowHints(fine).from_guess(prev, mid, next_)[0])
         assert cv2.getNumThreads() == 7
     finally:
         cv2.setNumThreads(threads)
-    batched = FlowHints().from_guess(*(torch.cat([frame, frame.flip(-1)]) for frame in (prev, mid, next_)))[0]
+    batched = FlowHints(fine).from_guess(*(torch.cat([frame, frame.flip(-1)]) for frame in (prev, mid, next_)))[0]
     assert torch.equal(alone[0], batched[0])
 
 
@@ -79,8 +100,18 @@ def test_a_stack_holds_its_sources_side_by_side_with_flow_last(i2e):
             assert torch.equal(stacked, torch.cat([events, flow], dim=1))
 
 
+def test_the_mean_of_hints():
+    torch.manual_seed(0)
+    extractions = [(torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)) for _ in range(4)]
+    hints = extractions[3]  # which the first replaces
+    for number, refined in enumerate(extractions[:3]):
+        hints = mix_hints(hints, refined, 1 / (1 + number))
+    for side in (0, 1):
+        assert torch.allclose(hints[side], torch.stack([each[side] for each in extractions[:3]]).mean(0), atol=1e-6)
+
+
 def test_unknown_or_impossible_sources_are_named():
-    with pytest.raises(ValueError, match="events, flow, events\\+flow, but is 'sound'"):
+    with pytest.raises(ValueError, match="events, flow, fine_flow, events\\+flow, events\\+fine_flow, but is 'sound'"):
         build_hint_source("sound")
     with pytest.raises(ValueError, match="`i2e` is None"):
         build_hint_source("events")

@@ -49,6 +49,6 @@ def test_unet_forward():
 @pytest.mark.parametrize("config", ["paper", "compact", "tiny"])
 def test_every_config_fits_together(config):
     settings = load_config(config)
-    channels = {"events": 18, "flow": 2, "events+flow": 20}[settings["hint_source"]]
+    channels = {"events": 18, "events+flow": 20, "events+fine_flow": 20}[settings["hint_source"]]
     assert settings["vqvae"]["hint_channels"] == channels
     assert settings["unet"]["in_channels"] == 9 + 2 * channels

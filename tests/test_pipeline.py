@@ -174,6 +174,7 @@ def test_nothing_of_a_true_middle_frame_can_get_in():
         ("sampling", 1, ["start"] + ["from_guess"] * 4),
         ("sampling", 2, ["start"] + ["from_guess"] * 2),
         ("sampling", 9, ["start", "from_guess"]),
+        ("averaged", 2, ["start"] + ["from_guess"] * 2),
         ("start", 1, ["start"]),
         ("none", 1, ["start"]),
         ("neighbours", 1, ["from_neighbours"]),
@@ -185,8 +186,40 @@ def test_hint_policies(pipeline, pair, policy, interval, asked):
     assert [name for name, _, _ in pipeline.hints.calls] == asked
 
 
+def test_averaged_hints_are_the_mean_of_all_extractions(pipeline, pair):
+    extracted, used = [], []
+
+    class Kept(Recorder):
+        def from_guess(self, *frames):
+            extracted.append(super().from_guess(*frames))
+            return extracted[-1]
+
+    def note(pipe, step, timestep, tensors):
+        used.append(tensors["hints_prev"])
+        return {}
+
+    pipeline.hints = Kept(pipeline.hints)
+    inputs = ["hints_prev"]
+    run(pipeline, pair, num_inference_steps=3, hint_policy="averaged", callback_on_step_end=note, callback_on_step_end_tensor_inputs=inputs)
+    assert len(extracted) == 3
+    for count, hints in enumerate(used, 1):
+        assert torch.allclose(hints, torch.stack([prev for prev, _ in extracted[:count]]).mean(0), atol=1e-5)
+
+
+def test_the_checkpoint_says_which_policy_is_the_default(pipeline, pair, tmp_path):
+    settings = {**{name: pipeline.config[name] for name in ("hint_source", "default_num_inference_steps")}, "default_hint_policy": "averaged"}
+    averaging = MADiffPipeline(**pipeline.components, **settings)
+    averaging.save_pretrained(tmp_path)
+    loaded = MADiffPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    own = run(loaded, pair, num_inference_steps=3)
+    assert torch.equal(own, run(pipeline, pair, num_inference_steps=3, hint_policy="averaged"))
+    assert not torch.equal(own, run(pipeline, pair, num_inference_steps=3))
+
+
 def test_hint_policies_differ(pipeline, pair):
-    results = [run(pipeline, pair, hint_policy=policy) for policy in ("sampling", "start", "neighbours", "none")]
+    policies = ("sampling", "averaged", "start", "neighbours", "none")
+    results = [run(pipeline, pair, num_inference_steps=3, hint_policy=policy) for policy in policies]
     for i, first in enumerate(results):
         assert not any(torch.equal(first, second) for second in results[i + 1 :])
 

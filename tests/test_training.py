@@ -27,7 +27,7 @@ from tests.local_hub import local_hub
 from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
 from training.options import parse_options
 from training.train_i2e import I2EOptions
-from training.train_vq_magan import VQMAGANOptions
+from training.train_vq_magan import VQMAGANOptions, start_from
 
 SLOW = pytest.mark.slow
 STAGES = {"i2e": "train_i2e", "vqvae": "train_vq_magan", "unet": "train_denoiser"}
@@ -475,6 +475,38 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
     done = launch(command("i2e", clips, runs, "--steps", "22", "--learning_rate", "1e-4"))
     assert done.returncode == 0 and len(rows(runs / "i2e")) == 22
     assert "changed since the last start: learning_rate was 0.002, is 0.0001" in done.stderr
+
+
+def test_a_run_stops_where_it_is_told_to(clips, trained, tmp_path):
+    runs = link("vqvae", trained, tmp_path / "runs")
+    part = command("vqvae", clips, runs, "--steps", "9", "--save_every", "9", "--stop_step")
+    for _ in range(2):  # the same command again changes nothing
+        printed = succeed([*part, "2"])
+        assert "stopped at step 2 of 9, which is saved" in printed
+        assert [path.name for path in (runs / "vqvae" / "checkpoints").glob("step_*")] == ["step_00000002"]
+    assert not (runs / "vqvae" / "vqvae").exists()
+    succeed([*part, "3"])
+    assert [path.name for path in (runs / "vqvae" / "checkpoints").glob("step_*")] == ["step_00000003"]
+
+
+def test_wider_layers_start_where_the_narrow_ones_ended(tiny):
+    torch.manual_seed(0)
+    trained = VQMAGANModel(**tiny["vqvae"], scaling_factor=0.5)
+    for parameter in trained.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    wide = VQMAGANModel(**tiny["vqvae"], compare_warps=True)
+    start_from(wide, trained)
+    frames, hints = torch.rand(3, 2, 3, 32, 32) * 2 - 1, torch.randn(2, 2, tiny["vqvae"]["hint_channels"], 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(wide(*frames, *hints).sample, trained(*frames, *hints).sample, atol=1e-5)
+    assert wide.config.scaling_factor == 0.5
+    for other, message in (
+        ({"refine_channels": tiny["vqvae"]["refine_channels"] + 4}, "`init` has .* for decoder.head.refine"),
+        ({"refine_channels": 0}, "`init` has decoder.head.refine"),
+        ({"hint_channels": 3}, "`init` has .* for decoder.mid_warp.offset_net.0.weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start_from(VQMAGANModel(**{**tiny["vqvae"], **other}), trained)
 
 
 def test_two_runs_do_not_share_a_folder(clips, tmp_path):

@@ -52,7 +52,7 @@ def test_forward_gives_a_frame_offsets_and_gates(changes):
     assert sides == sorted(sides) and len(sides) == len(model.config.block_out_channels) + 1 + model.config.warp_frames
 
 
-@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR])
+@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"compare_warps": True}])
 def test_every_parameter_receives_a_gradient(changes):
     model = excite(build(**changes))
     mid, *rest = inputs(model)
@@ -60,6 +60,18 @@ def test_every_parameter_receives_a_gradient(changes):
     ((out.sample - mid).abs().mean() + out.commit_loss.mean()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
+
+
+def test_the_last_warp_can_see_both_neighbours():
+    """Where it compares them, what it takes from each depends on each; otherwise on their blend alone."""
+    torch.manual_seed(0)
+    for compare in (False, True):
+        head = excite(build(compare_warps=compare)).decoder.head
+        hidden_states, frames, start = torch.randn(1, 8, 8, 8), torch.rand(2, 3, 16, 16), torch.zeros(2, 2, 16, 16)
+        gates = [head(hidden_states, frames, start, torch.randn(2, 8, 8, 8))[2] for _ in range(2)]
+        assert torch.equal(*gates) != compare
+    with pytest.raises(ValueError, match="`compare_warps=True` needs `warp_frames=True`"):
+        build(compare_warps=True, warp_frames=False)
 
 
 def test_decode_quantises_what_encode_does_not():

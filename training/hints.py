@@ -5,7 +5,7 @@ from typing import Dict, Optional, Tuple
 import torch
 
 from madiff_diffusers.eventgan import EventGANModel
-from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_source
+from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_source, mix_hints
 from madiff_diffusers.vq_magan import VQMAGANModel
 
 
@@ -31,13 +31,15 @@ def draw_hints(
     probability: float,
     guess_share: float,
     guess_rounds: int,
+    averaged: bool,
     generator: torch.Generator,
 ) -> HintPair:
     """Motion hints for each sample of a batch: with `probability` refined ones, of which a share of `guess_share` comes
     from a decoded guess and the rest from the true middle frame; start hints otherwise.
 
     Sampling never sees the true middle frame. A guess is made as it makes one: decoded from latents of any quality with
-    start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave.
+    start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave, or with the mean of
+    those that all guesses before gave (`averaged`).
     """
     prev, mid, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
     hints_prev, hints_next = source.start(prev, next_)
@@ -50,12 +52,14 @@ def draw_hints(
     )
     rounds = int(torch.randint(1, guess_rounds + 1, (), generator=generator))
     chosen = order[:guessed]
-    for _ in range(rounds if len(chosen) else 0):
+    for number in range(rounds if len(chosen) else 0):
         noise = latent_noise(model, mid[chosen], 1.0, generator)
         guess = model(
             mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise
         ).sample.clamp(-1, 1)
-        hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], guess, next_[chosen])
+        refined = source.from_guess(prev[chosen], guess, next_[chosen])
+        share = 1 / (1 + number) if averaged else 1.0
+        hints_prev[chosen], hints_next[chosen] = mix_hints((hints_prev[chosen], hints_next[chosen]), refined, share)
     chosen = order[guessed : guessed + true]
     if len(chosen):
         hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], mid[chosen], next_[chosen])

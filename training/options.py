@@ -52,6 +52,7 @@ class RunOptions:
     # optimisation
     seed: int = option(0, "of everything that is drawn")
     steps: int = option(1000, "optimiser steps")
+    stop_step: int = option(0, "end at this step, with a checkpoint; the same command with another value goes on. 0: at the last")
     batch_size: int = option(16, "samples per process and forward pass")
     accumulation: int = option(1, "forward passes per optimiser step")
     learning_rate: float = option(1e-4, "highest learning rate")

@@ -288,9 +288,15 @@ class Run:
         return self.options.batch_size * self.options.accumulation * self.accelerator.num_processes
 
     def batches(self, dataset: Dataset) -> Iterator[Dict[str, torch.Tensor]]:
-        """Batches from where this run has come to until its last step, each sample on one process."""
+        """Batches from where this run has come to until its last step, each sample on one process.
+
+        Raises:
+            SystemExit: with 0, if the run stands at `stop_step` already.
+        """
         if self.progress.step >= self.options.steps:
             return
+        if 0 < self.options.stop_step <= self.progress.step:
+            self._stop_early()
         self._clock = (time.perf_counter(), self.progress.samples)
         for batch in self._readable(self._loader(dataset)):
             self.progress.unreadable += int(batch.pop("unreadable").sum())
@@ -298,6 +304,11 @@ class Run:
             yield batch
             if self.progress.step >= self.options.steps:
                 return
+
+    def _stop_early(self) -> None:
+        self.accelerator.print(f"stopped at step {self.progress.step} of {self.options.steps}, which is saved")
+        self.accelerator.end_training()
+        raise SystemExit(0)
 
     @staticmethod
     def _readable(batches: Iterable[Dict[str, torch.Tensor]]) -> Iterator[Dict[str, torch.Tensor]]:
@@ -388,7 +399,8 @@ class Run:
         validate, save, stop.
 
         Raises:
-            SystemExit: after saving, with 128 + the signal's number, if the process was told to end by SIGTERM or SIGINT.
+            SystemExit: after saving, with 128 + the signal's number, if the process was told to end by SIGTERM or SIGINT; with 0
+                at `stop_step`.
         """
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
@@ -407,8 +419,11 @@ class Run:
         if self._validation is not None and (last or self.progress.step % self.options.validate_every == 0):
             best = self._validate()
         told = self._told_to_stop()
-        if last or best or told or self.progress.step % self.options.save_every == 0:
+        stop = self.progress.step == self.options.stop_step and not last
+        if last or best or told or stop or self.progress.step % self.options.save_every == 0:
             self.save()
+        if stop:
+            self._stop_early()
         if told and not last:
             self.accelerator.print(f"stopped by {signal.Signals(told).name} at step {self.progress.step}, which is saved")
             self.accelerator.end_training()

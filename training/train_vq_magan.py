@@ -32,7 +32,7 @@ from training.validation import decoded_panel, image_scores, to_frames, validati
 @dataclasses.dataclass
 class VQMAGANOptions(RunOptions):
     i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
-    init: str = option("", "folder of a trained VQMAGANModel to start from")
+    init: str = option("", "folder of a trained VQMAGANModel to start from; where the configuration's takes in more channels, they begin at 0")
     adam_betas: Tuple[float, ...] = option((0.5, 0.9), "of AdamW")
     weight_decay: float = option(0.0, "of AdamW")
     l1_epsilon: float = option(0.0, "softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss")
@@ -77,6 +77,28 @@ def offset_loss(offsets: Tuple[torch.Tensor, ...], flow: Tuple[torch.Tensor, tor
         ratio = height // estimate.shape[-2]
         losses.append(((F.avg_pool2d(truth, ratio) / ratio - estimate) ** 2 + 1e-4).sqrt().mean())
     return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def start_from(model: VQMAGANModel, trained: VQMAGANModel) -> None:
+    """Give a model the weights of a trained one, so that both do the same; channels that its layers take in besides get zeros.
+
+    Raises:
+        ValueError: if they differ in other ways.
+    """
+    weights = trained.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, shape in shapes.items():
+        given = tuple(weights[name].shape) if name in weights else None
+        if given is None or len(given) != len(shape) or (*given[:1], *given[2:]) != (*shape[:1], *shape[2:]) or given[1:2] > shape[1:2]:
+            raise ValueError(f"`init` has {given} for {name}, where the configuration's network has {shape}.")
+        if given != shape:
+            weights[name] = torch.cat([weights[name], weights[name].new_zeros(given[0], shape[1] - given[1], *given[2:])], dim=1)
+    surplus = sorted(set(weights) - set(shapes))
+    if surplus:
+        raise ValueError(f"`init` has {surplus[0]}, which the configuration's network has not.")
+    model.load_state_dict(weights)
+    model.register_to_config(scaling_factor=trained.config.scaling_factor)
 
 
 class CodeUsage:
@@ -156,9 +178,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     device = run.accelerator.device
 
     # 1. models
-    bare_model = VQMAGANModel.from_pretrained(options.init) if options.init else VQMAGANModel(**config["vqvae"])
+    bare_model = VQMAGANModel(**config["vqvae"])
+    if options.init:
+        start_from(bare_model, VQMAGANModel.from_pretrained(options.init))
     source, _ = load_hint_source(config["hint_source"], options.i2e, device)
-    flow_source = FlowHints()
+    flow_source = FlowHints(fine="fine_flow" in config["hint_source"])
     lpips = lpips_loss(options, device)
     optimizer = torch.optim.AdamW(
         bare_model.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
@@ -203,6 +227,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     run.resume()
 
     # 3. loop
+    averaged = config["pipeline"].get("default_hint_policy") == "averaged"
     for batch in run.batches(data):
         step, generator = run.progress.step, run.generator()
         # Networks run fastest where frames and hints come in the layout of their weights.
@@ -210,7 +235,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         batch = {name: value.contiguous(memory_format=layout) for name, value in batch.items() if value.ndim == 4}
         prev, truth, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
         with torch.no_grad():
-            shares = (options.hint_probability, options.guess_share, options.guess_rounds)
+            shares = (options.hint_probability, options.guess_share, options.guess_rounds, averaged)
             hints = draw_hints(bare_model, source, batch, *shares, generator)
             hints = [each.contiguous(memory_format=layout) for each in hints]
             noise = latent_noise(bare_model, truth, options.latent_noise, generator)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..hub_repository import weights_kind
-from ..motion_hints import EventHints, FlowHints, HintPair, HintSource, StackedHints, single_threaded_opencv
+from ..motion_hints import HintPair, HintSource, StackedHints, build_hint_source, single_threaded_opencv
 from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
 from .pictures import gate_image, hints_images
 
@@ -198,9 +198,8 @@ class MADiffMethod:
         if hint_source != config.hint_source:
             if hint_source not in config.hint_source.split("+"):
                 raise ValueError(f"`hint_source` must be of the checkpoint's {config.hint_source}, but is {hint_source!r}.")
-            events, flow = EventHints(pipeline.i2e), FlowHints()
-            kept = (events, NullHints(flow.hint_channels)), (NullHints(events.hint_channels), flow)
-            self.hints = StackedHints(kept[hint_source == "flow"])
+            parts = [(part, build_hint_source(part, pipeline.i2e)) for part in config.hint_source.split("+")]
+            self.hints = StackedHints([source if part == hint_source else NullHints(source.hint_channels) for part, source in parts])
         self.scheduler = pipeline.scheduler
         if settings.scheduler is not None:
             self._take_scheduler(settings.scheduler)
@@ -212,7 +211,7 @@ class MADiffMethod:
             "dtype": str(pipeline.vqvae.dtype).removeprefix("torch."),
             "device": pipeline.device.type,
             "steps": settings.steps or config.default_num_inference_steps,
-            "hint_policy": settings.hint_policy or "sampling",
+            "hint_policy": settings.hint_policy or config.default_hint_policy,
             "hint_interval": settings.hint_interval or config.default_hint_interval,
             "hint_source": hint_source,
             "scheduler": type(self.scheduler).__name__,
@@ -278,7 +277,7 @@ class MADiffMethod:
                 [Image.fromarray(prev) for prev, _ in pairs],
                 [Image.fromarray(next_) for _, next_ in pairs],
                 num_inference_steps=settings.steps,
-                hint_policy=settings.hint_policy or "sampling",
+                hint_policy=settings.hint_policy,
                 hint_interval=settings.hint_interval,
                 force_not_quantize=settings.quantised is False,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],
