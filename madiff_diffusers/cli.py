@@ -352,10 +352,11 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
         nargs="+",
         default=["psnr", "ssim", "lpips"],
         metavar="M",
-        help="psnr, ssim, lpips, flolpips (flow by RAFT), fid (default: psnr ssim lpips); what cannot be had is left out by name",
+        help="psnr, ssim, lpips, lpips_vgg, flolpips (flow by RAFT), fid (default: psnr ssim lpips); what cannot be had is left out by name",
     )
     for option, network in (
-        ("--lpips-backbone", "AlexNet's feature layers (.safetensors)"),
+        ("--lpips-backbone", "AlexNet's feature layers (.safetensors), for lpips and flolpips"),
+        ("--lpips-vgg-backbone", "VGG-16's feature layers (.safetensors), for lpips_vgg"),
         ("--raft-weights", "torchvision's raft_large (.pth or .safetensors), for flolpips"),
         ("--inception-weights", "torch-fidelity's Inception network (.pth), for fid"),
     ):
@@ -387,7 +388,9 @@ class EvaluationCommand:
         self.dtype = getattr(torch, args.dtype)
         quantised = False if args.no_quantise else None
         self.settings = Settings(args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised)
-        self.scorer = Scorer(args.metrics, self.device, args.lpips_backbone, args.raft_weights, args.inception_weights)
+        self.scorer = Scorer(
+            args.metrics, self.device, args.lpips_backbone, args.lpips_vgg_backbone, args.raft_weights, args.inception_weights
+        )
         for name, reason in self.scorer.left_out.items():
             print(f"madiff: {name} is left out: {reason}", file=sys.stderr)
         if not self.scorer.names:

@@ -288,7 +288,9 @@ class FrameHead(nn.Module):
     repainted: offsets, gate and residual are predicted at the decoder's finest stride and unfolded to pixels, and
     `refine_channels` (0: none) sets the width of a small network that touches up the blend at full resolution. With
     `compare_warps` the offsets, gate and residual are predicted from both neighbours' warped features too: the blend of
-    these, which the decoder's features are, does not tell where they disagree, as they do where one side is hidden.
+    these, which the decoder's features are, does not tell where they disagree, as they do where one side is hidden. Where
+    the frames differ by less than `still_threshold`, in the mean around a pixel, their own mean takes the place of what was
+    predicted: by as much as they differ less, and wholly where they are equal.
     Without `warp_frames`, the image is painted from the features alone, as in the paper.
     """
 
@@ -302,9 +304,11 @@ class FrameHead(nn.Module):
         warp_frames: bool,
         refine_channels: int,
         compare_warps: bool,
+        still_threshold: float,
     ):
         super().__init__()
         self.stride, self.warp_frames, self.compare_warps = stride, warp_frames, compare_warps
+        self.still_threshold = still_threshold
         self.conv_norm = _norm(norm_num_groups, channels)
         self.act = _activation(act_fn)
         # A pixel's outputs: residual, and with `warp_frames` also 2 + 2 offsets and the gate's logit.
@@ -352,6 +356,12 @@ class FrameHead(nn.Module):
         image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
         if self.refine is not None:
             image = image + self.refine(torch.cat([warped_prev, warped_next, image, gate], dim=1))
+        if self.still_threshold > 0:
+            prev, next_ = frames.chunk(2)
+            difference = (prev - next_).abs().amax(dim=1, keepdim=True)
+            difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
+            moving = (difference / self.still_threshold).clamp(max=1)
+            image = moving * image + (1 - moving) * (prev + next_) / 2
         return image, offsets, gate
 
 
@@ -375,6 +385,7 @@ class MotionDecoder(nn.Module):
         warp_frames: bool,
         refine_channels: int,
         compare_warps: bool,
+        still_threshold: float,
     ):
         super().__init__()
         self.coarse_to_fine, self.offset_hints, self.stem_stride = coarse_to_fine, offset_hints, stem_stride
@@ -396,7 +407,15 @@ class MotionDecoder(nn.Module):
             self.warps.append(warp_block(out_channels_level))
             channels = out_channels_level
         self.head = FrameHead(
-            channels, out_channels, stem_stride, norm_num_groups, act_fn, warp_frames, refine_channels, compare_warps
+            channels,
+            out_channels,
+            stem_stride,
+            norm_num_groups,
+            act_fn,
+            warp_frames,
+            refine_channels,
+            compare_warps,
+            still_threshold,
         )
         self.gradient_checkpointing = False
 
@@ -484,6 +503,9 @@ class VQMAGANModel(VQModel):
         refine_channels (`int`): width of the full-resolution refinement after the last warp; 0 for none.
         compare_warps (`bool`): let the last warp see both neighbours' warped features beside their blend. Needs
             `warp_frames`.
+        still_threshold (`float`): difference of the two frames, of values in `[-1, 1]`, below which their mean takes the
+            place of what was predicted, since a network never gives back quite what it was given; 0 for never. Needs
+            `warp_frames`.
     """
 
     _supports_gradient_checkpointing = True
@@ -512,6 +534,7 @@ class VQMAGANModel(VQModel):
         warp_frames: bool = False,
         refine_channels: int = 0,
         compare_warps: bool = False,
+        still_threshold: float = 0.0,
     ):
         # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
         ModelMixin.__init__(self)
@@ -519,8 +542,8 @@ class VQMAGANModel(VQModel):
             raise ValueError(f"`stem_stride` must be 1 or 2, but is {stem_stride}.")
         if offset_hints and not coarse_to_fine:
             raise ValueError("`offset_hints=True` needs `coarse_to_fine=True`: estimates are added to the hints.")
-        if compare_warps and not warp_frames:
-            raise ValueError("`compare_warps=True` needs `warp_frames=True`: it is for the last warp.")
+        if (compare_warps or still_threshold > 0) and not warp_frames:
+            raise ValueError("`compare_warps` and `still_threshold` need `warp_frames=True`: they are for the last warp.")
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         shared = {
             "block_out_channels": block_out_channels,
@@ -546,6 +569,7 @@ class VQMAGANModel(VQModel):
             warp_frames=warp_frames,
             refine_channels=refine_channels,
             compare_warps=compare_warps,
+            still_threshold=still_threshold,
         )
 
     # The class travels with its weights. What follows stands in every component, since each must be a file that needs no other.

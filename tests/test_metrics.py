@@ -34,16 +34,16 @@ def load_scorer(shared_data: Path):
     return module
 
 
-def random_lpips() -> nn.Module:
+def random_lpips(net: str = "alex") -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+        return lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
 
 
-def random_backbone_file(path: Path, seed: int) -> str:
-    """A file of AlexNet's feature layers, with random weights."""
+def random_backbone_file(path: Path, seed: int, net: str = "alex") -> str:
+    """A file of AlexNet's or VGG's feature layers, with random weights."""
     torch.manual_seed(seed)
-    state = {".".join(["features", *name.split(".")[1:]]): value for name, value in random_lpips().net.state_dict().items()}
+    state = {".".join(["features", *name.split(".")[1:]]): value for name, value in random_lpips(net).net.state_dict().items()}
     save_file(state, path)
     return str(path)
 
@@ -87,6 +87,19 @@ def test_lpips_is_the_package_s(random_backbone):
     assert scorer.score([(frames[0], frames[1], frames[2], frames[3])]) == [{"lpips": expected}]
     both = scorer.score([(frames[0], frames[1], frames[2], frames[3]), (frames[0], frames[2], frames[1], frames[3])])
     assert both[0]["lpips"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_lpips_of_vgg_is_the_package_s(tmp_path, random_backbone):
+    frames = [moving_picture(time, 64, 80) for time in (-1, 0, 1, 2)]
+    file = random_backbone_file(tmp_path / "vgg.safetensors", 0, "vgg")
+    torch.manual_seed(0)
+    expected = random_lpips("vgg")(tensor(frames[3]), tensor(frames[1])).item()
+    scorer = Scorer(["lpips_vgg", "lpips"], lpips_backbone=random_backbone, lpips_vgg_backbone=file)
+    (scores,) = scorer.score([(frames[0], frames[1], frames[2], frames[3])])
+    assert list(scores) == ["lpips", "lpips_vgg"] and scores["lpips_vgg"] == expected != scores["lpips"]
+    assert scorer.networks["lpips_vgg"] != scorer.networks["lpips"]
+    with pytest.raises(ValueError, match="`backbone` must hold the feature layers of 'vgg'"):
+        Scorer(["lpips_vgg"], lpips_vgg_backbone=random_backbone)
 
 
 def test_batches_score_as_single_items(random_backbone):
@@ -209,8 +222,8 @@ def test_a_network_that_cannot_be_downloaded_is_left_out_by_name(random_backbone
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    scorer = Scorer(["psnr", "lpips", "flolpips", "fid"])
-    assert scorer.names == ["psnr"] and set(scorer.left_out) == {"lpips", "flolpips", "fid"}
+    scorer = Scorer(["psnr", "lpips", "lpips_vgg", "flolpips", "fid"])
+    assert scorer.names == ["psnr"] and set(scorer.left_out) == {"lpips", "lpips_vgg", "flolpips", "fid"}
     assert all("could not be downloaded" in reason for reason in scorer.left_out.values())
     scorer = Scorer(["psnr", "lpips", "flolpips"], lpips_backbone=random_backbone)
     assert scorer.names == ["psnr", "lpips"] and set(scorer.left_out) == {"flolpips"}

@@ -70,8 +70,24 @@ def test_the_last_warp_can_see_both_neighbours():
         hidden_states, frames, start = torch.randn(1, 8, 8, 8), torch.rand(2, 3, 16, 16), torch.zeros(2, 2, 16, 16)
         gates = [head(hidden_states, frames, start, torch.randn(2, 8, 8, 8))[2] for _ in range(2)]
         assert torch.equal(*gates) != compare
-    with pytest.raises(ValueError, match="`compare_warps=True` needs `warp_frames=True`"):
+    with pytest.raises(ValueError, match="need `warp_frames=True`"):
         build(compare_warps=True, warp_frames=False)
+
+
+def test_what_does_not_move_is_kept():
+    model = excite(build(still_threshold=0.1))
+    mid, prev, _, *hints = inputs(model)
+    still = model(mid, prev, prev, *hints).sample
+    assert torch.allclose(still, prev, atol=1e-6), "whatever the hints say"
+    assert not torch.allclose(excite(build())(mid, prev, prev, *hints).sample, prev, atol=0.05)
+    # A patch that changes by more than the threshold is the network's, and what is far from it is kept.
+    changed = prev.clone()
+    changed[:, :, :16, :16] += 0.5
+    made, free = model(mid, prev, changed, *hints).sample, excite(build())(mid, prev, changed, *hints).sample
+    assert torch.equal(made[:, :, :12, :12], free[:, :, :12, :12])
+    assert torch.allclose(made[:, :, 20:, 20:], prev[:, :, 20:, 20:], atol=1e-6)
+    with pytest.raises(ValueError, match="need `warp_frames=True`"):
+        build(still_threshold=0.1, warp_frames=False)
 
 
 def test_decode_quantises_what_encode_does_not():

@@ -27,6 +27,7 @@ METRICS: Dict[str, MetricKind] = {
     "psnr": MetricKind("PSNR", True, 2),
     "ssim": MetricKind("SSIM", True, 4),
     "lpips": MetricKind("LPIPS", False, 4),
+    "lpips_vgg": MetricKind("LPIPS (VGG)", False, 4),
     "flolpips": MetricKind("FloLPIPS", False, 4),
     "fid": MetricKind("FID", False, 3),
 }
@@ -215,7 +216,8 @@ class Scorer:
     Args:
         metrics: names in `METRICS`.
         device: where the networks run.
-        lpips_backbone: see `build_lpips`.
+        lpips_backbone: see `build_lpips`; of AlexNet, for `lpips` and `flolpips`.
+        lpips_vgg_backbone: the same of VGG-16, for `lpips_vgg`.
         raft_weights: see `build_raft`.
         inception_weights: see `build_inception`.
 
@@ -234,6 +236,7 @@ class Scorer:
         metrics: Sequence[str] = ("psnr", "ssim", "lpips"),
         device: torch.device = torch.device("cpu"),
         lpips_backbone: Optional[str] = None,
+        lpips_vgg_backbone: Optional[str] = None,
         raft_weights: Optional[str] = None,
         inception_weights: Optional[str] = None,
     ):
@@ -245,12 +248,16 @@ class Scorer:
         self.device = device
         self.left_out: Dict[str, str] = {}
         self.networks: Dict[str, str] = {}
-        self._lpips = self._flolpips = self._inception = None
+        self._lpips = self._lpips_vgg = self._flolpips = self._inception = None
         wanted = [name for name in METRICS if name in metrics]
         if "lpips" in wanted or "flolpips" in wanted:
             with self._leaving_out([name for name in ("lpips", "flolpips") if name in wanted], lpips_backbone):
                 self._lpips = build_lpips("alex", lpips_backbone).to(device)
                 self.networks["lpips"] = _identity(lpips_backbone, "torchvision's AlexNet")
+        if "lpips_vgg" in wanted:
+            with self._leaving_out(["lpips_vgg"], lpips_vgg_backbone):
+                self._lpips_vgg = build_lpips("vgg", lpips_vgg_backbone).to(device)
+                self.networks["lpips_vgg"] = _identity(lpips_vgg_backbone, "torchvision's VGG-16")
         if "flolpips" in wanted and self._lpips is not None:
             with self._leaving_out(["flolpips"], raft_weights):
                 self._flolpips = FloLPIPS(self._lpips, build_raft(raft_weights)).to(device).eval()
@@ -282,7 +289,7 @@ class Scorer:
             for name, function in (("psnr", psnr), ("ssim", ssim)):
                 if name in self.names:
                     row[name] = function(result, truth)
-        if {"lpips", "flolpips"} & set(self.names):
+        if {"lpips", "lpips_vgg", "flolpips"} & set(self.names):
             prev, truth, next_, result = (
                 (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).to(self.device)
                 for images in zip(*batch)
@@ -290,6 +297,8 @@ class Scorer:
             values = {}
             if "lpips" in self.names:
                 values["lpips"] = self._lpips(result, truth).flatten()
+            if "lpips_vgg" in self.names:
+                values["lpips_vgg"] = self._lpips_vgg(result, truth).flatten()
             if "flolpips" in self.names:
                 values["flolpips"] = self._flolpips(prev, truth, next_, result)
             for name, each in values.items():
