@@ -98,7 +98,7 @@ def model_card(
         config = model.config
         blocks.append(
             f"Motion hints come from {config.hint_source}. Unless told otherwise: {type(model.scheduler).__name__}, `num_inference_steps` "
-            f"{config.default_num_inference_steps}, `hint_interval` {config.default_hint_interval}."
+            f"{config.default_num_inference_steps}, `hint_interval` {config.default_hint_interval}, `hint_policy` {config.default_hint_policy}."
         )
     blocks += sections
     blocks += [

@@ -321,6 +321,9 @@ class MADiffPipeline(DiffusionPipeline):
             text = (source / "README.md").read_text(encoding="utf-8")
             text = text.replace(f'from_pretrained("{repository}"', f'from_pretrained("{PLACEHOLDER}"')
             (saved / "README.md").write_text(text, encoding="utf-8")
+            for picture in source.glob("examples/*.png"):  # which the card shows
+                (saved / "examples").mkdir(exist_ok=True)
+                shutil.copyfile(picture, saved / "examples" / picture.name)
         else:
             alone = variant if not any(card.parent.glob("*/diffusion_pytorch_model*.safetensors")) else None
             model_card(self, variant=alone, base_model=repository).save(saved / "README.md")

@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,8 @@ def test_code_that_travels_needs_no_file_that_stays():
 def test_export_is_complete(exported):
     assert (exported / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
     assert (exported / "README.md").read_bytes() == (REPOSITORY / "model_card.md").read_bytes()
+    shown = re.findall(r"!\[[^\]]*\]\((\S+)\)", (exported / "README.md").read_text())
+    assert shown and all((exported / picture).is_file() for picture in shown)
     for part in ("vqvae", "unet", "i2e"):
         weights = {path.name for path in (exported / part).glob("*.safetensors")}
         assert weights == {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"}

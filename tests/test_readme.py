@@ -105,14 +105,14 @@ def table_rows(text: str) -> dict:
 
 @pytest.mark.slow
 def test_the_results_are_what_the_commands_print(shared_data, tmp_path):
-    backbone = str(shared_data / "weights" / "lpips_alexnet_features.safetensors")
+    backbone, vgg = (str(shared_data / "weights" / f"lpips_{net}_features.safetensors") for net in ("alexnet", "vgg16"))
     commands = re.findall(r"^madiff (evaluate --benchmark .*)$", README, flags=re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
         arguments = shlex.split(command)
         benchmark = arguments[arguments.index("--benchmark") + 1]
         root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(benchmark, benchmark)
-        values = {"DIR": str(root), "alexnet_features.safetensors": backbone, "results": str(tmp_path / "results")}
+        values = {"DIR": str(root), "alexnet_features.safetensors": backbone, "vgg16_features.safetensors": vgg, "results": str(tmp_path / "results")}
         done = subprocess.run(
             [sys.executable, "-m", "madiff_diffusers", *(values.get(each, each) for each in arguments)], capture_output=True, text=True
         )
