@@ -187,23 +187,19 @@ def test_hint_policies(pipeline, pair, policy, interval, asked):
 
 
 def test_averaged_hints_are_the_mean_of_all_extractions(pipeline, pair):
-    extracted, used = [], []
-
-    class Kept(Recorder):
-        def from_guess(self, *frames):
-            extracted.append(super().from_guess(*frames))
-            return extracted[-1]
+    used = []
 
     def note(pipe, step, timestep, tensors):
         used.append(tensors["hints_prev"])
         return {}
 
-    pipeline.hints = Kept(pipeline.hints)
+    pipeline.hints = Recorder(pipeline.hints)
     inputs = ["hints_prev"]
     run(pipeline, pair, num_inference_steps=3, hint_policy="averaged", callback_on_step_end=note, callback_on_step_end_tensor_inputs=inputs)
+    extracted = [result[0] for name, _, result in pipeline.hints.calls if name == "from_guess"]
     assert len(extracted) == 3
     for count, hints in enumerate(used, 1):
-        assert torch.allclose(hints, torch.stack([prev for prev, _ in extracted[:count]]).mean(0), atol=1e-5)
+        assert torch.allclose(hints, torch.stack(extracted[:count]).mean(0), atol=1e-5)
 
 
 def test_the_checkpoint_says_which_policy_is_the_default(pipeline, pair, tmp_path):
@@ -409,7 +405,7 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"hint_interval": 1.5}, r"`hint_interval` must be a positive integer, but is 1.5"),
         ({"num_frames": 2}, r"`num_frames` must be 1, 3, 7, 15"),
         ({"num_frames": 0}, r"`num_frames` must be"),
-        ({"hint_policy": "guess"}, r"`hint_policy` must be one of sampling, start, neighbours, none"),
+        ({"hint_policy": "guess"}, r"`hint_policy` must be one of sampling, averaged, start, neighbours, none"),
         ({"output_type": "jpg"}, r"`output_type` must be one of pil, np, pt"),
         ({"generator": generators(0, 1)}, r"one generator per pair \(1\), but holds 2"),
         ({"latents": torch.zeros(1, 3, 9, 9)}, r"`latents` must have shape \(1, 1, 3, 4, 4\)"),
