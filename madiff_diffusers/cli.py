@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         "question",
         metavar="QUESTION",
         choices=("hints", "source", "interval", "steps", "scheduler", "quantised"),
-        help="hints: where motion hints come from (none, neighbours, start, sampling, averaged); source: events, flow or both; interval: steps "
+        help="hints: where motion hints come from (none, neighbours, start, sampling, damped); source: events, flow or both; interval: steps "
         "between re-extractions (8 steps unless told); steps: sampling steps; scheduler: which; quantised: latents moved to "
         "their nearest codes or not",
     )
@@ -338,7 +338,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write into, or to go on in")
     command.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
     command.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the checkpoint's own)")
-    command.add_argument("--hint-policy", metavar="P", help="sampling, averaged, start, neighbours or none (default: the checkpoint's own)")
+    command.add_argument("--hint-policy", metavar="P", help="sampling, damped, start, neighbours or none (default: the checkpoint's own)")
     command.add_argument("--hint-interval", type=int, metavar="N", help="steps between re-extractions (default: the checkpoint's)")
     command.add_argument("--hint-source", metavar="S", help="use only this part of the checkpoint's hints: events, flow or fine_flow")
     command.add_argument("--scheduler", metavar="CLASS", help="a scheduler class of Diffusers (default: the checkpoint's own)")

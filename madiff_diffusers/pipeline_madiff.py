@@ -29,10 +29,10 @@ if _missing:
 
 from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
-from .motion_hints import HintSource, build_hint_source, mix_hints  # noqa: E402
+from .motion_hints import HintSource, build_hint_source, damp_hints  # noqa: E402
 from .tiling import Tiling  # noqa: E402
 
-HINT_POLICIES = ("sampling", "averaged", "start", "neighbours", "none")
+HINT_POLICIES = ("sampling", "damped", "start", "neighbours", "none")
 
 # Files with the code of components, by their stems.
 _COMPONENT_MODULES = ("eventgan", "vq_magan")
@@ -453,10 +453,10 @@ class MADiffPipeline(DiffusionPipeline):
                 one by recursion.
             hint_policy (`str`, *optional*): where motion hints come from; the checkpoint's default if not given.
                 `"sampling"`: start hints at the first step, then re-extracted from the current guess of the middle frame
-                (MA-Sampling). `"averaged"`: the same, but the mean of all extractions so far, so that their errors
-                do not add up over many steps. For ablations: `"start"`, start hints all along; `"neighbours"`, what the
+                (MA-Sampling). `"damped"`: the same, but each further extraction moves the hints less, so that
+                their errors do not add up over many steps (`damp_hints`). For ablations: `"start"`, start hints all along; `"neighbours"`, what the
                 two neighbours tell without a guess; `"none"`, zeros.
-            hint_interval (`int`, *optional*): with `"sampling"` and `"averaged"`, re-extract the hints after the first step and every
+            hint_interval (`int`, *optional*): with `"sampling"` and `"damped"`, re-extract the hints after the first step and every
                 `hint_interval` steps from there; the checkpoint's default if not given.
             generator (`torch.Generator` or one per pair, *optional*): makes the result repeatable.
             latents (`torch.Tensor` of shape `(B, num_frames, C, h, w)`, or `(B, C, h, w)` for one frame, *optional*):
@@ -648,11 +648,12 @@ class MADiffPipeline(DiffusionPipeline):
             latents = step.prev_sample
 
             # 4.2 hints from the frame that these latents stand for
-            if hint_policy in ("sampling", "averaged") and i % hint_interval == 0:
+            if hint_policy in ("sampling", "damped") and i % hint_interval == 0:
                 guess = decode(clean_latents, hints_prev, hints_next)
                 refined = self.hints.from_guess(frames_prev, guess, frames_next)
-                share = 1 / (1 + i // hint_interval) if hint_policy == "averaged" else 1.0
-                hints_prev, hints_next = mix_hints((hints_prev, hints_next), refined, share)
+                if hint_policy == "damped":
+                    refined = damp_hints((hints_prev, hints_next), refined, 1 + i // hint_interval)
+                hints_prev, hints_next = refined
 
             # 4.3 the caller's turn
             if callback is not None:

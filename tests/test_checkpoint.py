@@ -122,9 +122,10 @@ def test_peak_memory_of_a_720p_pair():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, least_psnr, most_lpips",
-    [("middlebury", 32.5, 0.0397), ("davis", 25.5, 0.1115), ("ucf101", 33.0, 0.0351)],
+    [("middlebury", 32.9, 0.0211), ("davis", 25.8, 0.0908), ("ucf101", 33.6, 0.0292)],
 )
-def test_benchmarks_stay_better_than_classical_flow(compact, shared_data, tmp_path, name, least_psnr, most_lpips):
+def test_benchmarks_stay_better_than_those_of_rife(compact, shared_data, tmp_path, name, least_psnr, most_lpips):
+    """LPIPS below that of RIFE 4.0 on the same triplets, PSNR no more than about 0.3 dB below."""
     root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(name, name)
     scorer = Scorer(lpips_backbone=str(shared_data / "weights" / "lpips_alexnet_features.safetensors"))
     method = MADiffMethod(compact, "madiff-compact", checkpoint_digest(CHECKPOINT_FOLDER / "madiff-compact"))

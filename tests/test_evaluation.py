@@ -419,7 +419,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, checkpoint, tmp_path, ca
 def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
     options = ["--benchmark", "ucf101", "--root", root, "--checkpoint", checkpoint, "--metrics", "psnr", "--limit", "2", "-o", tmp_path / "out"]
     for question, values, labels in (
-        ("hints", [], [f"hint_policy={policy}" for policy in ("averaged", "neighbours", "none", "sampling", "start")]),
+        ("hints", [], [f"hint_policy={policy}" for policy in ("damped", "neighbours", "none", "sampling", "start")]),
         ("source", [], ["hint_source=events", "hint_source=events+flow", "hint_source=flow"]),
         ("interval", ["1", "2"], ["steps=8 hint_interval=1", "steps=8 hint_interval=2"]),
         ("steps", ["1", "3", "12"], ["steps=1", "steps=3", "steps=12"]),

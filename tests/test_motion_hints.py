@@ -1,9 +1,11 @@
+import math
+
 import cv2
 import pytest
 import torch
 
 from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints, build_hint_source
-from madiff_diffusers.motion_hints import mix_hints
+from madiff_diffusers.motion_hints import damp_hints
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import moving_picture
 
@@ -100,14 +102,14 @@ def test_a_stack_holds_its_sources_side_by_side_with_flow_last(i2e):
             assert torch.equal(stacked, torch.cat([events, flow], dim=1))
 
 
-def test_the_mean_of_hints():
-    torch.manual_seed(0)
-    extractions = [(torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)) for _ in range(4)]
-    hints = extractions[3]  # which the first replaces
-    for number, refined in enumerate(extractions[:3]):
-        hints = mix_hints(hints, refined, 1 / (1 + number))
-    for side in (0, 1):
-        assert torch.allclose(hints[side], torch.stack([each[side] for each in extractions[:3]]).mean(0), atol=1e-6)
+def test_damped_hints_settle():
+    hints = untouched = (torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
+    for number in range(1, 201):  # every extraction errs by one pixel from the hints that led to it
+        hints = damp_hints(hints, tuple(each + 1 for each in hints), number)
+        if number in (1, 2):
+            assert all(torch.allclose(each, torch.full_like(each, (1.0, 1.5)[number - 1])) for each in hints)
+    assert all(torch.allclose(each, torch.full_like(each, math.e - 1)) for each in hints)
+    assert all(torch.equal(each, torch.zeros_like(each)) for each in untouched)
 
 
 def test_unknown_or_impossible_sources_are_named():

@@ -174,7 +174,7 @@ def test_nothing_of_a_true_middle_frame_can_get_in():
         ("sampling", 1, ["start"] + ["from_guess"] * 4),
         ("sampling", 2, ["start"] + ["from_guess"] * 2),
         ("sampling", 9, ["start", "from_guess"]),
-        ("averaged", 2, ["start"] + ["from_guess"] * 2),
+        ("damped", 2, ["start"] + ["from_guess"] * 2),
         ("start", 1, ["start"]),
         ("none", 1, ["start"]),
         ("neighbours", 1, ["from_neighbours"]),
@@ -186,7 +186,7 @@ def test_hint_policies(pipeline, pair, policy, interval, asked):
     assert [name for name, _, _ in pipeline.hints.calls] == asked
 
 
-def test_averaged_hints_are_the_mean_of_all_extractions(pipeline, pair):
+def test_damped_hints_move_less_with_every_extraction(pipeline, pair):
     used = []
 
     def note(pipe, step, timestep, tensors):
@@ -195,26 +195,27 @@ def test_averaged_hints_are_the_mean_of_all_extractions(pipeline, pair):
 
     pipeline.hints = Recorder(pipeline.hints)
     inputs = ["hints_prev"]
-    run(pipeline, pair, num_inference_steps=3, hint_policy="averaged", callback_on_step_end=note, callback_on_step_end_tensor_inputs=inputs)
+    run(pipeline, pair, num_inference_steps=3, hint_policy="damped", callback_on_step_end=note, callback_on_step_end_tensor_inputs=inputs)
     extracted = [result[0] for name, _, result in pipeline.hints.calls if name == "from_guess"]
-    assert len(extracted) == 3
-    for count, hints in enumerate(used, 1):
-        assert torch.allclose(hints, torch.stack(extracted[:count]).mean(0), atol=1e-5)
+    first, second, third = extracted
+    assert torch.equal(used[0], first)
+    assert torch.allclose(used[1], (first + second) / 2, atol=1e-5)
+    assert torch.allclose(used[2], used[1] + (third - used[1]) / 6, atol=1e-5)
 
 
 def test_the_checkpoint_says_which_policy_is_the_default(pipeline, pair, tmp_path):
-    settings = {**{name: pipeline.config[name] for name in ("hint_source", "default_num_inference_steps")}, "default_hint_policy": "averaged"}
-    averaging = MADiffPipeline(**pipeline.components, **settings)
-    averaging.save_pretrained(tmp_path)
+    settings = {**{name: pipeline.config[name] for name in ("hint_source", "default_num_inference_steps")}, "default_hint_policy": "damped"}
+    damping = MADiffPipeline(**pipeline.components, **settings)
+    damping.save_pretrained(tmp_path)
     loaded = MADiffPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     own = run(loaded, pair, num_inference_steps=3)
-    assert torch.equal(own, run(pipeline, pair, num_inference_steps=3, hint_policy="averaged"))
+    assert torch.equal(own, run(pipeline, pair, num_inference_steps=3, hint_policy="damped"))
     assert not torch.equal(own, run(pipeline, pair, num_inference_steps=3))
 
 
 def test_hint_policies_differ(pipeline, pair):
-    policies = ("sampling", "averaged", "start", "neighbours", "none")
+    policies = ("sampling", "damped", "start", "neighbours", "none")
     results = [run(pipeline, pair, num_inference_steps=3, hint_policy=policy) for policy in policies]
     for i, first in enumerate(results):
         assert not any(torch.equal(first, second) for second in results[i + 1 :])
@@ -405,7 +406,7 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"hint_interval": 1.5}, r"`hint_interval` must be a positive integer, but is 1.5"),
         ({"num_frames": 2}, r"`num_frames` must be 1, 3, 7, 15"),
         ({"num_frames": 0}, r"`num_frames` must be"),
-        ({"hint_policy": "guess"}, r"`hint_policy` must be one of sampling, averaged, start, neighbours, none"),
+        ({"hint_policy": "guess"}, r"`hint_policy` must be one of sampling, damped, start, neighbours, none"),
         ({"output_type": "jpg"}, r"`output_type` must be one of pil, np, pt"),
         ({"generator": generators(0, 1)}, r"one generator per pair \(1\), but holds 2"),
         ({"latents": torch.zeros(1, 3, 9, 9)}, r"`latents` must have shape \(1, 1, 3, 4, 4\)"),

@@ -5,7 +5,7 @@ from typing import Dict, Optional, Tuple
 import torch
 
 from madiff_diffusers.eventgan import EventGANModel
-from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_source, mix_hints
+from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_source, damp_hints
 from madiff_diffusers.vq_magan import VQMAGANModel
 
 
@@ -31,15 +31,14 @@ def draw_hints(
     probability: float,
     guess_share: float,
     guess_rounds: int,
-    averaged: bool,
+    damped: bool,
     generator: torch.Generator,
 ) -> HintPair:
     """Motion hints for each sample of a batch: with `probability` refined ones, of which a share of `guess_share` comes
     from a decoded guess and the rest from the true middle frame; start hints otherwise.
 
     Sampling never sees the true middle frame. A guess is made as it makes one: decoded from latents of any quality with
-    start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave, or with the mean of
-    those that all guesses before gave (`averaged`).
+    start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave, `damped` or not.
     """
     prev, mid, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
     hints_prev, hints_next = source.start(prev, next_)
@@ -52,14 +51,15 @@ def draw_hints(
     )
     rounds = int(torch.randint(1, guess_rounds + 1, (), generator=generator))
     chosen = order[:guessed]
-    for number in range(rounds if len(chosen) else 0):
+    for number in range(1, 1 + (rounds if len(chosen) else 0)):
         noise = latent_noise(model, mid[chosen], 1.0, generator)
         guess = model(
             mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise
         ).sample.clamp(-1, 1)
         refined = source.from_guess(prev[chosen], guess, next_[chosen])
-        share = 1 / (1 + number) if averaged else 1.0
-        hints_prev[chosen], hints_next[chosen] = mix_hints((hints_prev[chosen], hints_next[chosen]), refined, share)
+        if damped:
+            refined = damp_hints((hints_prev[chosen], hints_next[chosen]), refined, number)
+        hints_prev[chosen], hints_next[chosen] = refined
     chosen = order[guessed : guessed + true]
     if len(chosen):
         hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], mid[chosen], next_[chosen])

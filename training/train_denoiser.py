@@ -101,7 +101,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     run.resume()
 
     # 3. loop
-    averaged = config["pipeline"].get("default_hint_policy") == "averaged"
+    damped = config["pipeline"].get("default_hint_policy") == "damped"
     for batch in run.batches(data):
         generator = run.generator()
         with torch.no_grad():
@@ -109,7 +109,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             frames = torch.cat([batch["frame_mid"], batch["frame_prev"], batch["frame_next"]])
             latents = vqvae.encode(frames).latents  # [3B,C,h,w]
             mid, prev, next_ = (each * vqvae.config.scaling_factor for each in latents.chunk(3))
-            shares = (1 - options.hint_dropout, options.guess_share, options.guess_rounds, averaged)
+            shares = (1 - options.hint_dropout, options.guess_share, options.guess_rounds, damped)
             hints = draw_hints(vqvae, source, batch, *shares, generator)
             hints = [vqvae.resize_hints(each, mid.shape[-2:]) for each in hints]
 

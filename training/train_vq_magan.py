@@ -227,7 +227,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     run.resume()
 
     # 3. loop
-    averaged = config["pipeline"].get("default_hint_policy") == "averaged"
+    damped = config["pipeline"].get("default_hint_policy") == "damped"
     for batch in run.batches(data):
         step, generator = run.progress.step, run.generator()
         # Networks run fastest where frames and hints come in the layout of their weights.
@@ -235,7 +235,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         batch = {name: value.contiguous(memory_format=layout) for name, value in batch.items() if value.ndim == 4}
         prev, truth, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
         with torch.no_grad():
-            shares = (options.hint_probability, options.guess_share, options.guess_rounds, averaged)
+            shares = (options.hint_probability, options.guess_share, options.guess_rounds, damped)
             hints = draw_hints(bare_model, source, batch, *shares, generator)
             hints = [each.contiguous(memory_format=layout) for each in hints]
             noise = latent_noise(bare_model, truth, options.latent_noise, generator)

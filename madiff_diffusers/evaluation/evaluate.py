@@ -15,7 +15,7 @@ from .runs import BenchmarkRun
 
 # What an ablation varies, which setting that is, and the values that it takes if none are given.
 QUESTIONS: Dict[str, Any] = {
-    "hints": ("hint_policy", ("none", "neighbours", "start", "sampling", "averaged")),
+    "hints": ("hint_policy", ("none", "neighbours", "start", "sampling", "damped")),
     "source": ("hint_source", None),  # what the checkpoint has, and each part of it
     "interval": ("hint_interval", (1, 2, 4, 8)),
     "steps": ("steps", (1, 2, 5, 10, 25, 50)),
