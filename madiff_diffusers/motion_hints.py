@@ -22,6 +22,9 @@ HINT_SOURCES = ("events", "flow", "fine_flow", "events+flow", "events+fine_flow"
 
 HintPair = Tuple[torch.Tensor, torch.Tensor]
 
+FLOW_BYTES, FINE_FLOW_BYTES = 60, 215  # buffers of DIS for each pixel, measured on 2560x1440
+MOST_FLOW_BYTES = 2**30  # of all flows at once
+
 
 class HintSource(Protocol):
     """What the pipeline and the training scripts ask of a hint source."""
@@ -127,8 +130,9 @@ class FlowHints:
                 dis.setPatchStride(2)
             return dis.calc(pair[0], pair[1], None)
 
-        # Parallelism comes from the pairs.
-        workers = min(len(from_images), max(cv2.getNumThreads(), 1))
+        # Parallelism comes from the pairs, as many at once as fit; a frame alone may take more.
+        needed = from_images[0].size * (FINE_FLOW_BYTES if self.fine else FLOW_BYTES)
+        workers = max(1, min(len(from_images), cv2.getNumThreads(), MOST_FLOW_BYTES // needed))
         with single_threaded_opencv(), ThreadPoolExecutor(max_workers=workers) as pool:
             flows = list(pool.map(one, zip(from_images, to_images)))
         flow = rearrange(torch.from_numpy(np.stack(flows)), "b h w c -> b c h w").contiguous()
