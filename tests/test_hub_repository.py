@@ -217,7 +217,7 @@ def test_the_shipped_card_has_the_metadata_that_it_tells(tmp_path):
     assert (CHECKPOINT_FOLDER / "madiff-compact" / "README.md").read_text() == (REPOSITORY / "model_card.md").read_text()
     scores = card.text[card.text.index("## Scores") : card.text.index("## What its parts are worth")]
     assert {each.dataset_type for each in card.data.eval_results} == {"middlebury", "davis", "ucf101"}
-    digits = {"psnr": 2, "ssim": 4, "lpips": 4}
+    digits = {"psnr": 2, "ssim": 4, "lpips": 4, "lpips_vgg": 4}
     for each in card.data.eval_results:
         section = scores[scores.index(f"### {each.dataset_name}\n") :]
         row = next(line for line in section.splitlines() if line.startswith("| madiff-compact |"))
