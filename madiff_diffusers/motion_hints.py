@@ -2,11 +2,13 @@
 """Motion hints: what is known of how pixels move between the neighbours and the middle frame.
 
 A hint source answers three questions, each with a pair `(hints_prev, hints_next)` of `(B, C, H, W)` float32 tensors:
-`from_guess`, what a guess of the middle frame tells; `start`, what can be said before there is a guess; and
-`from_neighbours`, what the two neighbours alone tell (for ablations). Frames are RGB, `(B, 3, H, W)` in `[-1, 1]`.
+`start`, what can be said of an instant before there is a guess of its frame; `from_guess`, what such a guess tells; and
+`from_neighbours`, what the two neighbours alone tell (for ablations). Frames are RGB, `(B, 3, H, W)` in `[-1, 1]`. An instant is
+a time in (0, 1): 0 is the previous frame's, 1 the next one's.
 """
 
 import math
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Iterator, List, Optional, Protocol, Sequence, Tuple
@@ -31,7 +33,7 @@ class HintSource(Protocol):
 
     hint_channels: int
 
-    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair: ...
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair: ...
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair: ...
 
@@ -78,7 +80,7 @@ class EventHints:
         hints_prev, hints_next = events.float().chunk(2)
         return hints_prev, hints_next
 
-    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
         """Null hints: there is no middle frame to see events towards yet."""
         batch, _, height, width = frame_prev.shape
         null = frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32)
@@ -107,14 +109,16 @@ class FlowHints:
     A backward flow is the very offset that a warp needs. Runs on the CPU wherever the frames are, in threads.
 
     Args:
-        fine: search at full resolution and with patches closer together, some five times the work; and start from half of
-            the flow that passes each pixel in the middle, instead of half of the flow that begins there in a neighbour.
+        fine: search at full resolution and with patches closer together, some five times the work; and start from the
+            flow that passes each pixel at the instant, instead of the flow that begins there in a neighbour.
     """
 
     hint_channels = 2
 
     def __init__(self, fine: bool = False):
         self.fine = fine
+        # The latest neighbours and the flow between them, which serves every instant.
+        self._between: Optional[Tuple[weakref.ref, weakref.ref, Tuple[int, int], torch.Tensor]] = None
 
     def _flows(self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor]) -> torch.Tensor:
         """Flow `(B, 2, H, W)` such that `from(p) = to(p + flow(p))`."""
@@ -143,14 +147,39 @@ class FlowHints:
         grey = to_grey(frame[None].detach().float())[0, 0]
         return ((grey.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
-    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        """Half of the flow between the neighbours, each seen from the other; with `fine`, seen from the middle."""
-        half = 0.5 * self._flows([*frame_next, *frame_prev], [*frame_prev, *frame_next])
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
+        """`time` and `1 - time` of the flow between the neighbours, each seen from the other; with `fine`, seen from the instant."""
+        flow = self._between_neighbours(frame_prev, frame_next)
+        # Flow that leads from the next frame back to the instant, and from the previous frame on to it: [B,2,H,W] each.
+        arriving = [(1 - time) * flow[: len(frame_next)], time * flow[len(frame_next) :]]
         if self.fine:
-            passing = np.stack([_seen_from_the_end(rearrange(each, "c h w -> h w c").cpu().numpy()) for each in half])
-            half = rearrange(torch.from_numpy(passing), "b h w c -> b c h w").contiguous().to(half.device)
-        hints_prev, hints_next = half.chunk(2)
-        return hints_prev, hints_next
+            arriving = [self._passing(each) for each in arriving]
+        # What is left of the way is as much longer as more time is left.
+        return arriving[0] * (time / (1 - time)), arriving[1] * ((1 - time) / time)
+
+    def _between_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> torch.Tensor:
+        """Flow `(2B, 2, H, W)` from the next frames to the previous ones, then from the previous to the next; computed once for
+        frames of which several instants are asked for."""
+        if frame_prev.is_inference() or frame_next.is_inference():  # whether they changed since cannot be told
+            return self._flows([*frame_next, *frame_prev], [*frame_prev, *frame_next])
+        versions = (frame_prev._version, frame_next._version)
+        between = self._between
+        if between is not None:
+            prev, next_, known, flow = between
+            if prev() is frame_prev and next_() is frame_next and known == versions:
+                return flow
+        flow = self._flows([*frame_next, *frame_prev], [*frame_prev, *frame_next])
+
+        def forget(_) -> None:
+            self._between = None
+
+        self._between = (weakref.ref(frame_prev, forget), weakref.ref(frame_next, forget), versions, flow)
+        return flow
+
+    @staticmethod
+    def _passing(flow: torch.Tensor) -> torch.Tensor:
+        seen = np.stack([_seen_from_the_end(each) for each in rearrange(flow, "b c h w -> b h w c").cpu().numpy()])
+        return rearrange(torch.from_numpy(seen), "b h w c -> b c h w").contiguous().to(flow.device)
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         hints_prev, hints_next = self._flows([*frame_mid, *frame_mid], [*frame_prev, *frame_next]).chunk(2)
@@ -172,8 +201,8 @@ class StackedHints:
         hints_prev, hints_next = zip(*pairs)
         return torch.cat(hints_prev, dim=1), torch.cat(hints_next, dim=1)
 
-    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        return self._stack([source.start(frame_prev, frame_next) for source in self.sources])
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
+        return self._stack([source.start(frame_prev, frame_next, time) for source in self.sources])
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         return self._stack([source.from_guess(frame_prev, frame_mid, frame_next) for source in self.sources])

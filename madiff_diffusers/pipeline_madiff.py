@@ -8,13 +8,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput, logging
@@ -29,7 +33,7 @@ if _missing:
 
 from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
-from .motion_hints import HintSource, build_hint_source, damp_hints  # noqa: E402
+from .motion_hints import HintPair, HintSource, build_hint_source, damp_hints  # noqa: E402
 from .tiling import Tiling  # noqa: E402
 
 HINT_POLICIES = ("sampling", "damped", "start", "neighbours", "none")
@@ -71,28 +75,33 @@ class EncodedFrames:
         size (`tuple` of `int`): height and width before padding.
         latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): before quantisation, times the scaling factor.
         features (`tuple` of `torch.Tensor`, *optional*): see [`VQMAGANEncoderOutput`].
+        coarse ([`EncodedFrames`], *optional*): the same frames at the size of guesses, where that is another.
     """
 
     frames: torch.Tensor
     size: Tuple[int, int]
     latents: Optional[torch.Tensor] = None
     features: Optional[Tuple[torch.Tensor, ...]] = None
+    coarse: Optional["EncodedFrames"] = None
 
 
 class MADiffPipeline(DiffusionPipeline):
     r"""
-    Pipeline for video frame interpolation: the frames in the middle between two neighbouring frames.
+    Pipeline for video frame interpolation: frames at any instants between two neighbouring frames.
 
     Args:
         vqvae ([`VQMAGANModel`]): encodes frames, and decodes latents beside the neighbours and motion hints.
         unet ([`UNet2DModel`]): predicts the noise in the middle frame's latents; its input channels are those latents,
-            both neighbours' latents, and the hints towards both neighbours at the latents' size.
+            both neighbours' latents, and the hints towards both neighbours at the latents' size. With
+            `class_embed_type="timestep"` it is told the instant, times 1000.
         scheduler ([`SchedulerMixin`]): any of Diffusers' that takes the checkpoint's `prediction_type`.
         i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is flow alone.
         hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, `"events+flow"` or `"events+fine_flow"`.
         default_num_inference_steps (`int`): what `num_inference_steps=None` stands for.
         default_hint_interval (`int`): what `hint_interval=None` stands for.
         default_hint_policy (`str`): what `hint_policy=None` stands for; `"sampling"` is the paper's.
+        guess_scale (`int`): guesses of the frame, and the hints from them, are made of frames this many times smaller (1, 2, 4 or 8);
+            only the result is decoded at full size. 1 is the paper's.
     """
 
     model_cpu_offload_seq = "vqvae->unet->i2e"
@@ -113,16 +122,21 @@ class MADiffPipeline(DiffusionPipeline):
         default_num_inference_steps: int = 10,
         default_hint_interval: int = 1,
         default_hint_policy: str = "sampling",
+        guess_scale: int = 1,
     ):
         super().__init__()
+        if guess_scale not in (1, 2, 4, 8):
+            raise ValueError(f"`guess_scale` must be 1, 2, 4 or 8, but is {guess_scale!r}.")
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e)
         self.register_to_config(
             hint_source=hint_source,
             default_num_inference_steps=default_num_inference_steps,
             default_hint_interval=default_hint_interval,
             default_hint_policy=default_hint_policy,
+            guess_scale=guess_scale,
         )
         self._hints: Optional[HintSource] = None
+        self._built_hints: Optional[Tuple[Tuple, HintSource]] = None  # what they were built of, and they
         # Set by `enable_tiling`.
         self.tiling: Optional[Tiling] = None
         latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
@@ -135,7 +149,7 @@ class MADiffPipeline(DiffusionPipeline):
             )
         # The U-Net halves the latents' size between its blocks; frames are padded so that it always can.
         unet_factor = 2 ** (len(unet.config.block_out_channels) - 1)
-        self.frame_processor = FrameProcessor(vqvae.downsample_factor * unet_factor)
+        self.frame_processor = FrameProcessor(vqvae.downsample_factor * max(unet_factor, guess_scale))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **kwargs) -> "MADiffPipeline":
@@ -359,7 +373,12 @@ class MADiffPipeline(DiffusionPipeline):
     @property
     def hints(self) -> HintSource:
         """Where motion hints come from: `hint_source` with the current `i2e`, unless another source was assigned here."""
-        return build_hint_source(self.config.hint_source, self.i2e, self.tiling) if self._hints is None else self._hints
+        if self._hints is not None:
+            return self._hints
+        parts = (self.config.hint_source, self.i2e, self.tiling)
+        if self._built_hints is None or any(old is not new for old, new in zip(self._built_hints[0], parts)):
+            self._built_hints = parts, build_hint_source(*parts)
+        return self._built_hints[1]
 
     @hints.setter
     def hints(self, source: HintSource) -> None:
@@ -398,6 +417,8 @@ class MADiffPipeline(DiffusionPipeline):
         self,
         num_inference_steps: Any,
         num_frames: Any,
+        times: Any,
+        frames_per_batch: Any,
         hint_policy: str,
         hint_interval: Any,
         output_type: str,
@@ -405,11 +426,22 @@ class MADiffPipeline(DiffusionPipeline):
         batch_size: int,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        for name, value in (("num_inference_steps", num_inference_steps), ("hint_interval", hint_interval)):
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("hint_interval", hint_interval),
+            ("num_frames", num_frames),
+            ("frames_per_batch", frames_per_batch),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but is {value!r}.")
-        if not isinstance(num_frames, int) or num_frames < 1 or num_frames & (num_frames + 1):
-            raise ValueError(f"`num_frames` must be 1, 3, 7, 15, … (2^k - 1), but is {num_frames!r}.")
+        if times is not None:
+            if num_frames != 1:
+                raise ValueError(f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}.")
+            given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
+            if not given or not all(isinstance(time, Real) and 0 < time < 1 for time in given):  # NaN fails, too
+                raise ValueError(f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}.")
+            if len(set(map(float, given))) < len(given):
+                raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
         if hint_policy not in HINT_POLICIES:
             raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {hint_policy!r}.")
         if output_type not in OUTPUT_TYPES:
@@ -440,17 +472,19 @@ class MADiffPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, Dict], Dict]] = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        times: Optional[Sequence[Union[float, Fraction]]] = None,
+        frames_per_batch: int = 1,
     ) -> Union[MADiffPipelineOutput, Tuple]:
         r"""
-        Interpolate between two frames, or between the frames of several pairs.
+        Interpolate between two frames, or between the frames of several pairs. Each frame is made straight from the two that are
+        given, whatever its instant.
 
         Args:
             image_prev, image_next: the neighbouring frames, of any size but the same: PIL images, numpy arrays
                 `(H, W, 3)`, tensors `(3, H, W)`, batches `(B, …)` or lists of these; arrays and tensors are uint8, or
                 floating point in [0, 1]. Or what `encode_frames` made of them: a frame with two neighbours needs that once.
             num_inference_steps (`int`, *optional*): sampling steps per frame; the checkpoint's default if not given.
-            num_frames (`int`, defaults to 1): evenly spaced frames to make between each pair: 1, 3, 7, 15, …; more than
-                one by recursion.
+            num_frames (`int`, defaults to 1): frames to make between each pair, evenly spaced in time.
             hint_policy (`str`, *optional*): where motion hints come from; the checkpoint's default if not given.
                 `"sampling"`: start hints at the first step, then re-extracted from the current guess of the middle frame
                 (MA-Sampling). `"damped"`: the same, but each further extraction moves the hints less, so that
@@ -459,8 +493,8 @@ class MADiffPipeline(DiffusionPipeline):
             hint_interval (`int`, *optional*): with `"sampling"` and `"damped"`, re-extract the hints after the first step and every
                 `hint_interval` steps from there; the checkpoint's default if not given.
             generator (`torch.Generator` or one per pair, *optional*): makes the result repeatable.
-            latents (`torch.Tensor` of shape `(B, num_frames, C, h, w)`, or `(B, C, h, w)` for one frame, *optional*):
-                noise to start from, of variance 1, for each frame in the order of time; h and w are those of the
+            latents (`torch.Tensor` of shape `(B, F, C, h, w)`, or `(B, C, h, w)` for one frame, *optional*):
+                noise to start from, of variance 1, for each frame in the order of the result; h and w are those of the
                 padded frames' latents. Drawn from `generator` if not given.
             force_not_quantize (`bool`, defaults to `False`): decode latents as they are, not moved to their nearest codes;
                 for ablations.
@@ -469,6 +503,10 @@ class MADiffPipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
                 step of each frame; returns a dict whose tensors replace the pipeline's.
             callback_on_step_end_tensor_inputs: tensors to hand to it: `"latents"`, `"hints_prev"`, `"hints_next"`.
+            times (list of `float` or `Fraction`, *optional*): instants of the frames to make, in place of `num_frames`: each between
+                0 (the previous frame's) and 1 (the next one's), both excluded; frames come in the order given.
+            frames_per_batch (`int`, defaults to 1): frames between each pair that the networks make at once; more take more memory,
+                and less time on a GPU. With schedulers that draw noise at every step, the result depends on it.
 
         Returns:
             [`MADiffPipelineOutput`], or a tuple of its `frames`.
@@ -495,6 +533,8 @@ class MADiffPipeline(DiffusionPipeline):
         self.check_inputs(
             num_inference_steps,
             num_frames,
+            times,
+            frames_per_batch,
             hint_policy,
             hint_interval,
             output_type,
@@ -502,38 +542,38 @@ class MADiffPipeline(DiffusionPipeline):
             batch_size,
             callback_on_step_end_tensor_inputs,
         )
+        if times is None:
+            times = [Fraction(number, num_frames + 1) for number in range(1, num_frames + 1)]
+        instants = [float(time) for time in times]
+        noise = self._check_latents(latents, len(instants), prev.frames)  # [B,F,C,h,w] or None
 
-        noise = self._check_latents(latents, num_frames, prev.frames)  # [B,F,C,h,w] or None
-
-        # 2. Make the middle of the widest gap first, then the middles of its halves.
+        # 2. Make the frames, some at once.
         self._interrupt = False
         self.scheduler.set_timesteps(num_inference_steps, device=prev.frames.device)
         # Some schedulers (Heun's) call the network more than once a step.
-        self._num_timesteps = len(self.scheduler.timesteps) * num_frames
-        frames: List[Optional[EncodedFrames]] = [prev, *[None] * num_frames, next_]
-        gap = num_frames + 1
+        self._num_timesteps = len(self.scheduler.timesteps) * len(instants)
+        frames: List[torch.Tensor] = []
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            while gap > 1:
-                for left in range(0, num_frames + 1, gap):
-                    middle = left + gap // 2
-                    made = self._interpolate(
-                        frames[left],
-                        frames[left + gap],
-                        num_inference_steps,
-                        hint_policy,
-                        hint_interval,
-                        generator,
-                        None if noise is None else noise[:, middle - 1],
-                        force_not_quantize,
-                        callback_on_step_end,
-                        callback_on_step_end_tensor_inputs,
-                        progress_bar,
-                    )
-                    frames[middle] = EncodedFrames(made, prev.size)
-                gap //= 2
+            for first in range(0, len(instants), frames_per_batch):
+                chosen = slice(first, first + frames_per_batch)
+                made = self._interpolate(
+                    prev,
+                    next_,
+                    instants[chosen],
+                    num_inference_steps,
+                    hint_policy,
+                    hint_interval,
+                    generator,
+                    None if noise is None else noise[:, chosen],
+                    force_not_quantize,
+                    callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                    progress_bar,
+                )
+                frames += made.split(batch_size)
 
         # 3. Crop and convert.
-        result = torch.stack([each.frames for each in frames[1:-1]], dim=1)
+        result = torch.stack(frames, dim=1)
         result = self.frame_processor.crop(result, prev.size)  # [B,F,3,H,W]
         result = self.frame_processor.postprocess(result, output_type)
         self.maybe_free_model_hooks()
@@ -580,10 +620,19 @@ class MADiffPipeline(DiffusionPipeline):
             for each, own_latents, own_features in zip(left, latents, features):
                 each.latents, each.features = own_latents, own_features
 
+    def _coarse(self, each: EncodedFrames, scale: int) -> EncodedFrames:
+        """The same frames, `scale` times smaller; made once."""
+        if scale == 1:
+            return each
+        if each.coarse is None:
+            each.coarse = EncodedFrames(F.avg_pool2d(each.frames, scale), (each.size[0] // scale, each.size[1] // scale))
+        return each.coarse
+
     def _interpolate(
         self,
         prev: EncodedFrames,
         next_: EncodedFrames,
+        times: List[float],
         num_inference_steps: int,
         hint_policy: str,
         hint_interval: int,
@@ -594,43 +643,61 @@ class MADiffPipeline(DiffusionPipeline):
         callback_inputs: Sequence[str],
         progress_bar: Any,
     ) -> torch.Tensor:
-        """MA-Sampling of one middle frame per pair: `(B, 3, H, W)` in [-1, 1] from two such."""
-        frames_prev, frames_next = prev.frames, next_.frames
-        batch_size, device, dtype = frames_prev.shape[0], frames_prev.device, self.vqvae.dtype
+        """MA-Sampling of frames at some instants between each of B pairs: `(T * B, 3, H, W)` in [-1, 1], instant by instant."""
+        batch_size, device, dtype = prev.frames.shape[0], prev.frames.device, self.vqvae.dtype
+        hint_source, count = self.hints, len(times)
+        instants = torch.tensor(times, dtype=torch.float32).repeat_interleave(batch_size).to(device)  # [TB]
+        # What the hints are extracted from: guesses at this scale.
+        extracts = hint_policy in ("sampling", "damped")
+        coarse_prev, coarse_next = (self._coarse(each, self.config.guess_scale if extracts else 1) for each in (prev, next_))
+
+        def for_each_instant(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if count == 1 else tensor.repeat(count, 1, 1, 1)  # [B,…] to [TB,…]
 
         # 1. Encode the neighbours, once for all steps.
         self._encode(prev, next_)
         scaling_factor = self.vqvae.config.scaling_factor
-        condition = torch.cat([prev.latents, next_.latents], dim=1)  # [B,2C,h,w]
+        condition = for_each_instant(torch.cat([prev.latents, next_.latents], dim=1))  # [TB,2C,h,w]
 
-        def decode(latents: torch.Tensor, hints_prev: torch.Tensor, hints_next: torch.Tensor) -> torch.Tensor:
-            images = [(latents / scaling_factor).to(dtype), hints_prev, hints_next, *prev.features, *next_.features]
+        def decode(prev: EncodedFrames, next_: EncodedFrames, latents: torch.Tensor, hints: HintPair) -> torch.Tensor:
+            self._encode(prev, next_)
+            features = [for_each_instant(each) for each in (*prev.features, *next_.features)]
+            images = [(latents / scaling_factor).to(dtype), *hints, *features]
 
             def decode_images(latents, hints_prev, hints_next, *features):
                 features_prev, features_next = features[: len(prev.features)], features[len(prev.features) :]
-                return [self.vqvae.decode(latents, features_prev, features_next, hints_prev, hints_next, force_not_quantize).sample]
+                neighbours = (features_prev, features_next, hints_prev, hints_next)
+                return [self.vqvae.decode(latents, *neighbours, force_not_quantize, time=instants).sample]
 
-            size = frames_prev.shape[-2:]
+            size = prev.frames.shape[-2:]
             (decoded,) = decode_images(*images) if self.tiling is None else self.tiling(decode_images, images, *size)
             return decoded.float().clamp(-1, 1)
 
-        # 2. Hints to begin with: nothing is known of the middle frame yet.
+        # 2. Hints to begin with: nothing is known of the frames yet.
+        frames_prev, frames_next = coarse_prev.frames, coarse_next.frames
         if hint_policy == "neighbours":
-            hints_prev, hints_next = self.hints.from_neighbours(frames_prev, frames_next)
+            hints = tuple(for_each_instant(each) for each in hint_source.from_neighbours(frames_prev, frames_next))
         else:
-            hints_prev, hints_next = self.hints.start(frames_prev, frames_next)  # [B,K,H,W]
+            starts = [hint_source.start(frames_prev, frames_next, time) for time in times]
+            hints = starts[0] if count == 1 else tuple(torch.cat(each) for each in zip(*starts))  # [TB,K,H,W] twice
         if hint_policy == "none":
-            hints_prev, hints_next = torch.zeros_like(hints_prev), torch.zeros_like(hints_next)
+            hints = tuple(torch.zeros_like(each) for each in hints)
+        frames_prev, frames_next = for_each_instant(frames_prev), for_each_instant(frames_next)
 
         # 3. Noise, at the end of the schedule.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if noise is None:
             shape = (batch_size, condition.shape[1] // 2, *condition.shape[-2:])
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        clean_latents = noise
-        latents = noise * self.scheduler.init_noise_sigma  # [B,C,h,w]
-        step_arguments = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if "generator" in step_arguments else {}
+            drawn = [randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) for _ in times]
+        else:
+            drawn = list(noise.unbind(dim=1))
+        clean_latents = noise = torch.cat(drawn)
+        latents = noise * self.scheduler.init_noise_sigma  # [TB,C,h,w]
+        step_kwargs, unet_kwargs = {}, {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator * count if isinstance(generator, list) else generator
+        if self.unet.config.class_embed_type == "timestep":
+            unet_kwargs["class_labels"] = 1000 * instants
 
         # 4. Denoise. Latents stay in float32 whatever the networks' dtype.
         for i, t in enumerate(self.scheduler.timesteps):
@@ -638,37 +705,38 @@ class MADiffPipeline(DiffusionPipeline):
                 continue
             # 4.1 one step of the scheduler
             model_input = self.scheduler.scale_model_input(latents, t)
-            hints = torch.cat(
-                [self.vqvae.resize_hints(hints, latents.shape[-2:]) for hints in (hints_prev, hints_next)], dim=1
-            )  # [B,2K,h,w]
-            unet_input = torch.cat([model_input.to(dtype), condition, hints.to(dtype)], dim=1)
-            model_output = self.unet(unet_input.to(self.unet.dtype), t, return_dict=False)[0].float()
+            small_hints = [self.vqvae.resize_hints(each, latents.shape[-2:]) for each in hints]  # [TB,K,h,w] twice
+            unet_input = torch.cat([model_input.to(dtype), condition, *(each.to(dtype) for each in small_hints)], dim=1)
+            model_output = self.unet(unet_input.to(self.unet.dtype), t, return_dict=False, **unet_kwargs)[0].float()
             step = self.scheduler.step(model_output, t, latents, **step_kwargs)
-            clean_latents = self._clean_latents(step, model_output, model_input, t)  # ẑ_0, [B,C,h,w]
+            clean_latents = self._clean_latents(step, model_output, model_input, t)  # ẑ_0, [TB,C,h,w]
             latents = step.prev_sample
 
-            # 4.2 hints from the frame that these latents stand for
-            if hint_policy in ("sampling", "damped") and i % hint_interval == 0:
-                guess = decode(clean_latents, hints_prev, hints_next)
-                refined = self.hints.from_guess(frames_prev, guess, frames_next)
-                if hint_policy == "damped":
-                    refined = damp_hints((hints_prev, hints_next), refined, 1 + i // hint_interval)
-                hints_prev, hints_next = refined
+            # 4.2 hints from the frames that these latents stand for
+            if extracts and i % hint_interval == 0:
+                scale = prev.frames.shape[-1] // frames_prev.shape[-1]
+                guess = decode(coarse_prev, coarse_next, F.avg_pool2d(clean_latents, scale), hints)
+                refined = hint_source.from_guess(frames_prev, guess, frames_next)
+                hints = damp_hints(hints, refined, 1 + i // hint_interval) if hint_policy == "damped" else refined
 
-            # 4.3 the caller's turn
+            # 4.3 the caller's turn, frame by frame
             if callback is not None:
-                available = {"latents": latents, "hints_prev": hints_prev, "hints_next": hints_next}
-                returned = callback(self, i, t, {name: available[name] for name in callback_inputs})
-                hints_prev = returned.pop("hints_prev", hints_prev)
-                hints_next = returned.pop("hints_next", hints_next)
-                replaced = returned.pop("latents", latents)
-                if replaced is not latents and i == len(self.scheduler.timesteps) - 1:
-                    clean_latents = replaced
-                latents = replaced
-            progress_bar.update()
+                available = {"latents": latents, "hints_prev": hints[0], "hints_next": hints[1]}
+                parts = {name: list(tensor.split(batch_size)) for name, tensor in available.items()}
+                replaced = set()
+                for number in range(count):
+                    for name, tensor in callback(self, i, t, {name: parts[name][number] for name in callback_inputs}).items():
+                        if name in parts and tensor is not parts[name][number]:
+                            parts[name][number] = tensor
+                            replaced.add(name)
+                available.update({name: torch.cat(parts[name]) for name in replaced})
+                latents, hints = available["latents"], (available["hints_prev"], available["hints_next"])
+                if "latents" in replaced and i == len(self.scheduler.timesteps) - 1:
+                    clean_latents = latents
+            progress_bar.update(count)
 
-        # 5. The middle frame.
-        return decode(clean_latents, hints_prev, hints_next)
+        # 5. The frames.
+        return decode(prev, next_, clean_latents, hints)
 
     def _clean_latents(
         self, step: BaseOutput, model_output: torch.Tensor, model_input: torch.Tensor, t: torch.Tensor

@@ -242,6 +242,7 @@ class MAWarpBlock(nn.Module):
         features: torch.Tensor,
         hints: torch.Tensor,
         corrections: Optional[torch.Tensor],
+        log_odds: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Both directions run in one batch: the first half of each `2B` tensor is for the previous frame.
@@ -251,6 +252,7 @@ class MAWarpBlock(nn.Module):
             features (`(2B, C, U, V)`): φ_prev and φ_next at this scale.
             hints (`(2B, K, U, V)`): m_prev and m_next at this scale, in float32 whatever the dtype of the rest.
             corrections (`(2B, 2, U, V)`, *optional*): what coarser scales added to the hints' own offsets.
+            log_odds (`(B, 1, 1, 1)`, *optional*): of the previous frame, from which the gate starts; 0 if not given.
 
         Returns:
             `(h̃, corrections, offsets, gate, warped)`, of shapes `(B, C, U, V)`, `(2B, 2, U, V)` twice, `(B, 1, U, V)` and
@@ -275,7 +277,8 @@ class MAWarpBlock(nn.Module):
         # 3. warp, blend, add
         warped = warp(features, offsets)
         warped_prev, warped_next = warped.chunk(2)  # [B,C,U,V]
-        gate = torch.sigmoid(self.gate_net(torch.cat([warped_prev, warped_next], dim=1)))  # [B,1,U,V]
+        logits = self.gate_net(torch.cat([warped_prev, warped_next], dim=1))
+        gate = torch.sigmoid(logits if log_odds is None else logits + log_odds)  # [B,1,U,V]
         blended = gate * warped_prev + (1 - gate) * warped_next + self.residual_net(hidden_states)
         return blended, corrections + estimate, offsets, gate, warped
 
@@ -332,7 +335,12 @@ class FrameHead(nn.Module):
         return self.conv_out.weight if self.refine is None else self.refine[-1].weight
 
     def forward(
-        self, hidden_states: torch.Tensor, frames: torch.Tensor, start: torch.Tensor, warped: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        frames: torch.Tensor,
+        start: torch.Tensor,
+        warped: torch.Tensor,
+        log_odds: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         """
         Args:
@@ -340,6 +348,7 @@ class FrameHead(nn.Module):
             frames (`(2B, 3, H, W)`): the previous and the next frames.
             start (`(2B, 2, H, W)`): offsets to start from, in pixels.
             warped (`(2B, C, H / stride, W / stride)`): the neighbours' finest features as the last warp left them.
+            log_odds (`(B, 1, 1, 1)`, *optional*): see `MAWarpBlock`.
 
         Returns:
             `(image, offsets, gate)`; the last two are None without `warp_frames`.
@@ -351,7 +360,8 @@ class FrameHead(nn.Module):
         if not self.warp_frames:
             return pixels, None, None
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
-        gate = torch.sigmoid(pixels[:, 4:5])
+        logits = pixels[:, 4:5]
+        gate = torch.sigmoid(logits if log_odds is None else logits + log_odds)
         warped_prev, warped_next = warp(frames, offsets).chunk(2)  # [B,3,H,W]
         image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
         if self.refine is not None:
@@ -361,7 +371,8 @@ class FrameHead(nn.Module):
             difference = (prev - next_).abs().amax(dim=1, keepdim=True)
             difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
             moving = (difference / self.still_threshold).clamp(max=1)
-            image = moving * image + (1 - moving) * (prev + next_) / 2
+            share = 0.5 if log_odds is None else torch.sigmoid(log_odds)
+            image = moving * image + (1 - moving) * (share * prev + (1 - share) * next_)
         return image, offsets, gate
 
 
@@ -425,12 +436,16 @@ class MotionDecoder(nn.Module):
         features_prev: Sequence[torch.Tensor],
         features_next: Sequence[torch.Tensor],
         hints: Sequence[torch.Tensor],
+        frame_offsets: Optional[torch.Tensor] = None,
+        log_odds: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], Tuple[torch.Tensor, ...]]:
         """
         Args:
             latents (`(B, C, H / f, W / f)`): quantised latents.
             features_prev, features_next: what `MotionEncoder` gave, with the frame in front; finest first.
-            hints: m_prev and m_next in one batch of `2B`, one tensor per scale in the order of the features.
+            hints: m_prev and m_next in one batch of `2B`, one tensor per feature map, in their order.
+            frame_offsets (`(2B, 2, H, W)`, *optional*): offsets that the hints tell of the frames themselves.
+            log_odds (`(B, 1, 1, 1)`, *optional*): see `MAWarpBlock`.
 
         Returns:
             `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`].
@@ -442,7 +457,7 @@ class MotionDecoder(nn.Module):
         hidden_states = self.mid_block(self.conv_in(latents))  # [B,C,H/f,W/f]
         features = [torch.cat(pair) for pair in zip(features_prev, features_next)]
         blocks = [(self.mid_warp, features[-1], hints[-1])]
-        blocks += list(zip(self.warps, features[-2:0:-1], hints[-2:0:-1]))
+        blocks += list(zip(self.warps, features[-2:0:-1], hints[-2::-1]))
         corrections = None
 
         # 2. up the scales, a warp after each
@@ -451,7 +466,7 @@ class MotionDecoder(nn.Module):
                 hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
                 level = self.levels[i - 1]
                 hidden_states = level(hidden_states) if run is None else run(level, hidden_states)
-            arguments = (hidden_states, feature, hint, corrections)
+            arguments = (hidden_states, feature, hint, corrections, log_odds)
             hidden_states, corrections, offsets, gate, warped = (
                 warp_block(*arguments) if run is None else run(warp_block, *arguments)
             )
@@ -461,13 +476,13 @@ class MotionDecoder(nn.Module):
 
         # 3. the frames themselves; what the last warp found is where they start
         start = torch.cat(all_offsets[-1].chunk(2, dim=1))
-        if self.offset_hints:  # only the corrections are resized: the hints are known at full resolution
-            start = start - hints[1][:, -2:].float()
+        if frame_offsets is not None:  # only the corrections are resized: the hints are known at full resolution
+            start = start - hints[0][:, -2:].float()
         if self.stem_stride > 1:
             start = _upsample_offsets(start, self.stem_stride)
-        if self.offset_hints:
-            start = start + hints[0][:, -2:].float()
-        image, offsets, gate = self.head(hidden_states, features[0], start, warped)
+        if frame_offsets is not None:
+            start = start + frame_offsets
+        image, offsets, gate = self.head(hidden_states, features[0], start, warped, log_odds)
         if offsets is not None:
             all_offsets.append(torch.cat(offsets.chunk(2), dim=1))
             all_gates.append(gate)
@@ -506,6 +521,8 @@ class VQMAGANModel(VQModel):
         still_threshold (`float`): difference of the two frames, of values in `[-1, 1]`, below which their mean takes the
             place of what was predicted, since a network never gives back quite what it was given; 0 for never. Needs
             `warp_frames`.
+        time_conditioned (`bool`): let the gates start from the instant of the middle frame: the nearer a neighbour in time, the
+            larger its share. Without it, as in the paper, they know the frame half-way alone.
     """
 
     _supports_gradient_checkpointing = True
@@ -535,6 +552,7 @@ class VQMAGANModel(VQModel):
         refine_channels: int = 0,
         compare_warps: bool = False,
         still_threshold: float = 0.0,
+        time_conditioned: bool = False,
     ):
         # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
         ModelMixin.__init__(self)
@@ -669,6 +687,7 @@ class VQMAGANModel(VQModel):
         hints_next: torch.Tensor,
         force_not_quantize: bool = False,
         return_dict: bool = True,
+        time: Union[float, torch.Tensor] = 0.5,
     ) -> Union[VQMAGANDecoderOutput, Tuple[torch.Tensor, torch.Tensor]]:
         """
         Args:
@@ -678,15 +697,19 @@ class VQMAGANModel(VQModel):
                 and each neighbour; resized here to every scale. Give them in float32 in half precision too: offsets of
                 many pixels need it.
             force_not_quantize (`bool`): decode the latents as they are.
+            time (`float` or `torch.Tensor` of shape `(B,)`): instant of the middle frame, in (0, 1); read where the model is
+                `time_conditioned`.
 
         Returns:
             [`VQMAGANDecoderOutput`], or `(sample, commit_loss)`.
         """
+        height, width = features_prev[0].shape[-2:]
         for name, hints in (("hints_prev", hints_prev), ("hints_next", hints_next)):
-            if hints.shape[1] != self.config.hint_channels or hints.shape[-2:] != features_prev[0].shape[-2:]:
+            ratio = height // hints.shape[-2]
+            if hints.shape[1] != self.config.hint_channels or (hints.shape[-2] * ratio, hints.shape[-1] * ratio) != (height, width):
                 raise ValueError(
-                    f"`{name}` must have {self.config.hint_channels} channels at the frames' size "
-                    f"{tuple(features_prev[0].shape[-2:])}, but has shape {tuple(hints.shape)}."
+                    f"`{name}` must have {self.config.hint_channels} channels at the frames' size {(height, width)}, or one that "
+                    f"this is a multiple of, but has shape {tuple(hints.shape)}."
                 )
         if force_not_quantize:
             quantised, commit_loss, code_indices = h, h.new_zeros(h.shape[0]), None
@@ -697,11 +720,22 @@ class VQMAGANModel(VQModel):
             quantised = quantised.to(h.dtype)
             commit_loss = commit_loss.expand(h.shape[0])
         hints = torch.cat([hints_prev, hints_next])  # [2B,K,H,W]
-        pyramid = [hints]
-        for feature in features_prev[1:]:  # a mean of means of equal cells is their mean
-            pyramid.append(self.resize_hints(pyramid[-1], feature.shape[-2:]))
+        pyramid, pooled = [], hints
+        for feature in features_prev[1:]:
+            if feature.shape[-1] <= pooled.shape[-1]:  # a mean of means of equal cells is their mean
+                pooled = self.resize_hints(pooled, feature.shape[-2:])
+                pyramid.append(pooled)
+            else:
+                pyramid.append(self.resize_hints(hints, feature.shape[-2:]))
+        offsets = None
+        if self.config.offset_hints and self.config.warp_frames:  # all that the frames' own warp reads of the hints
+            offsets = self.resize_hints(hints[:, -2:], (height, width)).float()
+        log_odds = None
+        if self.config.time_conditioned:
+            time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0])
+            log_odds = torch.log((1 - time) / time).to(h.dtype).view(-1, 1, 1, 1)
         sample, offsets, gates = self.decoder(
-            self.post_quant_conv(quantised), features_prev, features_next, pyramid
+            self.post_quant_conv(quantised), features_prev, features_next, pyramid, offsets, log_odds
         )
         if not return_dict:
             return sample, commit_loss
@@ -710,14 +744,19 @@ class VQMAGANModel(VQModel):
         )
 
     def resize_hints(self, hints: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-        """Hints `(B, K, H, W)` averaged to a smaller `size`; offset channels become pixels of that size."""
-        ratio = (hints.shape[-2] // size[0], hints.shape[-1] // size[1])
-        if ratio == (1, 1):
+        """Hints `(B, K, H, W)` averaged to a smaller `size`, or interpolated to a larger one; offset channels, the last two, become
+        pixels of that size."""
+        if hints.shape[-1] > size[1]:
+            ratio = (hints.shape[-2] // size[0], hints.shape[-1] // size[1])
+            resized, scales = F.avg_pool2d(hints, ratio), (1 / ratio[1], 1 / ratio[0])
+        elif hints.shape[-1] < size[1]:
+            resized = F.interpolate(hints, size=tuple(size), mode="bilinear", align_corners=False)
+            scales = (size[1] / hints.shape[-1], size[0] / hints.shape[-2])
+        else:
             return hints
-        resized = F.avg_pool2d(hints, ratio)
         if not self.config.offset_hints:
             return resized
-        scale = torch.tensor([1 / ratio[1], 1 / ratio[0]], device=hints.device, dtype=hints.dtype).view(1, 2, 1, 1)
+        scale = torch.tensor(scales, device=hints.device, dtype=hints.dtype).view(1, 2, 1, 1)
         return torch.cat([resized[:, :-2], resized[:, -2:] * scale], dim=1)
 
     def forward(
@@ -729,6 +768,7 @@ class VQMAGANModel(VQModel):
         hints_next: torch.Tensor,
         latent_noise: Optional[torch.Tensor] = None,
         return_dict: bool = True,
+        time: Union[float, torch.Tensor] = 0.5,
     ) -> Union[VQMAGANDecoderOutput, Tuple[torch.Tensor, torch.Tensor]]:
         """
         Encode the middle frame and decode it again beside its neighbours.
@@ -738,6 +778,7 @@ class VQMAGANModel(VQModel):
             hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H, W)`): motion hints.
             latent_noise (`torch.Tensor`, *optional*): added to the latents in units of their standard deviation over
                 the batch, before they are quantised.
+            time (`float` or `torch.Tensor` of shape `(B,)`): see `decode`.
         """
         encoded = self.encode(torch.cat([sample, frame_prev, frame_next]))
         batch = sample.shape[0]
@@ -746,7 +787,7 @@ class VQMAGANModel(VQModel):
             decoded_latents = latents + latent_noise * latents.detach().std()
         features_prev = tuple(feature[batch : 2 * batch] for feature in encoded.features)
         features_next = tuple(feature[2 * batch :] for feature in encoded.features)
-        decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next)
+        decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next, time=time)
         if not return_dict:
             return decoded.sample, decoded.commit_loss
         decoded["latents"] = latents

@@ -1,4 +1,5 @@
 import inspect
+from fractions import Fraction
 
 import diffusers
 import numpy as np
@@ -59,14 +60,67 @@ def test_input_and_output_types_agree(pipeline, pair):
     assert torch.equal(pipeline(*pair, generator=generators(0, 1), output_type="pt", return_dict=False)[0], expected)
 
 
-def test_more_frames_are_the_middles_of_the_middles(pipeline, pair):
-    # With the noise given, each frame of three can be made on its own.
-    noise = torch.randn(2, 3, 3, 8, 10, generator=torch.Generator().manual_seed(5))
-    three = run(pipeline, pair, num_frames=3, latents=noise)
-    assert three.shape == (2, 3, 3, 51, 67)
-    middle = run(pipeline, pair, latents=noise[:, 1])
-    assert torch.allclose(three[:, 1:2], middle, atol=1e-6)
-    assert run(pipeline, pair, num_frames=7).shape[1] == 7
+def test_every_instant_is_made_straight_from_the_two_frames(pipeline, pair):
+    # With the noise given, each frame of several can be made on its own.
+    noise = torch.randn(2, 4, 3, 8, 10, generator=torch.Generator().manual_seed(5))
+    four = run(pipeline, pair, num_frames=4, latents=noise)
+    assert four.shape == (2, 4, 3, 51, 67)
+    for number in range(4):
+        alone = run(pipeline, pair, times=[Fraction(number + 1, 5)], latents=noise[:, number])
+        assert torch.equal(four[:, number : number + 1], alone)
+    assert torch.equal(run(pipeline, pair, times=[0.5]), run(pipeline, pair))
+    backwards = run(pipeline, pair, times=[0.8, 0.2], latents=noise[:, [3, 0]])
+    assert torch.equal(backwards, four[:, [3, 0]]), "instants come in the order given"
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_frames_in_a_batch_are_what_they_are_one_by_one(pipeline, pair, scheduler):
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, tuple(tensors["latents"].shape)))
+        return {"latents": tensors["latents"] * 1.1}
+
+    arguments = {"num_frames": 5, "num_inference_steps": 2, "callback_on_step_end": callback}
+    expected = run(pipeline, pair, **arguments)
+    calls, shape = len(seen), (2, 3, 8, 10)
+    assert seen == [(0, shape), (1, shape)] * 5
+    together = run(pipeline, pair, frames_per_batch=3, **arguments)
+    assert (together - expected).abs().max() <= 1e-4
+    assert seen[calls:] == [(0, shape)] * 3 + [(1, shape)] * 3 + [(0, shape)] * 2 + [(1, shape)] * 2
+
+
+def test_networks_are_told_the_instant(tiny, pair):
+    tiny["vqvae"]["time_conditioned"], tiny["unet"]["class_embed_type"] = True, "timestep"
+    pipeline = build_pipeline(tiny)
+    told, gates = [], []
+    pipeline.unet.class_embedding.register_forward_hook(lambda module, inputs, output: told.append(inputs[0]))
+    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: gates.append(output[2][-1].mean().item()))
+    run(pipeline, pair, times=[0.1, 0.9], num_inference_steps=1, hint_policy="start", frames_per_batch=2)
+    labels = pipeline.unet.time_proj(torch.tensor([100.0, 100.0, 900.0, 900.0]))
+    assert torch.allclose(told[0], labels, atol=1e-3)
+    for time in (0.1, 0.5, 0.9):
+        run(pipeline, pair, times=[time], num_inference_steps=1, hint_policy="start")
+    _, early, middle, late = gates
+    assert early > 0.7 > middle > 0.3 > late, "the nearer neighbour has the larger share"
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_guesses_are_made_at_a_smaller_scale(tiny, pair, scale):
+    tiny["pipeline"]["guess_scale"] = scale
+    pipeline = build_pipeline(tiny)
+    pipeline.hints = Recorder(pipeline.hints)
+    decoded = []
+    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: decoded.append(tuple(output[0].shape[-2:])))
+    assert run(pipeline, pair, num_inference_steps=2).shape == (2, 1, 3, 51, 67)
+    *guesses, result = decoded
+    size = (result[0] // scale, result[1] // scale)
+    assert guesses == [size] * 2
+    assert all(frame.shape[-2:] == size for _, frames, _ in pipeline.hints.calls for frame in frames if isinstance(frame, torch.Tensor))
+    decoded.clear()
+    run(pipeline, pair, num_inference_steps=2, hint_policy="start")
+    assert decoded == [result], "what no guess refines is full size all along"
 
 
 def test_frames_are_encoded_once(pipeline, pair):
@@ -79,7 +133,7 @@ def test_frames_are_encoded_once(pipeline, pair):
     assert (run(pipeline, encoded) - expected).abs().max() <= 1e-5
     assert torch.equal(run(pipeline, encoded), run(pipeline, encoded)) and len(calls) == 3
     run(pipeline, (encoded[1], pair[0]), num_frames=3)
-    assert calls[3:] == [2, 2], "the frame that was not, and the middle one, which is a neighbour too"
+    assert calls[3:] == [2], "the frame that was not"
     with pytest.raises(ValueError, match="`image_prev` and `image_next` must have the same size"):
         run(pipeline, (encoded[0], pair[1][..., :-1]))
 
@@ -404,8 +458,17 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"image_prev": torch.zeros(3, 0, 32)}, r"`image_prev` must not be empty"),
         ({"num_inference_steps": 0}, r"`num_inference_steps` must be a positive integer, but is 0"),
         ({"hint_interval": 1.5}, r"`hint_interval` must be a positive integer, but is 1.5"),
-        ({"num_frames": 2}, r"`num_frames` must be 1, 3, 7, 15"),
-        ({"num_frames": 0}, r"`num_frames` must be"),
+        ({"num_frames": 0}, r"`num_frames` must be a positive integer, but is 0"),
+        ({"frames_per_batch": 0}, r"`frames_per_batch` must be a positive integer, but is 0"),
+        ({"times": []}, r"`times` must be a list of numbers between 0 and 1, both excluded, but is \[\]"),
+        ({"times": [0]}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": [0.5, 1]}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": [2]}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": [float("nan")]}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": ["0.5"]}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": 0.5}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": [0.5, Fraction(1, 2)]}, r"`times` must not repeat an instant"),
+        ({"times": [0.5], "num_frames": 2}, r"Either `num_frames` or `times` can be given"),
         ({"hint_policy": "guess"}, r"`hint_policy` must be one of sampling, damped, start, neighbours, none"),
         ({"output_type": "jpg"}, r"`output_type` must be one of pil, np, pt"),
         ({"generator": generators(0, 1)}, r"one generator per pair \(1\), but holds 2"),
