@@ -17,7 +17,7 @@ import torch
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.video.colour import ColourPath, ColourTags
-from madiff_diffusers.video.middles import MiddleMaker, Neighbour
+from madiff_diffusers.video.middles import FrameMaker, Neighbour
 
 
 def cut(clip: Path, frames: int, out: Path) -> list:
@@ -49,7 +49,7 @@ def main() -> None:
         arrays = cut(args.clip, args.frames, source)
 
         def own() -> float:
-            start, maker, prev = time.perf_counter(), MiddleMaker(pipeline), Neighbour(arrays[0])
+            start, maker, prev = time.perf_counter(), FrameMaker(pipeline), Neighbour(arrays[0])
             for array in arrays[1:]:
                 next_ = Neighbour(array)
                 list(maker.between(prev, next_, [Fraction(1, 2)]))

@@ -1,45 +1,10 @@
 from fractions import Fraction
-from itertools import product
 
 import pytest
 
-from madiff_diffusers.video.frame_times import Timeline, nearest_places
+from madiff_diffusers.video.frame_times import Timeline
 
 FILM = Fraction(1001, 24000)
-
-
-def is_made_of_shown(places: list) -> bool:
-    """Whether each place between 0 and 1 is the middle of two others, 0 and 1 among them, and shown once."""
-    known = {Fraction(0), Fraction(1)}
-    made = [place for place in places if place not in known]
-    if len(set(made)) < len(made):
-        return False  # a frame made is shown once
-    for place in sorted(made, key=lambda place: place.denominator):
-        step = Fraction(1, place.denominator)
-        if not {place - step, place + step} <= known:
-            return False
-        known.add(place)
-    return True
-
-
-def cost(places: tuple, wanted: tuple) -> Fraction:
-    return sum((place - want) ** 2 for place, want in zip(places, wanted))
-
-
-@pytest.mark.parametrize("factor", [2, 4, 8, 16])
-def test_powers_of_two_are_exact(factor):
-    wanted = tuple(Fraction(k, factor) for k in range(factor))
-    assert nearest_places(wanted) == wanted
-
-
-@pytest.mark.parametrize("wanted", [(0.3,), (0.05,), (0.2, 0.9), (0, 1 / 3, 2 / 3), (0.4, 0.45, 0.95), (0.1, 0.3, 0.5, 0.7)])
-def test_no_choice_is_nearer(wanted):
-    wanted = tuple(Fraction(place).limit_denominator(100) for place in wanted)
-    places = nearest_places(wanted)
-    assert list(places) == sorted(places) and is_made_of_shown(places)
-    grid = [Fraction(k, 16) for k in range(17)]
-    least = min(cost(each, wanted) for each in product(grid, repeat=len(wanted)) if list(each) == sorted(each) and is_made_of_shown(each))
-    assert cost(places, wanted) == least
 
 
 def shown(timeline: Timeline) -> list:
@@ -55,11 +20,21 @@ def test_a_rate_fills_the_duration(rate):
     assert [frame.time for frame in frames] == list(range(len(frames))) and timeline.time_base == 1 / rate
     at = [(frame.index + frame.position) * FILM for frame in frames]
     times = [frame.time / rate for frame in frames]
-    assert at == sorted(at) and max(abs(a - b) for a, b in zip(at, times) if b <= 239 * FILM) <= FILM / 2
-    for index in range(240):
-        assert is_made_of_shown([frame.position for frame in frames if frame.index == index])
+    assert all(a == b for a, b in zip(at, times) if b <= 239 * FILM), "every frame is of its own instant"
+    assert timeline.made() == sum(b % FILM != 0 for b in times if b < 239 * FILM)
     for first, last in ((0, 7), (7, 100), (100, 240)):
         assert timeline.count(first, last) == len([frame for group in timeline.shown(first, last) for frame in group])
+
+
+def test_times_that_a_file_rounds_to_milliseconds_are_still_the_source_frames_own():
+    # 24 frames a second as Matroska tells them, doubled: every second frame is the source's, though 83 ms are not 2/24 s.
+    starts = [round(1000 * number / 24) for number in range(24)]
+    timeline = Timeline(starts, 1000, Fraction(1, 1000), rate=Fraction(48))
+    frames = shown(timeline)
+    assert [frame.index for frame in frames if not frame.position] == [*range(24), 23] and timeline.made() == 23
+    # A tick as long as a frame is no rounding.
+    exact = Timeline(range(24), 24, Fraction(1, 24), rate=Fraction(60))
+    assert [frame.position for group in exact.shown(0, 2) for frame in group] == [0, Fraction(2, 5), Fraction(4, 5), Fraction(1, 5), Fraction(3, 5)]
 
 
 def test_a_factor_follows_uneven_frames_and_the_last_one_too():

@@ -156,7 +156,7 @@ class NullHints:
     def __init__(self, hint_channels: int):
         self.hint_channels = hint_channels
 
-    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
         batch, _, height, width = frame_prev.shape
         return tuple(frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32) for _ in range(2))
 
@@ -258,11 +258,12 @@ class MADiffMethod:
         finally:
             hook.remove()
         height, width = pair[0].shape[:2]
+        multiple = self.pipeline.frame_processor.multiple
+        padded = (height + -height % multiple, width + -width % multiple)
         pictures = []
         for side, name in (("previous", "hints_prev"), ("next", "hints_next")):
-            hints = seen[name][0, :, :height, :width]
+            hints = self.pipeline.vqvae.resize_hints(seen[name], padded)[0, :, :height, :width]
             pictures += [(f"{part} to {side}", image) for part, image in hints_images(hints, self.pipeline.config.hint_source)]
-        padded = seen["hints_prev"].shape[-2:]
         pictures.append(("gate", gate_image(seen["gate"][0], padded)[:height, :width]))
         return pictures
 

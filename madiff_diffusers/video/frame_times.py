@@ -1,14 +1,14 @@
-"""When frames are shown, and which of them are made: exact times, and the middles of middles that come nearest to them.
+"""When frames are shown, and which of them are made: exact times and instants.
 
 Times are fractions of a second, never floating point: 30000/1001 frames a second stay in step with the sound for hours.
 """
 
 from array import array
-from bisect import bisect_right
 from fractions import Fraction
-from functools import lru_cache
 from math import ceil
 from typing import Collection, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+LONGEST_TICK = Fraction(1, 1000)  # seconds: files that round times (Matroska) do so to this or finer; coarser units are exact
 
 
 class ShownFrame(NamedTuple):
@@ -16,8 +16,7 @@ class ShownFrame(NamedTuple):
     Args:
         time: when it is shown, in units of the timeline's `time_base` from the first frame.
         index: number of the source frame that it is, or that comes before it.
-        position: 0 for the source frame itself; else the place between it and the next that is kept where the frame is made, a
-            fraction whose denominator is a power of two.
+        position: 0 for the source frame itself; else the instant, between it and the next that is kept, at which the frame is made.
     """
 
     time: int
@@ -63,6 +62,8 @@ class Timeline:
         # Numbers of the source frames that are neighbours of made ones.
         self.kept = array("q", (index for index in range(len(starts)) if index not in gone))
         self._held = set(held)
+        # Seconds by which a source frame's time may be rounded: nearer than this, it is shown as it is.
+        self._rounding = min(unit, LONGEST_TICK) * slow_motion / 2
         # Seconds in which the times of the frames shown are counted.
         self.time_base: Fraction = 1 / rate if rate is not None else self._unit / factor
         # A rate fills the duration to within half a frame.
@@ -89,8 +90,20 @@ class Timeline:
                 yield [ShownFrame(time, index, Fraction(0)) for time in times]
                 continue
             start, end = self._at(index), self._at(following)
-            places = nearest_places(tuple((time - start) / (end - start) for time in times))
-            yield [ShownFrame(time, following if where == 1 else index, where % 1) for time, where in zip(times, places)]
+            rounding = self._rounding / self.time_base
+            frames = []
+            for time in times:
+                if time - start <= rounding:
+                    frames.append(ShownFrame(time, index, Fraction(0)))
+                elif end - time <= rounding:
+                    frames.append(ShownFrame(time, following, Fraction(0)))
+                else:
+                    frames.append(ShownFrame(time, index, (time - start) / (end - start)))
+            yield frames
+
+    def made(self) -> int:
+        """Frames that are shown and are not the source's."""
+        return sum(bool(frame.position) for frames in self.shown() for frame in frames)
 
     def count(self, first: int, last: int) -> int:
         """How many frames `shown` gives."""
@@ -116,37 +129,3 @@ class Timeline:
         for start, end in zip(self._boundaries[index:following], self._boundaries[index + 1 : following + 1]):
             for step in range(self._factor):
                 yield start * self._factor + step * (end - start)
-
-
-@lru_cache(maxsize=4096)
-def nearest_places(wanted: Tuple[Fraction, ...]) -> Tuple[Fraction, ...]:
-    """
-    For each wanted place between two source frames at 0 and 1, one where a frame is: one of the two, or one that is made as the
-    middle of two others. None is made that is not shown, or shown twice, and the squared distances from the wanted places add up to least.
-
-    Args:
-        wanted: increasing places in [0, 1).
-    """
-
-    @lru_cache(maxsize=None)
-    def made(low: Fraction, high: Fraction, first: int, last: int) -> Tuple[Fraction, Tuple[Fraction, ...]]:
-        """The places made for `wanted[first:last]` between two frames, and what they cost."""
-        if first == last:
-            return Fraction(0), ()
-        middle = (low + high) / 2
-        choices = []
-        # The middle stands for one of the wanted places about it; to look at all would take minutes for some twenty of them.
-        near = bisect_right(wanted, middle)
-        for k in range(max(first, min(near, last) - 3), min(last, max(near, first) + 3)):
-            left, before = made(low, middle, first, k)
-            right, after = made(middle, high, k + 1, last)
-            choices.append((left + (middle - wanted[k]) ** 2 + right, (*before, middle, *after)))
-        return min(choices)
-
-    count, choices = len(wanted), []
-    for first in range(count + 1):
-        for last in range(first, count + 1):
-            cost, places = made(Fraction(0), Fraction(1), first, last)
-            cost += sum(place**2 for place in wanted[:first]) + sum((1 - place) ** 2 for place in wanted[last:])
-            choices.append((cost, (Fraction(0),) * first + places + (Fraction(1),) * (count - last)))
-    return min(choices)[1]

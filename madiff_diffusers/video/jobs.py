@@ -27,7 +27,7 @@ from ..scene_cuts import LEAST_CHANGE, RATIO, cuts_of_changes
 from .assembling import assemble
 from .colour import ColourPath
 from .frame_times import ShownFrame, Timeline
-from .middles import MiddleMaker, Neighbour, tile_pixels_for
+from .middles import FrameMaker, Neighbour, tile_pixels_for
 from .reading import Source, VideoError, analyse, reason
 from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, source_tags, write_json
 
@@ -299,7 +299,7 @@ class VideoJob:
         """
         todo = [part for part in parts if not is_complete(self.path(part))]
         tile_pixels = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["tile_pixels"]
-        maker = MiddleMaker(self.pipeline, self.options.steps, self.options.seed)
+        maker = FrameMaker(self.pipeline, self.options.steps, self.options.seed)
         made = 0
         strip: Deque[Tuple[str, Image.Image]] = deque(maxlen=PREVIEW_FRAMES)
         with _tiled(self.pipeline, tile_pixels), _ahead(self._decoded(todo), QUEUE) as decoded, _Behind(QUEUE) as encoder:
@@ -339,7 +339,7 @@ class VideoJob:
         raise VideoError(f"{self.source.path} has changed: it ends before frame {last + 1}")
 
     def _frames_of(
-        self, place: int, shown: List[ShownFrame], supply: "_Supply", maker: MiddleMaker
+        self, place: int, shown: List[ShownFrame], supply: "_Supply", maker: FrameMaker
     ) -> Iterator[Tuple[ShownFrame, np.ndarray]]:
         index, positions = self.timeline.kept[place], [frame.position for frame in shown if frame.position]
         made = maker.between(supply.get(place), supply.get(place + 1), positions) if positions else iter(())

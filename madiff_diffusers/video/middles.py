@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from ..image_processor import OUTPUT_TYPES
 from ..pipeline_madiff import EncodedFrames, MADiffPipeline
 from ..scene_cuts import LEAST_CHANGE, RATIO, REACH, change, cuts_of_changes, thumbnail
-from .frame_times import nearest_places
 
 PROBE = 256  # side of the frame that memory is measured on
 BESIDE_TENSORS = 2.5  # what the process grows by for each byte of tensors: convolutions' own buffers, freed memory that is not given back
@@ -56,51 +55,46 @@ def bytes_per_pixel(pipeline: MADiffPipeline, steps: Optional[int] = None) -> fl
     return tensors.most * BESIDE_TENSORS / PROBE**2
 
 
-class MiddleMaker:
+class FrameMaker:
     """
-    Makes frames in the middle between two.
+    Makes frames between two.
 
     Args:
         pipeline: what makes them.
         steps: sampling steps; the checkpoint's own if not given.
         seed: of the noise, which is the same for all frames, so that it does not flicker.
+        frames_per_batch: frames between two that are made at once.
     """
 
-    def __init__(self, pipeline: MADiffPipeline, steps: Optional[int] = None, seed: int = 0):
-        self._pipeline, self._steps, self._seed = pipeline, steps, seed
+    def __init__(self, pipeline: MADiffPipeline, steps: Optional[int] = None, seed: int = 0, frames_per_batch: int = 1):
+        self._pipeline, self._steps, self._seed, self._frames_per_batch = pipeline, steps, seed, frames_per_batch
 
-    def between(self, prev: "Neighbour", next_: "Neighbour", places: Sequence[Fraction]) -> Iterator[np.ndarray]:
+    def between(self, prev: "Neighbour", next_: "Neighbour", times: Sequence[Fraction]) -> Iterator[np.ndarray]:
         """
-        The frames at some places between two, in order, each the middle of two others.
+        The frames at some instants between two, in their order.
 
         Args:
             prev, next_: the two frames.
-            places: between 0 and 1, increasing; with each, the two that it is the middle of, as `nearest_places` gives them.
+            times: instants, between 0 and 1.
 
         Yields:
             `(H, W, 3)` float32 RGB in [0, 1].
         """
-        yield from self._inside(prev, next_, Fraction(0), Fraction(1), list(places))
-
-    def _inside(self, prev: "Neighbour", next_: "Neighbour", low: Fraction, high: Fraction, places: List[Fraction]) -> Iterator[np.ndarray]:
-        if not places:
-            return
-        middle = (low + high) / 2
-        made = Neighbour(self.middle(prev, next_))
-        yield from self._inside(prev, made, low, middle, [place for place in places if place < middle])
-        yield made.frame
-        yield from self._inside(made, next_, middle, high, [place for place in places if place > middle])
-
-    def middle(self, prev: "Neighbour", next_: "Neighbour") -> np.ndarray:
-        """The one frame in the middle: `(H, W, 3)` float32 in [0, 1]."""
-        made = self._pipeline(
-            prev.encoded(self._pipeline),
-            next_.encoded(self._pipeline),
-            num_inference_steps=self._steps,
-            generator=torch.Generator().manual_seed(self._seed),
-            output_type="np",
-        )
-        return made.frames[0, 0]
+        for first in range(0, len(times), self._frames_per_batch):
+            chosen = list(times[first : first + self._frames_per_batch])
+            encoded = prev.encoded(self._pipeline), next_.encoded(self._pipeline)
+            generator = torch.Generator().manual_seed(self._seed)
+            noise = torch.randn(1, 1, *encoded[0].latents.shape[1:], generator=generator)
+            made = self._pipeline(
+                *encoded,
+                times=chosen,
+                frames_per_batch=len(chosen),
+                num_inference_steps=self._steps,
+                generator=generator,
+                latents=noise.expand(1, len(chosen), -1, -1, -1),
+                output_type="np",
+            )
+            yield from made.frames[0]
 
 
 class Neighbour:
@@ -167,8 +161,8 @@ def interpolate_frames(
         output_type: "pil", "np" (`(H, W, 3)`) or "pt" (`(3, H, W)`); the latter two float32 in [0, 1].
 
     Yields:
-        each frame, and behind it those made towards the next: at the nearest middles of middles to even places; before a cut and at the
-        end, the frame again.
+        each frame, and behind it those made towards the next, evenly spaced; before a cut and at the end, the frame again. Each is
+        the caller's own.
 
     Raises:
         ValueError, TypeError: for arguments out of their range, and frames of another size; once frames are asked for.
@@ -177,28 +171,24 @@ def interpolate_frames(
         raise ValueError(f"`factor` must be a positive integer, but is {factor!r}.")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
-    processor, maker = pipeline.frame_processor, MiddleMaker(pipeline, steps, seed)
-    places = nearest_places(tuple(Fraction(number, factor) for number in range(factor)))
-    made_places = [place for place in places if 0 < place < 1]
+    processor, maker = pipeline.frame_processor, FrameMaker(pipeline, steps, seed)
+    times = [Fraction(number, factor) for number in range(1, factor)]
 
     def given(frame: np.ndarray) -> Union[PIL.Image.Image, np.ndarray, torch.Tensor]:
         if output_type == "np":
-            return frame
-        tensor = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
+            return frame.copy()
+        tensor = torch.from_numpy(frame.transpose(2, 0, 1).copy())
         return tensor if output_type == "pt" else processor.postprocess(tensor[None, None] * 2 - 1, "pil")[0][0]
 
     last: Optional[Neighbour] = None
     for neighbour, starts_scene in _with_cuts(_neighbours(pipeline, frames), cut_threshold, cut_ratio):
         if last is not None:
-            made = iter(()) if starts_scene else maker.between(last, neighbour, made_places)
-            for place in places:
-                if starts_scene or place == 0:
-                    yield given(last.frame)
-                else:
-                    yield given(neighbour.frame if place == 1 else next(made))
+            yield given(last.frame)
+            made = (last.frame for _ in times) if starts_scene else maker.between(last, neighbour, times)
+            yield from map(given, made)
         last = neighbour
     if last is not None:
-        for _ in places:
+        for _ in range(factor):
             yield given(last.frame)
 
 
