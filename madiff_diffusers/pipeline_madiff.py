@@ -135,6 +135,9 @@ class MADiffPipeline(DiffusionPipeline):
             default_hint_policy=default_hint_policy,
             guess_scale=guess_scale,
         )
+        for network in (vqvae, unet, i2e):
+            if network is not None:  # convolutions of few channels are up to twice as fast in this layout
+                network.to(memory_format=torch.channels_last)
         self._hints: Optional[HintSource] = None
         self._built_hints: Optional[Tuple[Tuple, HintSource]] = None  # what they were built of, and they
         # Set by `enable_tiling`.

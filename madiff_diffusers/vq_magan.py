@@ -78,7 +78,13 @@ def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     grid_y = (y[None, :, None] + offsets[:, 1]).clamp(0.5, height - 0.5) * (2 / height) - 1
     grid = torch.stack([grid_x, grid_y], dim=-1)
     warped = F.grid_sample(image.float(), grid, mode="bilinear", align_corners=False)
-    return warped.to(image.dtype)
+    return _laid_out_as(image, warped.to(image.dtype))
+
+
+def _laid_out_as(other: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in another's memory layout: convolutions are up to twice as fast in channels-last, and slow where layouts meet."""
+    is_last = other.stride(1) == 1 and other.shape[1] > 1
+    return tensor.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
 def _upsample_offsets(offsets: torch.Tensor, factor: int = 2) -> torch.Tensor:
@@ -102,6 +108,48 @@ def _zero_init(module: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module
+
+
+class PartsConv2d(nn.Conv2d):
+    """A convolution of several tensors put together along their channels, as the sum of the convolutions of each: what is as large
+    as all of them is never made."""
+
+    def forward(self, *parts: torch.Tensor) -> torch.Tensor:
+        weights = self.weight.split([part.shape[1] for part in parts], dim=1)
+        result = F.conv2d(parts[0], weights[0], self.bias, padding=self.padding)
+        for part, weight in zip(parts[1:], weights[1:]):
+            result += F.conv2d(part, weight, padding=self.padding)
+        return result
+
+
+class ComparingConv2d(nn.Conv2d):
+    """First layer of f_Ω, of h, a neighbour's features, hints, and with `match` the other neighbour's features, then offsets. It is
+    the sum of convolutions of each, so that h is convolved once for both neighbours, and their features once for both parts
+    that they play."""
+
+    def __init__(self, channels: int, hint_channels: int, match: bool, offset_channels: int):
+        super().__init__(channels * (3 if match else 2) + hint_channels + offset_channels, channels, 3, padding=1)
+        self.sizes = [channels, channels, hint_channels, channels * match, offset_channels]
+
+    def forward(
+        self, hidden_states: torch.Tensor, features: torch.Tensor, hints: torch.Tensor, offsets: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """`(2B, C, U, V)` from `(B, C, U, V)`, and features, hints and offsets `(2B, …, U, V)`."""
+        batch, channels = hidden_states.shape[:2]
+        for_hidden, for_own, for_hints, for_other, for_offsets = self.weight.split(self.sizes, dim=1)
+        motion = hints if offsets is None else torch.cat([hints, offsets], dim=1)
+        result = F.conv2d(motion, torch.cat([for_hints, for_offsets], dim=1), self.bias, padding=1)
+        if for_other.shape[1]:
+            both = F.conv2d(features, torch.cat([for_own, for_other]), padding=1)
+            result += both[:, :channels]
+            result[:batch] += both[batch:, channels:]
+            result[batch:] += both[:batch, channels:]
+        else:
+            result += F.conv2d(features, for_own, padding=1)
+        shared = F.conv2d(hidden_states, for_hidden, padding=1)
+        result[:batch] += shared
+        result[batch:] += shared
+        return result
 
 
 class ResBlock(nn.Module):
@@ -219,10 +267,8 @@ class MAWarpBlock(nn.Module):
     ):
         super().__init__()
         self.coarse_to_fine, self.offset_hints = coarse_to_fine, offset_hints
-        self.match_neighbours = match_neighbours
-        in_channels = channels * (3 if match_neighbours else 2) + hint_channels + (2 if coarse_to_fine else 0)
         self.offset_net = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, padding=1),
+            ComparingConv2d(channels, hint_channels, match_neighbours, 2 if coarse_to_fine else 0),
             _activation(act_fn),
             nn.Conv2d(channels, channels, 3, padding=1),
             _activation(act_fn),
@@ -230,7 +276,7 @@ class MAWarpBlock(nn.Module):
             _zero_init(nn.Conv2d(channels, 2, 3, padding=1)),
         )
         self.gate_net = nn.Sequential(
-            nn.Conv2d(2 * channels, channels, 1),
+            PartsConv2d(2 * channels, channels, 1),
             _activation(act_fn),
             nn.Conv2d(channels, 1, 3, padding=1),
         )
@@ -266,18 +312,21 @@ class MAWarpBlock(nn.Module):
 
         # 2. offsets, for both neighbours in one batch
         looked_at = warp(features, start) if self.coarse_to_fine else features
-        inputs = [torch.cat([hidden_states, hidden_states]), looked_at, hints.to(hidden_states.dtype)]
-        if self.match_neighbours:
-            inputs.append(torch.cat(looked_at.chunk(2)[::-1]))
-        if self.coarse_to_fine:
-            inputs.append(start.to(hidden_states.dtype))
-        estimate = self.offset_net(torch.cat(inputs, dim=1)).float()
+        dtype = hidden_states.dtype
+        compare, *layers = self.offset_net
+        estimate = compare(hidden_states, looked_at, hints.to(dtype), start.to(dtype) if self.coarse_to_fine else None)
+        for layer in layers:
+            estimate = layer(estimate)
+        estimate = estimate.float()
         offsets = start + estimate
 
         # 3. warp, blend, add
         warped = warp(features, offsets)
         warped_prev, warped_next = warped.chunk(2)  # [B,C,U,V]
-        logits = self.gate_net(torch.cat([warped_prev, warped_next], dim=1))
+        first, *layers = self.gate_net
+        logits = first(warped_prev, warped_next)
+        for layer in layers:
+            logits = layer(logits)
         gate = torch.sigmoid(logits if log_odds is None else logits + log_odds)  # [B,1,U,V]
         blended = gate * warped_prev + (1 - gate) * warped_next + self.residual_net(hidden_states)
         return blended, corrections + estimate, offsets, gate, warped
@@ -719,7 +768,8 @@ class VQMAGANModel(VQModel):
             quantised, commit_loss, (_, _, code_indices) = functional_call(self.quantize, codebook, (h.float(),))
             quantised = quantised.to(h.dtype)
             commit_loss = commit_loss.expand(h.shape[0])
-        hints = torch.cat([hints_prev, hints_next])  # [2B,K,H,W]
+        # In the features' layout: in another, every layer would have to convert them.
+        hints = _laid_out_as(features_prev[-1], torch.cat([hints_prev, hints_next]))  # [2B,K,H,W]
         pyramid, pooled = [], hints
         for feature in features_prev[1:]:
             if feature.shape[-1] <= pooled.shape[-1]:  # a mean of means of equal cells is their mean
