@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -246,7 +247,7 @@ def test_two_hundred_damaged_files(pipeline, tmp_path, capfd):
 
 
 def test_damage_in_the_middle(pipeline, tmp_path):
-    """One unreadable image among others; in streams, decoders conceal most of what is damaged."""
+    """One unreadable image among others."""
     (tmp_path / "frames").mkdir()
     for number, frame in enumerate(drifting(8)):
         Image.fromarray(frame).save(tmp_path / "frames" / f"{number}.png")
@@ -263,6 +264,30 @@ def test_damage_in_the_middle(pipeline, tmp_path):
     assert result.frames == 14 and "5.png" in result.notes[0]
     place = read(out).times.index(Fraction(6, 25))
     assert np.array_equal(decode(out)[place], drifting(8)[6]), "what comes behind keeps its time"
+
+
+@pytest.mark.parametrize("codec, suffix", [("libx264", ".mkv"), ("mpeg4", ".avi")])
+def test_damage_that_the_decoder_conceals(pipeline, tmp_path, codec, suffix):
+    """Frames that it fills in from others are none of the source's."""
+    source = write_video(tmp_path / f"in{suffix}", drifting(12), range(12), Fraction(1, 25), codec=codec, options={"bf": "0", "g": "4"})
+    good, sizes = source.read_bytes(), [packet.size for packet in packets_of(source)]
+    place = good.find(bytes(packets_of(source)[4])) + sizes[4] // 2
+    source.write_bytes(good[:place] + b"\xaa" * 60 + good[place + 60 :])
+    with av.open(str(source)) as file:
+        assert [frame.is_corrupt for frame in file.decode(video=0)] == [number == 4 for number in range(12)], "the decoder goes on"
+    options = {"factor": 1, "codec": "ffv1", "progress": False}
+    with pytest.raises(VideoError, match=f"in{suffix} is damaged: its frame at 0.16 s"):
+        interpolate_video(pipeline, source, tmp_path / "out.mkv", **options)
+    result = interpolate_video(pipeline, source, tmp_path / "out.mkv", skip_damage=True, **options)
+    assert result.frames == len(decode(tmp_path / "out.mkv")) == 11 and "at 0.16 s" in result.notes[0]
+    with pytest.raises(VideoError, match="what is good is in .*partial"):
+        interpolate_video(pipeline, source, tmp_path / "cut.mkv", keep_partial=True, **options)
+    assert len(decode(tmp_path / "cut.partial.mkv")) == 4
+
+
+def packets_of(path: Path) -> list:
+    with av.open(str(path)) as file:
+        return [packet for packet in file.demux(video=0) if packet.size]
 
 
 def limited_file_size() -> None:

@@ -125,6 +125,10 @@ class Source:
                         ahead = (frame.dts or 0) - (stream.start_time or 0) if ahead is None else ahead
                         start = None if frame.dts is None else frame.dts - ahead
                     last = start if start is not None else last
+                    if frame.is_corrupt:  # the decoder has filled in what it could not read
+                        where = "" if last is None else f" at {float(last * self.time_base):.2f} s"
+                        self._damaged(f"{self.path} is damaged: its frame{where} cannot be decoded whole", skip_damage)
+                        continue
                     yield start, frame
 
     def _image_frames(self, skip_damage: bool) -> Iterator[Tuple[int, av.VideoFrame]]:
