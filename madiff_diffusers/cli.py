@@ -202,12 +202,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_interpolate(args: argparse.Namespace) -> None:
-    from .image_io import image_format, read_image, write_image
+    from .image_io import image_format, open_image, write_image
+    from .image_processor import rgb_of_image
 
     # What can be wrong with the files is found before a model is loaded.
     output = Path(args.output)
     try:
-        frame_prev, frame_next = read_image(args.prev), read_image(args.next)
+        frame_prev, frame_next = (rgb_of_image(open_image(path), path) for path in (args.prev, args.next))
         image_format(output)
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
@@ -217,8 +218,8 @@ def run_interpolate(args: argparse.Namespace) -> None:
         raise CommandError(f"--output must name an image file, but {output} is a folder")
     if not 0 <= args.seed < 2**63:
         raise CommandError(f"--seed must be in [0, 2^63), but is {args.seed}")
-    if frame_prev.size != frame_next.size:
-        sizes = [f"{image.size[0]}x{image.size[1]}" for image in (frame_prev, frame_next)]
+    if frame_prev.shape != frame_next.shape:
+        sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frame_prev, frame_next)]
         raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
 
     import torch

@@ -7,6 +7,8 @@ from typing import Union
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .image_processor import rgb_of_image
+
 WRITABLE_FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -21,8 +23,8 @@ WRITABLE_FORMATS = {
 PathLike = Union[str, "os.PathLike[str]"]
 
 
-def read_image(path: PathLike) -> Image.Image:
-    """An image file as RGB, turned upright where its metadata says so.
+def open_image(path: PathLike) -> Image.Image:
+    """An image file, loaded, in its own mode, and turned upright where its metadata says so.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -33,12 +35,20 @@ def read_image(path: PathLike) -> Image.Image:
         raise FileNotFoundError(f"No such image file: {path}")
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 8
-                image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
+
+
+def read_image(path: PathLike) -> Image.Image:
+    """An image file as RGB of 8 bits, turned upright where its metadata says so; see `rgb_of_image`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read as an image.
+    """
+    array = rgb_of_image(open_image(path), str(path))
+    return Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
 
 
 def image_format(path: PathLike) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import av
 import numpy as np
 
-from .colour import PLANAR, ColourPath, ColourTags, chroma_of, is_rgb
+from .colour import PLANAR, ColourPath, ColourTags, chroma_of, is_rgb, planar_format
 from .reading import Analysis, VideoError
 
 
@@ -243,6 +243,8 @@ def analogous_format(source: av.VideoFormat, codec: str) -> str:
     if codec == "gif":
         return "bgr0"
     encodable = {each.name for each in av.Codec(CODECS[codec].encoder, "w").video_formats or []}
+    if codec == "ffv1" and planar_format(source) in encodable - {"gbrpf32le"}:
+        return planar_format(source)
     if codec == "ffv1" and is_rgb(source):
         return "bgr0" if bits <= 8 else "gbrp16le"
     if codec == "raw":  # what the file's header can name
