@@ -204,12 +204,14 @@ def build_parser() -> argparse.ArgumentParser:
 def run_interpolate(args: argparse.Namespace) -> None:
     from .image_io import image_format, open_image, write_image
     from .image_processor import rgb_of_image
+    from .properties import lost
 
     # What can be wrong with the files is found before a model is loaded.
     output = Path(args.output)
     try:
-        frame_prev, frame_next = (rgb_of_image(open_image(path), path) for path in (args.prev, args.next))
-        image_format(output)
+        prev, next_ = open_image(args.prev), open_image(args.next)
+        frame_prev, frame_next = rgb_of_image(prev.image, args.prev), rgb_of_image(next_.image, args.next)
+        notes = lost(prev.found | next_.found, "image", image_format(output))
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     if not output.parent.is_dir():
@@ -241,9 +243,13 @@ def run_interpolate(args: argparse.Namespace) -> None:
         paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, len(frames) + 1)]
     try:
         for path, frame in zip(paths, frames):
-            write_image(frame, path)
+            write_image(frame, path, prev.profile, prev.resolution)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error}") from error
+    if prev.profile != next_.profile:
+        notes.append("PREV and NEXT have different colour profiles; the result has that of PREV, or none")
+    for note in notes:
+        print(f"madiff: note: {note}", file=sys.stderr)
     print("\n".join(str(path) for path in paths))
 
 

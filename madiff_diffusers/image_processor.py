@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames in and out: load, check and pad pairs of frames for the pipeline; crop and convert what it made."""
 
-from typing import List, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import PIL.Image
@@ -122,15 +122,23 @@ def rgb_of_image(image: PIL.Image.Image, name: str = "an image") -> np.ndarray:
         ValueError: for values out of a mode's range.
     """
     if image.mode[0] not in "IF":
-        if image.has_transparency_data:
-            image = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "black"), image)
+        transparent = rgba_of_transparent(image)
+        if transparent is not None:
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "black"), transparent)
         return np.array(image.convert("RGB"))
     grey, most = np.array(image), 1 if image.mode == "F" else 65535
     low, high = (grey.min(), grey.max()) if grey.size else (0, 0)
     if not (low >= 0 and high <= most):  # also catches NaN
         raise ValueError(f"{name} as a PIL image of mode {image.mode} must lie in [0, {most}], but lies in [{low:.6g}, {high:.6g}].")
     return np.repeat((grey / np.float32(most)).astype(np.float32)[..., None], 3, axis=-1)
+
+
+def rgba_of_transparent(image: PIL.Image.Image) -> Optional[PIL.Image.Image]:
+    """A PIL image as RGBA, if something in it is not opaque; else None."""
+    if not image.has_transparency_data or image.mode[0] in "IF":
+        return None
+    image = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
+    return image if image.getchannel("A").getextrema()[0] < 255 else None
 
 
 def check_same_size(prev: Sequence[int], next_: Sequence[int], names: Sequence[str]) -> None:

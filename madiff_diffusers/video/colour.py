@@ -54,9 +54,16 @@ class ColourPath:
         self._reader, self._writer = VideoReformatter(), VideoReformatter()
 
     def to_rgb(self, frame: av.VideoFrame, size: Optional[Tuple[int, int]] = None) -> np.ndarray:
-        """A frame as `(H, W, 3)` float32; scaled to `(height, width)` if it has another size. RGB lies in [0, 1], but for colours
+        """A frame as `(H, W, 3)` float32, what is transparent shown on black; scaled to `(height, width)` if it has another size. RGB lies in [0, 1], but for colours
         that YUV has and RGB has not."""
         height, width = size or (frame.height, frame.width)
+        alpha = opacity(frame)
+        if alpha is not None:
+            rgb = self._opaque_to_rgb(frame, height, width)
+            return rgb * (alpha if alpha.shape == (height, width) else cv2.resize(alpha, (width, height)))[..., None]
+        return self._opaque_to_rgb(frame, height, width)
+
+    def _opaque_to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
         planar = planar_format(frame.format)
         # Planes are read where they are: of transparency, and of formats with a J, the scaler would make something of the others.
         own = frame.format.name.replace("yuva", "yuv").replace("yuvj", "yuv").replace("gbrap", "gbrp")
@@ -138,6 +145,20 @@ def _shrunk(channel: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     if any(missing):
         channel = np.pad(channel, ((0, missing[0]), (0, missing[1])), mode="edge")
     return cv2.resize(channel, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def opacity(frame: av.VideoFrame) -> Optional[np.ndarray]:
+    """How little a frame lets through at each pixel: `(H, W)` float32 in [0, 1]; None if it is opaque everywhere."""
+    kind = frame.format
+    if len(kind.components) not in (2, 4) and not kind.has_palette:
+        return None
+    bits = max(component.bits for component in kind.components)
+    if kind.is_planar and not kind.is_big_endian and kind.name.startswith(("yuva", "gbrap")) and bits <= 16:
+        alpha = _samples(frame.planes[3], kind)
+    else:
+        bits = 8 if bits <= 8 else 16
+        alpha = frame.reformat(format="rgba" if bits == 8 else "rgba64le").to_ndarray()[..., 3]
+    return None if alpha.min() == 2**bits - 1 else alpha.astype(np.float32) / (2**bits - 1)
 
 
 def planar_format(source: av.VideoFormat) -> str:

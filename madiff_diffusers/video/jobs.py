@@ -21,9 +21,11 @@ from tqdm import tqdm
 from .. import __version__
 from ..image_io import image_format, write_image
 from ..pipeline_madiff import MADiffPipeline
+from ..properties import lost
 from ..scene_cuts import cuts_of_changes
 from .assembling import assemble
-from .colour import ColourPath
+from .colour import ColourPath, chroma_of, is_rgb
+from .found import found_in_video
 from .frame_times import ShownFrame, Timeline
 from .middles import FrameMaker, Neighbour, tile_pixels_for
 from .options import VideoOptions
@@ -285,10 +287,12 @@ class VideoJob:
         coded, source = av.VideoFormat(encoding.pixel_format), av.VideoFormat(analysis.pixel_format)
         if analysis.interlaced:
             notes.append(f"{self.source.path} is interlaced: frames are made of both fields at once; deinterlace it first")
-        if min(10, max(part.bits for part in source.components)) > max(part.bits for part in coded.components):
+        if max(part.bits for part in source.components) > max(part.bits for part in coded.components):
             notes.append(f"{encoding.codec} keeps {coded.components[0].bits} bits of the source's {source.components[0].bits} ({coded.name})")
-        if len(source.components) in (2, 4) and encoding.codec != "gif":
-            notes.append("transparency is not kept")
+        (across, down), (own_across, own_down) = chroma_of(coded), chroma_of(source)
+        if across * down > own_across * own_down and (len(source.components) >= 3 or is_rgb(source)):
+            notes.append(f"{encoding.codec} keeps one colour for {across}x{down} pixels ({coded.name})")
+        notes += lost(found_in_video(self.source, analysis), encoding.container.format or "folder", encoding.codec)
         upright = analysis.size[::-1] if encoding.turned in (90, 270) else analysis.size
         if encoding.size != tuple(upright):
             notes.append(f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated")

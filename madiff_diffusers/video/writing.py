@@ -293,7 +293,7 @@ class PartWriter:
             self._last = array, self._converted(array)
         frame = self._last[1]
         if self._is_folder:
-            (self._temporary / f"{self._number:08d}.png").write_bytes(png_bytes(frame))
+            (self._temporary / f"{self._number:08d}.png").write_bytes(png_bytes(frame, self.encoding.pixel_aspect))
             self._number += 1
             return
         frame.pts, frame.time_base = time, self.encoding.time_base
@@ -330,10 +330,12 @@ class PartWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def png_bytes(frame: av.VideoFrame) -> bytes:
-    """A PNG file of a frame's own pixels (VideoFrame.save makes 8 bits of them)."""
+def png_bytes(frame: av.VideoFrame, pixel_aspect: Optional[Fraction] = None) -> bytes:
+    """A PNG file of a frame's own pixels (VideoFrame.save makes 8 bits of them), and of their width by their height."""
     encoder = av.CodecContext.create("png", "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = frame.width, frame.height, frame.format.name, Fraction(1)
+    if pixel_aspect is not None:
+        encoder.sample_aspect_ratio = 1 / pixel_aspect  # FFmpeg writes it where PNG has pixels to the unit, across and down
     frame.pts = None
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
