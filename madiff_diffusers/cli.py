@@ -7,7 +7,6 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Iterator, List, Optional
@@ -85,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     timing = video.add_mutually_exclusive_group()
     timing.add_argument("--factor", type=int, metavar="N", help="frames in the place of each one (default: 2, or what --slow-motion asks for)")
-    timing.add_argument("--fps", type=parse_rate, metavar="R", help="frames a second instead: 60, 23.976, 30000/1001, …")
-    video.add_argument("--slow-motion", type=parse_number, default=1, metavar="N", help="times that the result lasts longer (default: 1)")
+    timing.add_argument("--fps", metavar="R", help="frames a second instead: 60, 23.976, 30000/1001, …")
+    video.add_argument("--slow-motion", metavar="N", help="times that the result lasts longer (default: 1)")
     video.add_argument(
         "--audio", choices=("keep", "stretch", "drop"), metavar="A", help="in slow motion, stretch (default; at the same pitch) or drop; else keep (default) or drop"
     )
@@ -94,19 +93,19 @@ def build_parser() -> argparse.ArgumentParser:
     video.add_argument("--crf", type=int, metavar="Q", help="quality; less is better and larger (default: 18 for h264, 20 for hevc, 24 for vp9, av1)")
     video.add_argument("--preset", metavar="P", help="the encoder's: fast, slow, …; numbers for vp9 and av1")
     video.add_argument(
-        "--cut-threshold", type=float, default=0.08, metavar="X", help="least change of thumbnails, of 1, that may be a scene cut; 2: none is (default: 0.08)"
+        "--cut-threshold", metavar="X", help="least change of thumbnails, of 1, that may be a scene cut; 2: none is (default: 0.08)"
     )
-    video.add_argument("--cut-ratio", type=float, default=3.0, metavar="X", help="times that a cut changes more than frames around it (default: 3)")
-    video.add_argument("--max-gap", type=parse_number, default=1, metavar="S", help="seconds between frames above which none are made (default: 1)")
+    video.add_argument("--cut-ratio", metavar="X", help="times that a cut changes more than frames around it (default: 3)")
+    video.add_argument("--max-gap", metavar="S", help="seconds between frames above which none are made (default: 1)")
     video.add_argument("--dedup", action="store_true", help="leave out frames that only repeat the one before, and make motion go on across them")
     video.add_argument(
-        "--dedup-threshold", type=float, default=2.0, metavar="X", help="change, of 255, of the 8x8 pixels that change most, up to which a frame is a repetition (default: 2)"
+        "--dedup-threshold", metavar="X", help="change, of 255, of the 8x8 pixels that change most, up to which a frame is a repetition (default: 2)"
     )
-    video.add_argument("--dedup-run", type=int, default=3, metavar="N", help="repetitions in a row above which the picture stands still (default: 3)")
-    video.add_argument("--input-fps", type=parse_rate, metavar="R", help="frames a second of images (default: 24)")
+    video.add_argument("--dedup-run", type=int, metavar="N", help="repetitions in a row above which the picture stands still (default: 3)")
+    video.add_argument("--input-fps", dest="image_fps", metavar="R", help="frames a second of images (default: 24)")
     video.add_argument("--steps", type=int, metavar="N", help="sampling steps per frame (default: the checkpoint's own)")
-    video.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every frame (default: 0)")
-    video.add_argument("--max-memory", type=parse_size, default=8 * 2**30, metavar="SIZE", help="that the process may take; larger frames are made by tiles (default: 8GiB)")
+    video.add_argument("--seed", type=int, metavar="S", help="seed of the noise, the same for every frame (default: 0)")
+    video.add_argument("--max-memory", metavar="SIZE", help="that the process may take; larger frames are made by tiles (default: 8GiB)")
     video.add_argument("--preview", metavar="FILE", help="image file for the latest frames side by side, written every two seconds of the result")
     video.add_argument("--resume", action="store_true", help="go on with what a stopped command left in OUTPUT.parts")
     video.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and OUTPUT.parts, if they are there")
@@ -203,13 +202,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_interpolate(args: argparse.Namespace) -> None:
-    from .image_io import image_format, read_image, write_image
+    from .image_io import image_format, open_image, write_image
+    from .image_processor import rgb_of_image
+    from .properties import lost
 
     # What can be wrong with the files is found before a model is loaded.
     output = Path(args.output)
     try:
-        frame_prev, frame_next = read_image(args.prev), read_image(args.next)
-        image_format(output)
+        prev, next_ = open_image(args.prev), open_image(args.next)
+        frame_prev, frame_next = rgb_of_image(prev.image, args.prev), rgb_of_image(next_.image, args.next)
+        notes = lost(prev.found | next_.found, "image", image_format(output))
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     if not output.parent.is_dir():
@@ -218,8 +220,8 @@ def run_interpolate(args: argparse.Namespace) -> None:
         raise CommandError(f"--output must name an image file, but {output} is a folder")
     if not 0 <= args.seed < 2**63:
         raise CommandError(f"--seed must be in [0, 2^63), but is {args.seed}")
-    if frame_prev.size != frame_next.size:
-        sizes = [f"{image.size[0]}x{image.size[1]}" for image in (frame_prev, frame_next)]
+    if frame_prev.shape != frame_next.shape:
+        sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frame_prev, frame_next)]
         raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
 
     import torch
@@ -241,34 +243,14 @@ def run_interpolate(args: argparse.Namespace) -> None:
         paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, len(frames) + 1)]
     try:
         for path, frame in zip(paths, frames):
-            write_image(frame, path)
+            write_image(frame, path, prev.profile, prev.resolution)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error}") from error
+    if prev.profile != next_.profile:
+        notes.append("PREV and NEXT have different colour profiles; the result has that of PREV, or none")
+    for note in notes:
+        print(f"madiff: note: {note}", file=sys.stderr)
     print("\n".join(str(path) for path in paths))
-
-
-def parse_number(text: str) -> Fraction:
-    """A number or a fraction."""
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"must be a number or a fraction, but is {text!r}") from None
-
-
-def parse_rate(text: str) -> Fraction:
-    """Frames a second; what broadcasting writes as 23.976, 29.97 or 59.94 is 24000/1001 and so on."""
-    rate = parse_number(text)
-    broadcast = Fraction(round(rate) * 1000, 1001)
-    return broadcast if rate.denominator != 1 and "/" not in text and abs(rate - broadcast) < Fraction(1, 200) else rate
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a text such as 8GiB or 6000MB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB or 6000MB, but is {text!r}")
-    unit = match[2] or "B"
-    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** " KMGT".index(unit[0] if unit != "B" else " "))
 
 
 def run_video(args: argparse.Namespace) -> None:
@@ -276,11 +258,11 @@ def run_video(args: argparse.Namespace) -> None:
 
     from .processes import own_device, this_process
     from .video.batches import video_batch
-    from .video.jobs import VideoOptions, interpolate_video
+    from .video.jobs import interpolate_video
+    from .video.options import VideoOptions
 
-    options = {name: getattr(args, name) for name in VideoOptions.__dataclass_fields__ if hasattr(args, name)}
-    options["image_fps"] = args.input_fps
-    options["audio"] = args.audio or ("keep" if args.slow_motion == 1 else "stretch")
+    # What is not given has its default there.
+    options = {name: value for name, value in vars(args).items() if name in VideoOptions.__dataclass_fields__ and value is not None}
     state = this_process(usable_device(args.device))
     try:
         VideoOptions(**options).checked()

@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Union
+from typing import NamedTuple, Optional, Set, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .image_processor import rgb_of_image, rgba_of_transparent
+from .properties import found_in_image, pixel_aspect
 
 WRITABLE_FORMATS = {
     ".png": "PNG",
@@ -18,12 +21,31 @@ WRITABLE_FORMATS = {
     ".ppm": "PPM",
 }
 
+# Without loss, or with little: what was made goes through no second choice of what may be lost.
+_SETTINGS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+
 PathLike = Union[str, "os.PathLike[str]"]
 
 
-def read_image(path: PathLike) -> Image.Image:
-    """An image file as RGB, turned upright where its metadata says so.
+class OpenedImage(NamedTuple):
+    """
+    An image file as it is.
 
+    Args:
+        image: loaded, in its own mode, and turned upright where its metadata says so.
+        found: what else the file has, by keys of `properties.PROPERTIES`.
+        profile: colour profile (ICC) for RGB, if it has one.
+        resolution: pixels per inch across and down, if it tells them.
+    """
+
+    image: Image.Image
+    found: Set[str]
+    profile: Optional[bytes]
+    resolution: Optional[Tuple[float, float]]
+
+
+def open_image(path: PathLike) -> OpenedImage:
+    """
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read as an image.
@@ -32,13 +54,37 @@ def read_image(path: PathLike) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"No such image file: {path}")
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 8
-                image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            return image.convert("RGB")
+        with Image.open(path) as file:
+            found = found_in_image(file)
+            image = ImageOps.exif_transpose(file)
+            if rgba_of_transparent(image) is not None:
+                found.add("transparency")
+            profile = file.info["icc_profile"] if "profile" in found else None
+            return OpenedImage(image, found, profile, _resolution(file, image.size != file.size))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
+
+
+def _resolution(file: Image.Image, is_on_its_side: bool) -> Optional[Tuple[float, float]]:
+    if "dpi" in file.info and min(file.info["dpi"]) > 0:
+        across, down = file.info["dpi"]
+    elif pixel_aspect(file) is not None:  # by itself, without inches
+        aspect = pixel_aspect(file)
+        across, down = aspect.denominator, aspect.numerator
+    else:
+        return None
+    return (down, across) if is_on_its_side else (across, down)
+
+
+def read_image(path: PathLike) -> Image.Image:
+    """An image file as RGB of 8 bits, turned upright where its metadata says so; see `rgb_of_image`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read as an image.
+    """
+    array = rgb_of_image(open_image(path).image, str(path))
+    return Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
 
 
 def image_format(path: PathLike) -> str:
@@ -53,8 +99,13 @@ def image_format(path: PathLike) -> str:
     return WRITABLE_FORMATS[suffix]
 
 
-def write_image(image: Image.Image, path: PathLike) -> None:
+def write_image(
+    image: Image.Image, path: PathLike, profile: Optional[bytes] = None, resolution: Optional[Tuple[float, float]] = None
+) -> None:
     """Write an image under a temporary name beside `path`, then rename it: the file is whole or not there.
+
+    Args:
+        profile, resolution: see [`OpenedImage`]; left out where the format has no place for them.
 
     Raises:
         ValueError: if the ending of `path` is no image format.
@@ -64,7 +115,8 @@ def write_image(image: Image.Image, path: PathLike) -> None:
     format_name = image_format(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        image.save(temporary, format=format_name)
+        settings = {"icc_profile": profile, "dpi": resolution}
+        image.save(temporary, format=format_name, **_SETTINGS.get(format_name, {}), **{name: value for name, value in settings.items() if value})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

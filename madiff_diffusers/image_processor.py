@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames in and out: load, check and pad pairs of frames for the pipeline; crop and convert what it made."""
 
-from typing import List, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import PIL.Image
@@ -29,7 +29,7 @@ class FrameProcessor:
         """Frames as one `(B, 3, H, W)` float32 tensor in [-1, 1].
 
         Args:
-            frames: a PIL image; a numpy array `(H, W, 3)` or `(B, H, W, 3)`, uint8, or float in [0, 1]; a tensor
+            frames: a PIL image, as `rgb_of_image` takes it; a numpy array `(H, W, 3)` or `(B, H, W, 3)`, uint8, or float in [0, 1]; a tensor
                 `(3, H, W)` or `(B, 3, H, W)`, uint8, or float in [0, 1]; or a list of any one of these.
             name: what the errors call it.
 
@@ -51,7 +51,7 @@ class FrameProcessor:
     @staticmethod
     def _one_to_tensor(frame: Union[PIL.Image.Image, np.ndarray, torch.Tensor], name: str) -> torch.Tensor:
         if isinstance(frame, PIL.Image.Image):
-            frame = np.array(frame.convert("RGB"))
+            frame = rgb_of_image(frame, f"`{name}`")
         if isinstance(frame, np.ndarray):
             if frame.ndim not in (3, 4) or frame.shape[-1] != 3:
                 raise ValueError(
@@ -107,6 +107,38 @@ class FrameProcessor:
     @staticmethod
     def _to_pil(frame: np.ndarray) -> PIL.Image.Image:
         return PIL.Image.fromarray((frame * 255).round().astype(np.uint8))
+
+
+def rgb_of_image(image: PIL.Image.Image, name: str = "an image") -> np.ndarray:
+    """A PIL image of any mode as RGB `(H, W, 3)`: uint8, or float32 in [0, 1] where it has more than 8 bits of grey.
+
+    Those are modes I;16 and I, which are 16 bits, in [0, 65535], as files have them; and F, in [0, 1]. Transparent pixels are
+    shown on black: what lies under them was never meant to be seen.
+
+    Args:
+        name: what the errors call it.
+
+    Raises:
+        ValueError: for values out of a mode's range.
+    """
+    if image.mode[0] not in "IF":
+        transparent = rgba_of_transparent(image)
+        if transparent is not None:
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "black"), transparent)
+        return np.array(image.convert("RGB"))
+    grey, most = np.array(image), 1 if image.mode == "F" else 65535
+    low, high = (grey.min(), grey.max()) if grey.size else (0, 0)
+    if not (low >= 0 and high <= most):  # also catches NaN
+        raise ValueError(f"{name} as a PIL image of mode {image.mode} must lie in [0, {most}], but lies in [{low:.6g}, {high:.6g}].")
+    return np.repeat((grey / np.float32(most)).astype(np.float32)[..., None], 3, axis=-1)
+
+
+def rgba_of_transparent(image: PIL.Image.Image) -> Optional[PIL.Image.Image]:
+    """A PIL image as RGBA, if something in it is not opaque; else None."""
+    if not image.has_transparency_data or image.mode[0] in "IF":
+        return None
+    image = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
+    return image if image.getchannel("A").getextrema()[0] < 255 else None
 
 
 def check_same_size(prev: Sequence[int], next_: Sequence[int], names: Sequence[str]) -> None:

@@ -124,6 +124,16 @@ def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path):
     assert np.array_equal(np.array(read_image(tmp_path / "grey16.png"))[..., 0], (ramp / 257).round())
 
 
+def test_the_command_line_converts_as_the_pipeline_does(pipeline, checkpoint, tmp_path):
+    ramps = [np.tile(np.linspace(0, high, 64).astype(np.uint16), (48, 1)) for high in (65535, 60000)]
+    paths, out = [tmp_path / "prev.png", tmp_path / "next.tif"], tmp_path / "mid.png"
+    for path, ramp in zip(paths, ramps):
+        Image.fromarray(ramp).save(path)
+    assert main(list(map(str, ["interpolate", *paths, "-o", out, "--checkpoint", checkpoint]))) == 0
+    expected = pipeline(*map(Image.open, paths), generator=torch.Generator().manual_seed(0)).frames[0][0]
+    assert np.array_equal(np.array(Image.open(out)), np.array(expected))
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "out.jpg"
     path.write_bytes(b"precious")

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.callbacks import PipelineCallback
 
-from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
+from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel, interpolate_frames
 from tests.conftest import build_pipeline, excite, moving_picture
 
 
@@ -437,6 +437,44 @@ def test_interrupt_stops_the_denoising(pipeline, pair):
 
     frames = run(pipeline, pair, num_inference_steps=4, callback_on_step_end=callback)
     assert calls == [0] and frames.shape == (2, 1, 3, 51, 67)
+
+
+def grey_images() -> dict:
+    """One ramp of 16 bits, as PIL images of every mode that holds as many."""
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
+    return {
+        "I;16": PIL.Image.fromarray(ramp), "I;16B": PIL.Image.frombytes("I;16B", (64, 48), ramp.astype(">u2").tobytes()), "I": PIL.Image.fromarray(ramp.astype(np.int32)),
+        "F": PIL.Image.fromarray((ramp / 65535).astype(np.float32)),
+    }  # fmt: skip
+
+
+def test_grey_images_of_more_than_eight_bits(pipeline):
+    images = grey_images()
+    right = torch.from_numpy(np.array(images["I;16"]).astype(np.float32) / 65535)
+    for mode, grey in images.items():
+        assert grey.mode == mode
+        tensor = pipeline.frame_processor.to_tensor(grey, "image_prev")
+        assert (tensor[0] / 2 + 0.5 - right).abs().max() < 1e-6, mode
+        given = next(interpolate_frames(pipeline, [grey], output_type="np"))
+        assert np.abs(given - right.numpy()[..., None]).max() < 1e-6, mode
+    for wrong, message in (
+        (PIL.Image.fromarray(np.full((8, 8), 70000, np.int32)), r"mode I must lie in \[0, 65535\], but lies in \[70000, 70000\]"),
+        (PIL.Image.fromarray(np.full((8, 8), 255, np.float32)), r"mode F must lie in \[0, 1\], but lies in \[255, 255\]"),
+        (PIL.Image.fromarray(np.full((8, 8), np.nan, np.float32)), "mode F must lie in"),
+    ):
+        with pytest.raises(ValueError, match=f"`image_prev` as a PIL image of {message}"):
+            pipeline(wrong, wrong)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "RGBa", "P", "RGB with a transparent colour"])
+def test_what_transparency_hides_stays_hidden(pipeline, mode):
+    image = PIL.Image.new("RGBA", (32, 32), (200, 200, 200, 255))
+    image.paste((10, 10, 10, 0), (0, 0, 16, 32))
+    image = image.convert("LA" if mode == "La" else "RGBA").convert(mode) if "with" not in mode else image.convert("RGB")
+    if "with" in mode:
+        image.info["transparency"] = (10, 10, 10)
+    tensor = pipeline.frame_processor.to_tensor(image, "image_prev")
+    assert (tensor[..., :16] == -1).all() and (tensor[..., 16:] * 127.5 + 127.5 - 200).abs().max() < 0.01
 
 
 def image(width: int = 32, height: int = 32) -> PIL.Image.Image:

@@ -1,5 +1,6 @@
 """Videos in and out: times, sound, colours and all that a file has besides pictures."""
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 
 from madiff_diffusers import interpolate_frames, interpolate_video
-from madiff_diffusers.video.colour import ColourPath, ColourTags
-from madiff_diffusers.video.jobs import VideoOptions
-from madiff_diffusers.video.reading import Source, VideoError, analyse
-from madiff_diffusers.video.writing import CONTAINERS, analogous_format, png_bytes
+from madiff_diffusers.cli import build_parser
+from madiff_diffusers.video.colour import ColourPath, ColourTags, _samples, planar_format
+from madiff_diffusers.video.jobs import VideoJob
+from madiff_diffusers.video.options import VideoOptions
+from madiff_diffusers.video.reading import IMAGE_RATE, Source, VideoError, analyse
+from madiff_diffusers.video.writing import CODECS, CONTAINERS, analogous_format, png_bytes
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
 
@@ -228,9 +231,61 @@ def test_sixteen_bits_of_images_are_ten_of_video(pipeline, tmp_path):
     run(pipeline, tmp_path / "frames", tmp_path / "out.mp4", image_fps=Fraction(25))
     assert read(tmp_path / "out.mp4").pixel_format == "yuv420p10le"
     run(pipeline, tmp_path / "frames", tmp_path / "made", image_fps=Fraction(25))
-    with av.open(str(tmp_path / "made" / "00000000.png")) as image:
-        back = next(image.decode(video=0)).to_ndarray(format="rgb48le")
-    assert np.abs(back.astype(int)[..., 0] - ramp).max() <= 8  # of 65535
+    assert av.open(str(tmp_path / "made" / "00000000.png")).streams.video[0].pix_fmt == "rgb48be"
+
+
+def noise(pixel_format: str, seed: int = 0, size: tuple = (48, 70)) -> av.VideoFrame:
+    """A frame of which every sample is any number that its format has."""
+    planar = av.VideoFrame(size[1], size[0], planar_format(av.VideoFormat(pixel_format)))
+    bits, dice = planar.format.components[0].bits, np.random.default_rng(seed)
+    for plane in planar.planes:
+        width = plane.line_size // (2 if bits > 8 else 1)
+        plane.update(dice.integers(0, 2**bits, (plane.height, width)).astype(np.uint16 if bits > 8 else np.uint8))
+    return planar if planar.format.name == pixel_format else planar.reformat(format=pixel_format, src_color_range=2, dst_color_range=2)
+
+
+def samples(frame: av.VideoFrame) -> list:
+    return [_samples(plane, frame.format).tolist() for plane in frame.planes]
+
+
+# All that some codec is given, and what decoders give that it is made of.
+SOURCES = sorted(name for name in av.video.format.names if not re.search("f16|f32|32[bl]e|96|128|bayer|msb|xyz|^(amf|cuda|d3d11|d3d12|drm_prime|mediacodec|mmal|ohcodec|opencl|qsv|vaapi|vdpau|vulkan)$|^mono|^pal|[1-6]{3}[bl]e$|_byte$|^bgr8|^rgb8|^rgb4|^bgr4|vld|be$", name))
+ENCODED = sorted({analogous_format(av.VideoFormat(name), codec) for name in SOURCES for codec in CODECS})
+
+
+@pytest.mark.parametrize("colour_range", [1, 2])
+@pytest.mark.parametrize("pixel_format", ENCODED)
+def test_every_format_that_is_written_keeps_every_value(pixel_format, colour_range):
+    path, frame = ColourPath(ColourTags(colour_range, 6, 1, 1), 480), noise(pixel_format)
+    assert samples(path.from_rgb(path.to_rgb(frame), pixel_format)) == samples(frame)
+
+
+@pytest.mark.parametrize("pixel_format", ["rgb48be", "rgb24", "gbrp10le", "yuv420p16le", "yuv444p12le", "yuv422p9le", "yuv440p10le", "gray16le", "gray12le", "yuv410p"])
+def test_originals_reach_lossless_files_bit_for_bit(pipeline, tmp_path, pixel_format):
+    frames = [noise(pixel_format, number) for number in range(3)]
+    if "rgb" in pixel_format:
+        (tmp_path / "in").mkdir()
+        for number, frame in enumerate(frames):
+            (tmp_path / "in" / f"{number}.png").write_bytes(png_bytes(frame))
+        run(pipeline, tmp_path / "in", tmp_path / "made", factor=1)
+        for number, frame in enumerate(frames):
+            with av.open(str(tmp_path / "made" / f"{number:08d}.png")) as image:
+                assert samples(next(image.decode(video=0))) == samples(frame)
+    else:
+        with av.open(str(tmp_path / "in.mkv"), "w") as file:
+            video = file.add_stream("ffv1", rate=25, options={"level": "3", "strict": "-2"})
+            video.height, video.width, video.pix_fmt = 48, 70, pixel_format
+            for number, frame in enumerate(frames):
+                frame.pts, frame.time_base = number, Fraction(1, 25)
+                file.mux(video.encode(frame))
+            file.mux(video.encode(None))
+        with av.open(str(tmp_path / "in.mkv")) as file:
+            frames = list(file.decode(video=0))
+    run(pipeline, tmp_path / ("in" if "rgb" in pixel_format else "in.mkv"), tmp_path / "out.mkv", factor=1, **LOSSLESS)
+    with av.open(str(tmp_path / "out.mkv")) as file:
+        for shown, frame in zip(file.decode(video=0), frames):
+            planar = planar_format(frame.format)
+            assert samples(shown if shown.format.name == planar else shown.reformat(format=planar)) == samples(frame if "rgb" not in pixel_format else frame.reformat(format=planar))
 
 
 def test_slow_motion(pipeline, tmp_path):
@@ -294,10 +349,10 @@ def test_bad_input_says_what_is_allowed(pipeline, tmp_path):
     cases = [
         (dict(source="none.mp4"), "there is no file"), (dict(source="text.mp4"), "cannot read .*text.mp4 as a video"), (dict(source="empty.mp4"), "is empty"),
         (dict(source="sound.mp4"), "has no video"), (dict(output="out.xyz"), "must end in .mp4"), (dict(output="no/out.mp4"), "there is no folder"),
-        (dict(output="in.mp4"), "must not take the place"), (dict(output="text.mp4"), "is there already"), (dict(factor=0), "`factor` must be from 1 to 64, but is 0"),
+        (dict(output="in.mp4"), "must not take the place"), (dict(output="text.mp4"), "is there already"), (dict(factor=0), "`factor` must be an integer from 1 to 64, but is 0"),
         (dict(factor=2, fps=Fraction(50)), "either `factor` or `fps`"), (dict(fps=Fraction(5000)), "`fps` must be"), (dict(codec="prores"), "`codec` for .mp4 must be one of h264"),
         (dict(crf=70), "`crf` for h264 must be from 0"), (dict(preset="quick"), "`preset` for h264 must be one of ultrafast"), (dict(slow_motion=Fraction(1, 2)), "`slow_motion` must be"),
-        (dict(slow_motion=Fraction(2)), "`audio` must be stretch or drop in slow motion, but is keep"), (dict(audio="stretch"), "`audio` must be keep or drop, but is stretch"),
+        (dict(slow_motion=Fraction(2), audio="keep"), "`audio` must be stretch or drop in slow motion, but is keep"), (dict(audio="stretch"), "`audio` must be keep or drop, but is stretch"),
         (dict(image_fps=Fraction(25)), "which has its own"), (dict(source="*.png"), "there are no images"), (dict(seed=-1), "`seed`"), (dict(max_memory=5), "`max_memory`"),
         (dict(output="out.mkv", codec="ffv1", crf=3), "`crf` cannot be set for ffv1"),
     ]  # fmt: skip
@@ -311,12 +366,53 @@ def test_bad_input_says_what_is_allowed(pipeline, tmp_path):
 def test_options_have_their_defaults_filled_in():
     assert VideoOptions().checked().factor == 2 and VideoOptions(fps=Fraction(60)).checked().factor is None
     assert VideoOptions(slow_motion=Fraction(5, 2), audio="drop").checked().factor == 3
+    assert VideoOptions(slow_motion=4).checked().audio == "stretch" and VideoOptions().checked().audio == "keep"
+
+
+@pytest.mark.parametrize(
+    "option, value, text, expected",
+    [
+        ("fps", 59.94, "59.94", Fraction(60000, 1001)), ("fps", np.float32(23.976), "23.976", Fraction(24000, 1001)), ("fps", Fraction(2997, 50), "2997/50", Fraction(2997, 50)),
+        ("fps", 29.5, "29.5", Fraction(59, 2)), ("fps", np.int64(60), "60", Fraction(60)), ("image_fps", 29.97, "29.97", Fraction(30000, 1001)), ("slow_motion", 2.2, "2.2", Fraction(11, 5)),
+        ("max_gap", 0.3, "0.3", Fraction(3, 10)), ("max_memory", 2**31, "2GiB", 2**31), ("factor", np.int64(3), "3", 3), ("preset", 2, "2", "2"), ("cut_ratio", 4, "4", 4.0), ("seed", 7, "7", 7),
+    ],
+)  # fmt: skip
+def test_python_and_the_command_line_agree(option, value, text, expected):
+    flag = f"--{'input-fps' if option == 'image_fps' else option.replace('_', '-')}"
+    parsed = vars(build_parser().parse_args(["video", "in.mp4", "out.mp4", flag, text]))
+    for given in (value, parsed[option]):
+        assert getattr(VideoOptions(**{option: given}).checked(), option) == expected
+
+
+def test_the_command_line_has_no_defaults_of_its_own(capsys):
+    parsed = vars(build_parser().parse_args(["video", "in.mp4", "out.mp4"]))
+    assert {name for name in VideoOptions.__dataclass_fields__ if parsed[name] is not None} == {"dedup", "skip_damage"}
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["video", "--help"])
+    printed = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    for name in ("slow_motion", "cut_threshold", "cut_ratio", "max_gap", "dedup_threshold", "dedup_run", "seed"):
+        assert re.search(rf"--{name.replace('_', '-')} .*?\(default: ([\d.]+)\)", printed)[1] == f"{float(getattr(VideoOptions, name)):g}", name
+    assert f"(default: {VideoOptions.max_memory // 2**30}GiB)" in printed and f"images (default: {IMAGE_RATE})" in printed
+
+
+def test_options_are_found_wrong_before_anything_is_read(pipeline, tmp_path):
+    source = phone_clip(tmp_path / "in.mp4", 4)
+    read_frames = []
+    for options, message in (
+        ({"factor": 2.5}, "`factor` must be an integer, but is 2.5"), ({"factor": True}, "`factor`"), ({"steps": 1.5}, "`steps`"), ({"dedup_run": "3"}, "`dedup_run`"), ({"fps": "fast"}, "`fps`"),
+        ({"slow_motion": float("nan")}, "`slow_motion`"), ({"max_gap": None}, "`max_gap`"), ({"max_memory": "big"}, "`max_memory` must be a size such as 8GiB"), ({"fps": "1/0"}, "a fraction"),
+        ({"cut_ratio": "x"}, "`cut_ratio`"), ({"cut_threshold": float("nan")}, "`cut_threshold`"), ({"image_fps": float("inf")}, "`image_fps`"), ({"slow_motion": 2, "audio": "keep"}, "`audio`"),
+    ):  # fmt: skip
+        with pytest.raises(VideoError, match=message):
+            VideoJob(pipeline, source, tmp_path / "out.mp4", VideoOptions(**options), progress=lambda: read_frames.append(1))
+    assert not read_frames
 
 
 def test_formats_of_pixels():
     for source, codec, expected in (
         ("yuvj420p", "h264", "yuv420p"), ("nv12", "hevc", "yuv420p"), ("p010le", "hevc", "yuv420p10le"), ("bgra", "h264", "yuv420p"), ("yuv444p", "av1", "yuv420p"),
         ("yuv420p", "prores", "yuv422p10le"), ("yuv444p12le", "prores", "yuv444p10le"), ("gray", "h264", "yuv420p"), ("gray", "ffv1", "gray"), ("pal8", "ffv1", "bgr0"),
+        ("gbrp10le", "ffv1", "gbrp10le"), ("yuv420p14le", "ffv1", "yuv420p14le"), ("rgb48be", "ffv1", "gbrp16le"), ("yuva422p10le", "ffv1", "yuv422p10le"), ("gbrpf32le", "ffv1", "gbrp16le"),
     ):  # fmt: skip
         assert analogous_format(av.VideoFormat(source), codec) == expected
 
@@ -451,8 +547,8 @@ def test_what_files_cannot_hold_is_found_at_once(pipeline, tmp_path):
 
 def test_odd_names_and_plain_numbers(pipeline, tmp_path):
     source = film_clip(tmp_path / "12_30.mkv", 4).rename(tmp_path / "12:30 at 50%d.mkv")
-    result = run(pipeline, source, tmp_path / "out: a.mp4", fps=59.94, max_gap=0.5)
-    assert result.path.exists() and read(result.path).rate == Fraction(2997, 50)
+    result = run(pipeline, source, tmp_path / "out: a.mp4", fps=59.94, max_gap="1/2")
+    assert result.path.exists() and read(result.path).rate == Fraction(60000, 1001)
 
 
 def test_pictures_of_b_frames_in_avi(pipeline, tmp_path):

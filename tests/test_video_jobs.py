@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,8 @@ from PIL import Image
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.cli import main
-from madiff_diffusers.video.jobs import VideoJob, VideoOptions
+from madiff_diffusers.video.jobs import VideoJob
+from madiff_diffusers.video.options import VideoOptions
 from madiff_diffusers.video.reading import VideoError
 from tests.conftest import moving_picture, two_processes
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
@@ -64,6 +66,8 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
         ((source, tmp_path / "out.mp4", "--crf", 99), "`crf` for h264 must be from 0 (best) to 51, but is 99"),
         ((source, tmp_path / "out.mp4", "--audio", "stretch"), "`audio` must be keep or drop"),
         ((source, tmp_path / "out.mp4", "--max-memory", "1KB"), "`max_memory` must be at least 1 GiB"),
+        ((source, tmp_path / "out.mp4", "--fps", "fast"), "`fps` must be a number or a fraction, but is 'fast'"),
+        ((source, tmp_path / "out.mp4", "--max-memory", "big"), "`max_memory` must be a size such as 8GiB"),
         ((tmp_path / "mixed", tmp_path / "out"), "must hold images or videos, but holds 1 and 1"),
     ]
     for arguments, message in cases:
@@ -71,10 +75,6 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
         printed = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert len(printed) == 1 and message in printed[0] and printed[0].startswith("madiff: error: ")
         assert not (tmp_path / "out.mp4").exists() and not (tmp_path / "out.mp4.parts").exists()
-    for options, message in ((("--fps", "fast"), "a number or a fraction"), (("--max-memory", "big"), "a size such as 8GiB"), (("--fps", "1/0"), "a fraction")):
-        with pytest.raises(SystemExit, match="2"):
-            main(["video", "in.mp4", "out.mp4", *options])
-        assert message in capsys.readouterr().err
 
 
 def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_two_hundred_damaged_files(pipeline, tmp_path, capfd):
 
 
 def test_damage_in_the_middle(pipeline, tmp_path):
-    """One unreadable image among others; in streams, decoders conceal most of what is damaged."""
+    """One unreadable image among others."""
     (tmp_path / "frames").mkdir()
     for number, frame in enumerate(drifting(8)):
         Image.fromarray(frame).save(tmp_path / "frames" / f"{number}.png")
@@ -263,6 +263,30 @@ def test_damage_in_the_middle(pipeline, tmp_path):
     assert result.frames == 14 and "5.png" in result.notes[0]
     place = read(out).times.index(Fraction(6, 25))
     assert np.array_equal(decode(out)[place], drifting(8)[6]), "what comes behind keeps its time"
+
+
+@pytest.mark.parametrize("codec, suffix", [("libx264", ".mkv"), ("mpeg4", ".avi")])
+def test_damage_that_the_decoder_conceals(pipeline, tmp_path, codec, suffix):
+    """Frames that it fills in from others are none of the source's."""
+    source = write_video(tmp_path / f"in{suffix}", drifting(12), range(12), Fraction(1, 25), codec=codec, options={"bf": "0", "g": "4"})
+    good, sizes = source.read_bytes(), [packet.size for packet in packets_of(source)]
+    place = good.find(bytes(packets_of(source)[4])) + sizes[4] // 2
+    source.write_bytes(good[:place] + b"\xaa" * 60 + good[place + 60 :])
+    with av.open(str(source)) as file:
+        assert [frame.is_corrupt for frame in file.decode(video=0)] == [number == 4 for number in range(12)], "the decoder goes on"
+    options = {"factor": 1, "codec": "ffv1", "progress": False}
+    with pytest.raises(VideoError, match=f"in{suffix} is damaged: its frame at 0.16 s"):
+        interpolate_video(pipeline, source, tmp_path / "out.mkv", **options)
+    result = interpolate_video(pipeline, source, tmp_path / "out.mkv", skip_damage=True, **options)
+    assert result.frames == len(decode(tmp_path / "out.mkv")) == 11 and "at 0.16 s" in result.notes[0]
+    with pytest.raises(VideoError, match="what is good is in .*partial"):
+        interpolate_video(pipeline, source, tmp_path / "cut.mkv", keep_partial=True, **options)
+    assert len(decode(tmp_path / "cut.partial.mkv")) == 4
+
+
+def packets_of(path: Path) -> list:
+    with av.open(str(path)) as file:
+        return [packet for packet in file.demux(video=0) if packet.size]
 
 
 def limited_file_size() -> None:

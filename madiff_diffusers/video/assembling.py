@@ -13,7 +13,7 @@ from .reading import Analysis, Source, main_stream
 from .writing import Encoding, joined_packets
 
 # What containers write by themselves, or what is not true any more.
-_OWN_METADATA = ("major_brand", "minor_version", "compatible_brands", "encoder", "rotate", "duration", "bps", "number_of_", "_statistics_")
+_OWN_METADATA = ("major_brand", "minor_version", "compatible_brands", "encoder", "rotate", "duration", "bps", "number_of_", "_statistics_", "alpha_mode")
 _AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "vorbis": "libvorbis", "mp3": "libmp3lame"}
 
 # Seconds of a hole in the sound: shorter ones are rounding, longer ones a fault in its times.
@@ -119,9 +119,9 @@ class _Carrier:
         if self._encoding.container.format == "yuv4mpegpipe":
             kinds = ()
         self._video = self._encoding.add_stream(file)
-        self._video.metadata.update(_metadata(main.metadata))
+        self._video.metadata.update(carried_metadata(main.metadata))
         self._video.disposition = main.disposition
-        file.metadata.update(_metadata(container.metadata))
+        file.metadata.update(carried_metadata(container.metadata))
         if any(key.startswith("com.") for key in file.metadata) and self._encoding.container.format in ("mp4", "mov"):
             file.container_options["movflags"] = "+faststart+use_metadata_tags"
         chapters = container.chapters()
@@ -160,7 +160,7 @@ class _Carrier:
             carry = _Sound(file, stream, self._begin, self._slow_motion)
             if not slowed:
                 self.notes.append(f"{name} is encoded anew as {carry.stream.codec_context.name}, because {format_name} does not hold it")
-        carry.stream.metadata.update(_metadata(stream.metadata))
+        carry.stream.metadata.update(carried_metadata(stream.metadata))
         carry.stream.disposition = stream.disposition
         self._carried[stream.index] = carry
         apart = abs((stream.start_time or 0) * (stream.time_base or 0) - (main.start_time or 0) * main.time_base)
@@ -186,7 +186,8 @@ class _Carrier:
                 yield time, 1, self._carried[packet.stream.index](packet)
 
 
-def _metadata(tags: Dict[str, str]) -> Dict[str, str]:
+def carried_metadata(tags: Dict[str, str]) -> Dict[str, str]:
+    """Without what is not true any more, or is what containers write by themselves."""
     return {key: value for key, value in tags.items() if not key.lower().startswith(_OWN_METADATA)}
 
 
@@ -329,6 +330,8 @@ def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: 
         video = file.add_stream("gif", rate=encoding.rate)
         video.height, video.width, video.pix_fmt = height, width, "pal8"
         video.codec_context.time_base = video.time_base = Fraction(1, 100)
+        if encoding.pixel_aspect is not None:
+            video.codec_context.sample_aspect_ratio = encoding.pixel_aspect
 
         def drain() -> None:
             while True:

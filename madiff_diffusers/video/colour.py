@@ -13,9 +13,10 @@ _LUMA = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.1
 # Formats by how many pixels across, and how many down, share one colour.
 PLANAR = {(1, 1): "yuv444p", (2, 1): "yuv422p", (2, 2): "yuv420p", (1, 2): "yuv440p", (4, 1): "yuv411p", (4, 4): "yuv410p"}
 
-# FFmpeg's scaler rounds changes of range and matrix to up to 1 of 255, cuts off what lies outside of RGB, and moves chroma where two
-# frames tell different places for it. So it only rearranges pixels here, and what is between YUV and RGB is floating point.
-_RGB = "gbrpf32le"
+# FFmpeg's scaler rounds changes of range and matrix to up to 1 of 255, cuts off what lies outside of RGB, moves chroma where two
+# frames tell different places for it, and rounds integers to floats by up to 49 of 65535. So it only rearranges samples here, and what
+# is between samples and RGB is floating point.
+_FLOAT_RGB = "gbrpf32le"
 
 
 class ColourTags(NamedTuple):
@@ -53,16 +54,27 @@ class ColourPath:
         self._reader, self._writer = VideoReformatter(), VideoReformatter()
 
     def to_rgb(self, frame: av.VideoFrame, size: Optional[Tuple[int, int]] = None) -> np.ndarray:
-        """A frame as `(H, W, 3)` float32; scaled to `(height, width)` if it has another size. RGB lies in [0, 1], but for colours
+        """A frame as `(H, W, 3)` float32, what is transparent shown on black; scaled to `(height, width)` if it has another size. RGB lies in [0, 1], but for colours
         that YUV has and RGB has not."""
         height, width = size or (frame.height, frame.width)
-        rgb = is_rgb(frame.format)
-        frame = self._reader.reformat(
-            frame, width, height, _RGB if rgb else planar_format(frame.format), interpolation=Interpolation.BICUBIC, **self._same(rgb)
-        )
-        if rgb:
+        alpha = opacity(frame)
+        if alpha is not None:
+            rgb = self._opaque_to_rgb(frame, height, width)
+            return rgb * (alpha if alpha.shape == (height, width) else cv2.resize(alpha, (width, height)))[..., None]
+        return self._opaque_to_rgb(frame, height, width)
+
+    def _opaque_to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+        planar = planar_format(frame.format)
+        # Planes are read where they are: of transparency, and of formats with a J, the scaler would make something of the others.
+        own = frame.format.name.replace("yuva", "yuv").replace("yuvj", "yuv").replace("gbrap", "gbrp")
+        if (frame.height, frame.width) != (height, width) or own != planar:
+            frame = self._reader.reformat(frame, width, height, planar, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(frame.format)))
+        if planar == _FLOAT_RGB:
             return frame.to_ndarray()
-        luma, *chroma = (_samples(plane, frame.format).astype(np.float32) for plane in frame.planes)
+        if is_rgb(frame.format):
+            green, blue, red = (_samples(plane, frame.format) for plane in frame.planes[:3])
+            return np.multiply(cv2.merge([red, green, blue]), 1 / (2 ** frame.format.components[0].bits - 1), dtype=np.float32)
+        luma, *chroma = (_samples(plane, frame.format).astype(np.float32) for plane in frame.planes[:3])
         bits = frame.format.components[0].bits
         chroma = [_grown(plane, luma.shape) for plane in chroma] or [np.full_like(luma, 2 ** (bits - 1))] * 2
         to_yuv = self._to_yuv(bits)
@@ -72,18 +84,20 @@ class ColourPath:
     def from_rgb(self, array: np.ndarray, pixel_format: str) -> av.VideoFrame:
         """The reverse of `to_rgb`: what that made of a frame becomes the frame again, bit for bit."""
         target = av.VideoFormat(pixel_format)
+        bits, planar = target.components[0].bits, planar_format(target)
         if is_rgb(target):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array.clip(0, 1)), format=_RGB)
-            frame = self._writer.reformat(frame, format=pixel_format, interpolation=Interpolation.BICUBIC, **self._same(True))
+            red, green, blue = cv2.split(np.clip(array, 0, 1) * (2**bits - 1))
+            channels = [green, blue, red]
         else:
-            frame = av.VideoFrame(array.shape[1], array.shape[0], pixel_format)
-            bits = target.components[0].bits
             channels = cv2.split(cv2.transform(np.ascontiguousarray(array), self._to_yuv(bits)))
-            for plane, channel in zip(frame.planes, channels):
-                row = plane.line_size // (2 if bits > 8 else 1)
-                values = np.zeros((plane.height, row), np.uint16 if bits > 8 else np.uint8)
-                values[:, : plane.width] = np.rint(_shrunk(channel, (plane.height, plane.width))).clip(0, 2**bits - 1)
-                plane.update(values)
+        frame = av.VideoFrame(array.shape[1], array.shape[0], planar)
+        for plane, channel in zip(frame.planes, channels):
+            row = plane.line_size // (2 if bits > 8 else 1)
+            values = np.zeros((plane.height, row), np.uint16 if bits > 8 else np.uint8)
+            values[:, : plane.width] = np.rint(_shrunk(channel, (plane.height, plane.width))).clip(0, 2**bits - 1)
+            plane.update(values)
+        if planar != pixel_format:
+            frame = self._writer.reformat(frame, format=pixel_format, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(target)))
         frame.color_range, frame.colorspace = self.tags.range, self.tags.matrix
         frame.color_primaries, frame.color_trc = self.tags.primaries, self.tags.transfer
         return frame
@@ -133,10 +147,28 @@ def _shrunk(channel: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     return cv2.resize(channel, size[::-1], interpolation=cv2.INTER_AREA)
 
 
+def opacity(frame: av.VideoFrame) -> Optional[np.ndarray]:
+    """How little a frame lets through at each pixel: `(H, W)` float32 in [0, 1]; None if it is opaque everywhere."""
+    kind = frame.format
+    if len(kind.components) not in (2, 4) and not kind.has_palette:
+        return None
+    bits = max(component.bits for component in kind.components)
+    if kind.is_planar and not kind.is_big_endian and kind.name.startswith(("yuva", "gbrap")) and bits <= 16:
+        alpha = _samples(frame.planes[3], kind)
+    else:
+        bits = 8 if bits <= 8 else 16
+        alpha = frame.reformat(format="rgba" if bits == 8 else "rgba64le").to_ndarray()[..., 3]
+    return None if alpha.min() == 2**bits - 1 else alpha.astype(np.float32) / (2**bits - 1)
+
+
 def planar_format(source: av.VideoFormat) -> str:
-    """The format that has a source's samples, but no transparency, in planes of their own."""
-    bits = source.components[0].bits
+    """The format that has a source's samples, but no transparency, in planes of their own; floating point for floating point."""
+    bits = max(component.bits for component in source.components)
+    if is_rgb(source) and (bits > 16 or "f16" in source.name):
+        return _FLOAT_RGB
     depth = "" if bits <= 8 else f"{bits}le" if bits in (9, 10, 12, 14, 16) else "16le"
+    if is_rgb(source):
+        return f"gbrp{depth}"
     if len(source.components) < 3:
         return f"gray{depth}"
     return f"{PLANAR[chroma_of(source)]}{depth}"

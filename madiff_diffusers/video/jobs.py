@@ -8,9 +8,7 @@ import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
-from math import ceil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
 
@@ -23,11 +21,14 @@ from tqdm import tqdm
 from .. import __version__
 from ..image_io import image_format, write_image
 from ..pipeline_madiff import MADiffPipeline
-from ..scene_cuts import LEAST_CHANGE, RATIO, cuts_of_changes
+from ..properties import lost
+from ..scene_cuts import cuts_of_changes
 from .assembling import assemble
-from .colour import ColourPath
+from .colour import ColourPath, chroma_of, is_rgb
+from .found import found_in_video
 from .frame_times import ShownFrame, Timeline
 from .middles import FrameMaker, Neighbour, tile_pixels_for
+from .options import VideoOptions
 from .reading import Source, VideoError, analyse, reason
 from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, source_tags, write_json
 
@@ -37,88 +38,6 @@ MOST_NOTES = 5  # of damaged places
 PREVIEW_FRAMES, PREVIEW_HEIGHT = 8, 180
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class VideoOptions:
-    """
-    How a video is interpolated.
-
-    Args:
-        factor: frames in the place of each one; 2 unless told otherwise, or as many as `slow_motion` asks for.
-        fps: frames a second of the result, instead.
-        slow_motion: times that the result lasts longer.
-        audio: "keep"; or, in slow motion, "stretch" (at the same pitch) or "drop".
-        codec, crf, preset: see `writing.CODECS`; what suits the file, if not given.
-        cut_threshold: least change of thumbnails, of 1, that may be a cut; above 1, nothing is.
-        cut_ratio: times that a cut changes more than the frames around it do.
-        max_gap: seconds between two frames above which the first is shown on and nothing is made.
-        dedup: whether frames that only repeat the one before are left out, so that motion goes on across them.
-        dedup_threshold: change, of 255, of the block of 8x8 pixels that changes most, up to which a frame is a repetition.
-        dedup_run: repetitions in a row up to which they are motion sampled less often; more are a still picture.
-        skip_damage: go on behind damaged places of the source.
-        image_fps: frames a second of a source that is images; 24 if not given.
-        steps, seed: of sampling.
-        max_memory: bytes that the process may take, as far as tiles can see to it.
-    """
-
-    factor: Optional[int] = None
-    fps: Optional[Fraction] = None
-    slow_motion: Fraction = Fraction(1)
-    audio: str = "keep"
-    codec: Optional[str] = None
-    crf: Optional[int] = None
-    preset: Optional[str] = None
-    cut_threshold: float = LEAST_CHANGE
-    cut_ratio: float = RATIO
-    max_gap: Fraction = Fraction(1)
-    dedup: bool = False
-    dedup_threshold: float = 2.0
-    dedup_run: int = 3
-    skip_damage: bool = False
-    image_fps: Optional[Fraction] = None
-    steps: Optional[int] = None
-    seed: int = 0
-    max_memory: int = 8 * 2**30
-
-    def checked(self) -> "VideoOptions":
-        """With `factor` filled in.
-
-        Raises:
-            VideoError: for a value out of its range.
-        """
-
-        def need(name: str, right: bool, what: str) -> None:
-            if not right:
-                raise VideoError(f"`{name}` must be {what}, but is {getattr(self, name)}")
-
-        need("factor", self.factor is None or 1 <= self.factor <= 64, "from 1 to 64")
-        need("fps", self.fps is None or Fraction(1, 10) <= self.fps <= 1000, "from 0.1 to 1000")
-        if self.factor is not None and self.fps is not None:
-            raise VideoError(f"either `factor` or `fps` can be given, but both are: {self.factor} and {self.fps}")
-        need("slow_motion", 1 <= self.slow_motion <= 64, "from 1 to 64")
-        if self.slow_motion == 1:
-            need("audio", self.audio in ("keep", "drop"), "keep or drop")
-        else:
-            need("audio", self.audio in ("stretch", "drop"), "stretch or drop in slow motion")
-        need("cut_threshold", self.cut_threshold >= 0, "at least 0")
-        need("cut_ratio", self.cut_ratio >= 1, "at least 1")
-        need("max_gap", self.max_gap > 0, "more than 0")
-        need("dedup_threshold", 0 <= self.dedup_threshold <= 255, "from 0 to 255")
-        need("dedup_run", self.dedup_run >= 1, "at least 1")
-        need("image_fps", self.image_fps is None or Fraction(1, 1000) <= self.image_fps <= 1000, "from 0.001 to 1000")
-        need("steps", self.steps is None or self.steps >= 1, "a positive integer")
-        need("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
-        need("max_memory", self.max_memory >= 2**30, "at least 1 GiB")
-        factor = self.factor
-        if factor is None and self.fps is None:
-            factor = 2 if self.slow_motion == 1 else ceil(self.slow_motion)
-        # Numbers of any kind become fractions that files can hold.
-        exact = {
-            name: getattr(self, name) and Fraction(getattr(self, name)).limit_denominator(most)
-            for name, most in (("fps", 10**5), ("image_fps", 10**5), ("slow_motion", 100), ("max_gap", 1000))
-        }
-        return replace(self, factor=factor, **exact)
 
 
 class VideoResult(NamedTuple):
@@ -368,10 +287,12 @@ class VideoJob:
         coded, source = av.VideoFormat(encoding.pixel_format), av.VideoFormat(analysis.pixel_format)
         if analysis.interlaced:
             notes.append(f"{self.source.path} is interlaced: frames are made of both fields at once; deinterlace it first")
-        if min(10, max(part.bits for part in source.components)) > max(part.bits for part in coded.components):
+        if max(part.bits for part in source.components) > max(part.bits for part in coded.components):
             notes.append(f"{encoding.codec} keeps {coded.components[0].bits} bits of the source's {source.components[0].bits} ({coded.name})")
-        if len(source.components) in (2, 4) and encoding.codec != "gif":
-            notes.append("transparency is not kept")
+        (across, down), (own_across, own_down) = chroma_of(coded), chroma_of(source)
+        if across * down > own_across * own_down and (len(source.components) >= 3 or is_rgb(source)):
+            notes.append(f"{encoding.codec} keeps one colour for {across}x{down} pixels ({coded.name})")
+        notes += lost(found_in_video(self.source, analysis), encoding.container.format or "folder", encoding.codec)
         upright = analysis.size[::-1] if encoding.turned in (90, 270) else analysis.size
         if encoding.size != tuple(upright):
             notes.append(f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated")

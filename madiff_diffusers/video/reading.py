@@ -12,9 +12,11 @@ import av
 import cv2
 import numpy as np
 from av.video.reformatter import Colorspace
+from PIL import Image
 
+from ..properties import pixel_aspect
 from ..scene_cuts import change
-from .colour import ColourTags, is_rgb
+from .colour import ColourTags, is_rgb, opacity
 
 IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv", ".y4m")
@@ -125,6 +127,10 @@ class Source:
                         ahead = (frame.dts or 0) - (stream.start_time or 0) if ahead is None else ahead
                         start = None if frame.dts is None else frame.dts - ahead
                     last = start if start is not None else last
+                    if frame.is_corrupt:  # the decoder has filled in what it could not read
+                        where = "" if last is None else f" at {float(last * self.time_base):.2f} s"
+                        self._damaged(f"{self.path} is damaged: its frame{where} cannot be decoded whole", skip_damage)
+                        continue
                     yield start, frame
 
     def _image_frames(self, skip_damage: bool) -> Iterator[Tuple[int, av.VideoFrame]]:
@@ -161,6 +167,7 @@ class Analysis(NamedTuple):
         size: height and width.
         pixel_format: FFmpeg's name.
         tags: of colours.
+        is_transparent: whether something in some frame is not opaque.
         pixel_aspect: width of a pixel by its height, where it is not told 1.
         matrix: how players turn the frames, as FFmpeg's nine numbers; None if not at all.
         mirrored, rotation: the same: whether left and right change places first, and then degrees against the clock.
@@ -180,6 +187,7 @@ class Analysis(NamedTuple):
     size: Tuple[int, int]
     pixel_format: str
     tags: ColourTags
+    is_transparent: bool
     pixel_aspect: Optional[Fraction]
     matrix: Optional[List[int]]
     mirrored: bool
@@ -239,6 +247,7 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
             changes.append(change(seen["small"], small) if starts else 0.0)
             block_changes.append(block_change(seen["grey"], grey) if starts and blocks else float("inf"))
             starts.append(start)
+            seen["is_transparent"] = seen.get("is_transparent", False) or opacity(frame) is not None
             seen.update(small=small, grey=grey, duration=frame.duration, interlaced=seen.get("interlaced") or frame.interlaced_frame)
             if progress is not None:
                 progress()
@@ -277,7 +286,7 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
         block_changes=block_changes,
         damage=damage,
         notes=notes,
-        **{name: seen[name] for name in ("size", "pixel_format", "tags", "matrix", "mirrored", "rotation", "interlaced")},
+        **{name: seen[name] for name in ("size", "pixel_format", "tags", "is_transparent", "matrix", "mirrored", "rotation", "interlaced")},
         pixel_aspect=_pixel_aspect(source),
     )
 
@@ -301,7 +310,11 @@ def _first_frame(frame: av.VideoFrame) -> Dict[str, Any]:
 
 def _pixel_aspect(source: Source) -> Optional[Fraction]:
     if source.images is not None:
-        return None
+        try:
+            with Image.open(source.images[0]) as image:
+                return pixel_aspect(image)
+        except Exception:  # Pillow raises anything at what it does not know, and FFmpeg has read it or told of it
+            return None
     with source.open() as container:
         aspect = main_stream(container, source.path).sample_aspect_ratio
     return aspect if aspect and aspect != 1 else None

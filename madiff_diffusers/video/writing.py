@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import av
 import numpy as np
 
-from .colour import PLANAR, ColourPath, ColourTags, chroma_of, is_rgb
+from .colour import PLANAR, ColourPath, ColourTags, chroma_of, is_rgb, planar_format
 from .reading import Analysis, VideoError
 
 
@@ -243,6 +243,8 @@ def analogous_format(source: av.VideoFormat, codec: str) -> str:
     if codec == "gif":
         return "bgr0"
     encodable = {each.name for each in av.Codec(CODECS[codec].encoder, "w").video_formats or []}
+    if codec == "ffv1" and planar_format(source) in encodable - {"gbrpf32le"}:
+        return planar_format(source)
     if codec == "ffv1" and is_rgb(source):
         return "bgr0" if bits <= 8 else "gbrp16le"
     if codec == "raw":  # what the file's header can name
@@ -291,7 +293,7 @@ class PartWriter:
             self._last = array, self._converted(array)
         frame = self._last[1]
         if self._is_folder:
-            (self._temporary / f"{self._number:08d}.png").write_bytes(png_bytes(frame))
+            (self._temporary / f"{self._number:08d}.png").write_bytes(png_bytes(frame, self.encoding.pixel_aspect))
             self._number += 1
             return
         frame.pts, frame.time_base = time, self.encoding.time_base
@@ -328,10 +330,12 @@ class PartWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def png_bytes(frame: av.VideoFrame) -> bytes:
-    """A PNG file of a frame's own pixels (VideoFrame.save makes 8 bits of them)."""
+def png_bytes(frame: av.VideoFrame, pixel_aspect: Optional[Fraction] = None) -> bytes:
+    """A PNG file of a frame's own pixels (VideoFrame.save makes 8 bits of them), and of their width by their height."""
     encoder = av.CodecContext.create("png", "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = frame.width, frame.height, frame.format.name, Fraction(1)
+    if pixel_aspect is not None:
+        encoder.sample_aspect_ratio = 1 / pixel_aspect  # FFmpeg writes it where PNG has pixels to the unit, across and down
     frame.pts = None
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 

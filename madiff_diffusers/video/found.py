@@ -1,0 +1,93 @@
+"""What a source of a video has besides plain pixels, as keys of `properties.PROPERTIES`."""
+
+from fractions import Fraction
+from typing import Set
+
+import av
+from PIL import Image
+
+from ..properties import PROPERTIES, found_in_image
+from .assembling import carried_metadata
+from .colour import is_rgb
+from .reading import Analysis, Source, main_stream
+
+# Primaries and transfers that are BT.709's or sRGB's, as all players take them for, or not told.
+_USUAL_PRIMARIES, _USUAL_TRANSFERS = (1, 2), (1, 2, 6, 13, 14, 15)
+
+
+def found_in_video(source: Source, analysis: Analysis) -> Set[str]:
+    """
+    Args:
+        source: video file or images.
+        analysis: of it.
+    """
+    tags, is_yuv = analysis.tags, not is_rgb(av.VideoFormat(analysis.pixel_format))
+    usual_matrix = (1,) if analysis.size[0] >= 720 else (5, 6)
+    told = {
+        "transparency": analysis.is_transparent,
+        "orientation": analysis.mirrored or analysis.rotation,
+        "pixel aspect": analysis.pixel_aspect is not None,
+        "matrix": is_yuv and (tags.matrix not in (2, *usual_matrix) or (tags.range == 2 and not analysis.pixel_format.startswith("gray"))),
+        "primaries": tags.primaries not in _USUAL_PRIMARIES or tags.transfer not in _USUAL_TRANSFERS,
+    }
+    found = {key for key, is_there in told.items() if is_there}
+    return found | (_of_file(source) if source.images is None else _of_images(source))
+
+
+def _of_images(source: Source) -> Set[str]:
+    found: Set[str] = set()
+    for path in source.images:
+        try:
+            with Image.open(path) as image:
+                found |= found_in_image(image)
+        except Exception:  # Pillow raises anything at what it does not know, and FFmpeg has read it or told of it
+            continue
+    return found - {"orientation"}  # images are turned as they are read
+
+
+def _of_file(source: Source) -> Set[str]:
+    with source.open() as container:
+        main = main_stream(container, source.path)
+        others = [stream for stream in container.streams if stream.index != main.index]
+        kinds = [stream.type for stream in others]
+        chapters = container.chapters()
+        # Chapters are a stream of data too, in files of the MP4 family.
+        data = kinds.count("data") - (bool(chapters) and "mp4" in container.format.name)
+        told = {
+            "sound": "audio" in kinds,
+            "subtitles": "subtitle" in kinds,
+            "attached": "attachment" in kinds or "video" in kinds,
+            "data": data > 0,
+            "chapters": bool(chapters),
+            "metadata": bool(carried_metadata(container.metadata)),
+            "alpha stream": "1" in (main.metadata.get("alpha_mode"), main.metadata.get("ALPHA_MODE")),
+            "stereo tag": "stereo_mode" in main.metadata,
+        }
+        found = {key for key, is_there in told.items() if is_there}
+        frame = next(container.decode(main), None)
+        found |= set() if frame is None else found_in_frame(frame)
+        return found - {"stereo"} if "stereo tag" in found else found
+
+
+def found_in_frame(frame: av.VideoFrame) -> Set[str]:
+    """What a frame carries beside its pixels."""
+    return {key for key, each in PROPERTIES.items() if key != "orientation" and any(has_side_data(frame, kind) for kind in each.side_data)}
+
+
+def has_side_data(frame: av.VideoFrame, kind: int) -> bool:
+    """
+    Whether a frame carries something of a kind. FFmpeg is asked by a filter: PyAV fails at kinds that it does not know, and at colour
+    profiles.
+
+    Args:
+        kind: FFmpeg's number, of its AVFrameSideDataType.
+    """
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1))
+    graph.link_nodes(source, graph.add("sidedata", f"mode=select:type={kind}"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    try:
+        graph.pull()
+    except (av.error.BlockingIOError, av.error.EOFError):
+        return False
+    return True

@@ -1,0 +1,158 @@
+"""What can be set of a video: defaults, and how values are read; the same for Python and the command line."""
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil
+from numbers import Integral, Rational, Real
+from typing import Any, Optional, Union
+
+from ..scene_cuts import LEAST_CHANGE, RATIO
+from .reading import VideoError
+
+Number = Union[int, float, Fraction, str]
+
+# Fields that are exact, with the largest denominator that files and clocks can hold.
+_EXACT = {"fps": 10**5, "image_fps": 10**5, "slow_motion": 100, "max_gap": 1000}
+_RATES = ("fps", "image_fps")
+_INTEGERS = ("factor", "crf", "dedup_run", "steps", "seed")
+_FLOATS = ("cut_threshold", "cut_ratio", "dedup_threshold")
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """
+    How a video is interpolated. Numbers that are not whole may be fractions, floats or text such as "30000/1001".
+
+    Args:
+        factor: frames in the place of each one; 2 unless told otherwise, or as many as `slow_motion` asks for.
+        fps: frames a second of the result, instead; see `read_rate`.
+        slow_motion: times that the result lasts longer.
+        audio: "keep" or "drop"; in slow motion, "stretch" (at the same pitch) or "drop". The first of them if not given.
+        codec, crf, preset: see `writing.CODECS`; what suits the file, if not given.
+        cut_threshold: least change of thumbnails, of 1, that may be a cut; above 1, nothing is.
+        cut_ratio: times that a cut changes more than the frames around it do.
+        max_gap: seconds between two frames above which the first is shown on and nothing is made.
+        dedup: whether frames that only repeat the one before are left out, so that motion goes on across them.
+        dedup_threshold: change, of 255, of the block of 8x8 pixels that changes most, up to which a frame is a repetition.
+        dedup_run: repetitions in a row up to which they are motion sampled less often; more are a still picture.
+        skip_damage: go on behind damaged places of the source.
+        image_fps: frames a second of a source that is images; 24 if not given.
+        steps, seed: of sampling.
+        max_memory: bytes that the process may take, as far as tiles can see to it; or text such as "6GiB".
+    """
+
+    factor: Optional[int] = None
+    fps: Optional[Number] = None
+    slow_motion: Number = Fraction(1)
+    audio: Optional[str] = None
+    codec: Optional[str] = None
+    crf: Optional[int] = None
+    preset: Optional[str] = None
+    cut_threshold: float = LEAST_CHANGE
+    cut_ratio: float = RATIO
+    max_gap: Number = Fraction(1)
+    dedup: bool = False
+    dedup_threshold: float = 2.0
+    dedup_run: int = 3
+    skip_damage: bool = False
+    image_fps: Optional[Number] = None
+    steps: Optional[int] = None
+    seed: int = 0
+    max_memory: Union[int, str] = 8 * 2**30
+
+    def checked(self) -> "VideoOptions":
+        """With all values read (exact ones as fractions), and `factor` and `audio` filled in.
+
+        Raises:
+            VideoError: for a value that cannot be read or is out of its range.
+        """
+        # None stands for what is chosen later, where it is the default.
+        given = {name: value for name, value in vars(self).items() if value is not None or getattr(VideoOptions, name) is not None}
+        options = replace(self, **{name: _read(name, value) for name, value in given.items()})
+
+        def need(name: str, right: bool, what: str) -> None:
+            if not right:
+                raise VideoError(f"`{name}` must be {what}, but is {getattr(self, name)}")
+
+        factor, fps, image_fps, slow_motion = options.factor, options.fps, options.image_fps, options.slow_motion
+        need("factor", factor is None or 1 <= factor <= 64, "an integer from 1 to 64")
+        need("fps", fps is None or Fraction(1, 10) <= fps <= 1000, "from 0.1 to 1000")
+        if factor is not None and fps is not None:
+            raise VideoError(f"either `factor` or `fps` can be given, but both are: {self.factor} and {self.fps}")
+        need("slow_motion", 1 <= slow_motion <= 64, "from 1 to 64")
+        usual = "keep" if slow_motion == 1 else "stretch"
+        need("audio", options.audio in (None, usual, "drop"), f"{usual} or drop{'' if slow_motion == 1 else ' in slow motion'}")
+        need("cut_threshold", options.cut_threshold >= 0, "at least 0")
+        need("cut_ratio", options.cut_ratio >= 1, "at least 1")
+        need("max_gap", options.max_gap > 0, "more than 0")
+        need("dedup_threshold", 0 <= options.dedup_threshold <= 255, "from 0 to 255")
+        need("dedup_run", options.dedup_run >= 1, "at least 1")
+        need("image_fps", image_fps is None or Fraction(1, 1000) <= image_fps <= 1000, "from 0.001 to 1000")
+        need("steps", options.steps is None or options.steps >= 1, "a positive integer")
+        need("seed", 0 <= options.seed < 2**63, "in [0, 2^63)")
+        need("max_memory", options.max_memory >= 2**30, "at least 1 GiB")
+        if factor is None and fps is None:
+            factor = 2 if slow_motion == 1 else ceil(slow_motion)
+        return replace(options, factor=factor, audio=options.audio or usual)
+
+
+def _read(name: str, value: Any) -> Any:
+    """A field's value in its own type.
+
+    Raises:
+        VideoError: if it cannot be.
+    """
+    try:
+        if name in _EXACT:
+            return (read_rate if name in _RATES else read_number)(value).limit_denominator(_EXACT[name])
+        if name in _INTEGERS:
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise ValueError("an integer")
+            return int(value)
+        if name in _FLOATS:
+            return value if value == float("inf") else float(read_number(value))
+        if name == "max_memory":
+            return read_size(value)
+        return str(value) if name == "preset" else value  # some encoders' presets are numbers
+    except ValueError as error:
+        raise VideoError(f"`{name}` must be {error}, but is {value!r}") from None
+
+
+def read_number(value: Number) -> Fraction:
+    """A number as a fraction, from any type of number or from text such as "0.5" or "1/3".
+
+    Raises:
+        ValueError: if it is none, or not finite.
+    """
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return Fraction(value if isinstance(value, (Rational, str)) or not isinstance(value, Real) else float(value))
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
+        raise ValueError("a number or a fraction") from None
+
+
+def read_rate(value: Number) -> Fraction:
+    """Frames a second. What broadcasting writes as 23.976, 29.97 or 59.94 is 24000/1001 and so on; fractions are as they are.
+
+    Raises:
+        ValueError: as `read_number`.
+    """
+    rate = read_number(value)
+    broadcast = Fraction(round(rate) * 1000, 1001)
+    is_decimal = not isinstance(value, Rational) and "/" not in str(value) and rate.denominator != 1
+    return broadcast if is_decimal and abs(rate - broadcast) < Fraction(1, 200) else rate
+
+
+def read_size(value: Union[int, str]) -> int:
+    """Bytes, from a number or from text such as "8GiB" or "6000MB".
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", str(value))
+    if not match:
+        raise ValueError("a size such as 8GiB or 6000MB")
+    unit = match[2] or "B"
+    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** " KMGT".index(unit[0] if unit != "B" else " "))
