@@ -458,14 +458,24 @@ class Run:
     # ---- checkpoints ----
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one. Call after everything is prepared and registered."""
+        """Load the newest checkpoint, if there is one. Call after everything is prepared and registered.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
         if self.accelerator.is_main_process:
             for unfinished in self.checkpoints.glob("writing_*"):
                 shutil.rmtree(unfinished)
         self.accelerator.wait_for_everyone()
         found = self._saved()
         if found:
-            self.accelerator.load_state(str(found[-1]))
+            try:
+                self.accelerator.load_state(str(found[-1]))
+            except Exception as error:  # a damaged file shows in errors of every kind
+                older = f"; once it is moved away, the run goes on from {found[-2].name}" if found[1:] else ""
+                raise ValueError(
+                    f"`output`: the newest checkpoint, {found[-1]}, cannot be loaded{older}. {type(error).__name__}: {error}"
+                ) from error
             self.accelerator.print(f"resumed at step {self.progress.step} from {found[-1]}")
             if self.accelerator.is_main_process:
                 self._rotate()  # in case the last start was killed before it did
