@@ -27,6 +27,7 @@ from tests.conftest import REPOSITORY, load_config, moving_picture, two_processe
 from tests.local_hub import local_hub
 from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
 from training.options import parse_options
+from training.run import _append, _take_back
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions, start_from
@@ -517,11 +518,32 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
     runs = tmp_path / "runs"
     shutil.copytree(trained / "i2e", runs / "i2e")
     before = rows(runs / "i2e")
+    logs = sorted((runs / "i2e" / "log").rglob("*"))
+    assert len([path for path in logs if path.is_dir()]) == 1, "no folder but the one with TensorBoard's file"
     assert "resumed at step 20" in succeed(command("i2e", clips, runs))
-    assert rows(runs / "i2e") == before
+    assert rows(runs / "i2e") == before and sorted((runs / "i2e" / "log").rglob("*")) == logs, "a start that logs nothing leaves nothing"
     done = launch(command("i2e", clips, runs, "--steps", "22", "--learning_rate", "1e-4"))
     assert done.returncode == 0 and len(rows(runs / "i2e")) == 22
     assert "changed since the last start: learning_rate was 0.002, is 0.0001" in done.stderr
+
+
+def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tmp_path):
+    path = tmp_path / "summary.csv"
+    for step in range(1, 4):
+        _append(path, {"step": step, "loss": step / 2})
+    written = path.stat()
+    _append(path, {"step": 4, "loss": 2.0})
+    assert path.stat().st_ino == written.st_ino, "the same file, longer"
+    _append(path, {"step": 5, "loss": 2.5, "unreadable": 1})
+    assert [row["unreadable"] for row in rows(tmp_path)] == ["", "", "", "", "1"]
+    with path.open("a") as file:
+        file.write("6,3.")  # killed while it wrote
+    _take_back(path, 4)
+    _append(path, {"step": 5, "loss": 9.0})
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("1", "0.5"), ("2", "1.0"), ("3", "1.5"), ("4", "2.0"), ("5", "9.0")]
+    _take_back(path, 0)
+    _take_back(path, 0)
+    assert list(tmp_path.iterdir()) == [], "nothing is left of a run that has no checkpoint yet"
 
 
 def test_a_run_stops_where_it_is_told_to(clips, trained, tmp_path):
