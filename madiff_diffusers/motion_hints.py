@@ -11,6 +11,7 @@ import math
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Lock
 from typing import Iterator, List, Optional, Protocol, Sequence, Tuple
 
 import cv2  # of opencv-python-headless
@@ -46,16 +47,26 @@ def to_grey(frames: torch.Tensor) -> torch.Tensor:
     return (frames * weights.view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
 
+# The number of OpenCV's threads is one for the process: the first to enter sets it, the last to leave sets it back.
+_opencv = {"lock": Lock(), "users": 0, "threads": 0}
+
+
 @contextmanager
 def single_threaded_opencv() -> Iterator[None]:
     """OpenCV's DIS cuts an image into as many stripes as there are threads, and its result depends on the cut: with one
-    stripe, the same frames give the same flow on every machine."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
+    stripe, the same frames give the same flow on every machine. Any number of threads may be inside at once."""
+    with _opencv["lock"]:
+        if _opencv["users"] == 0:
+            _opencv["threads"] = cv2.getNumThreads()
+            cv2.setNumThreads(1)
+        _opencv["users"] += 1
     try:
         yield
     finally:
-        cv2.setNumThreads(threads)
+        with _opencv["lock"]:
+            _opencv["users"] -= 1
+            if _opencv["users"] == 0:
+                cv2.setNumThreads(_opencv["threads"])
 
 
 class EventHints:

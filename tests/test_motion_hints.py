@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints, build_hint_source
-from madiff_diffusers.motion_hints import damp_hints
+from madiff_diffusers.motion_hints import damp_hints, single_threaded_opencv
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import moving_picture
 
@@ -71,6 +71,21 @@ def test_flow_does_not_depend_on_threads_or_batch(fine):
         cv2.setNumThreads(threads)
     batched = FlowHints(fine).from_guess(*(torch.cat([frame, frame.flip(-1)]) for frame in (prev, mid, next_)))[0]
     assert torch.equal(alone[0], batched[0])
+
+
+def test_opencv_s_threads_are_set_back_once_the_last_of_two_at_once_is_done():
+    threads = cv2.getNumThreads()
+    first, second = single_threaded_opencv(), single_threaded_opencv()
+    try:
+        cv2.setNumThreads(7)
+        first.__enter__()
+        second.__enter__()  # begins while the first is at work, and ends after it
+        first.__exit__(None, None, None)
+        assert cv2.getNumThreads() == 1
+        second.__exit__(None, None, None)
+        assert cv2.getNumThreads() == 7
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def test_event_hints_start_from_nothing_and_run_towards_the_future(i2e):

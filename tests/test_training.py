@@ -1,6 +1,7 @@
 """Each training script as a user starts it: real processes, the `tiny` configuration, clips in a folder."""
 
 import csv
+import dataclasses
 import os
 import random
 import re
@@ -26,11 +27,14 @@ from tests.conftest import REPOSITORY, load_config, moving_picture, two_processe
 from tests.local_hub import local_hub
 from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
 from training.options import parse_options
+from training.run import _append, _take_back
+from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions, start_from
 
 SLOW = pytest.mark.slow
 STAGES = {"i2e": "train_i2e", "vqvae": "train_vq_magan", "unet": "train_denoiser"}
+OPTIONS = {"train_i2e": I2EOptions, "train_vq_magan": VQMAGANOptions, "train_denoiser": DenoiserOptions}
 
 
 def arguments(stage: str, clips: Path, runs: Path, *flags: str) -> list:
@@ -162,9 +166,9 @@ def test_the_newest_checkpoint_and_the_best_are_kept_and_can_be_loaded(trained):
         scores = {int(row["step"]): float(row["l1"]) for row in rows(trained / stage, "validation.csv")}
         best = yaml.safe_load((folder / "best.yaml").read_text())
         assert set(scores) == {10, 20} and best["step"] == min(scores, key=scores.get)
-        kept = {f"step_{step:08d}" for step in (best["step"], 20)}
+        kept = {f"step_{step:08d}" for step in (best["step"], 15, 20)}
         assert {path.name for path in folder.iterdir()} == kept | {"best.yaml"}
-        for name in kept:
+        for name in sorted(kept):
             loaded = model.from_pretrained(folder / name / stage)
         last = model.from_pretrained(trained / stage / stage)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), last.parameters())) == (name.endswith("20"))
@@ -423,14 +427,58 @@ def test_a_batch_that_breaks_training_is_saved(clips, tmp_path):
         (["--frames", "1"], "--frames must be at least 2"),
         (["--crop", "[1"], "--crop must be of type int"),
         (["--cro", "64"], "unrecognized arguments: --cro 64"),
-        (["--mixed_precision", "fp8"], "--mixed_precision must be one of , no, bf16, fp16, but is 'fp8'"),
+        (["--mixed_precision", "fp8"], "--mixed_precision must be one of (empty), no, bf16, fp16, but is 'fp8'"),
         (["--output", ""], "--output is required"),
+        (["--learning_rate", "true"], "--learning_rate must be of type float"),
+        (["--squared_weight", ".nan"], "--squared_weight must be at least 0, but is nan"),
     ],
 )
 def test_wrong_options_are_named(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_options(I2EOptions, "train_i2e", ["--config", "tiny", "--data", "x", "--output", "y", *flags], "")
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_every_option_has_a_range_and_nothing_outside_of_it_is_taken(stage, capsys):
+    free = {"data", "output", "columns", "validation", "lpips_backbone", "push_to_hub", "hub_revision", "hub_message", "init", "i2e", "vqvae"}
+    for field in dataclasses.fields(OPTIONS[stage]):
+        default, allowed = field.default, field.metadata["allowed"]
+        if isinstance(default, bool) or field.name in free:
+            continue
+        outside = {"less": -1, "infinite": float("inf")}
+        outside.update(most=allowed.most and allowed.most + 1, less_than=allowed.less_than, more_than=allowed.more_than)
+        if isinstance(default, str):
+            outside = {"choices": "else"}
+        for value in outside.values():
+            if value is None or value == float("inf") and isinstance(default, int):
+                continue
+            if isinstance(default, tuple):
+                value = [value] * len(default)
+            text = yaml.safe_dump(value, default_flow_style=True).replace("...", "").strip()
+            with pytest.raises(SystemExit):
+                parse_options(OPTIONS[stage], stage, ["--config", "tiny", "--data", "x", "--output", "y", f"--{field.name}={text}"], "")
+            assert f"error: --{field.name} must be {allowed}, but is " in capsys.readouterr().err, (field.name, value)
+    with pytest.raises(SystemExit):
+        parse_options(OPTIONS[stage], stage, ["--config", "tiny", "--data", "x", "--output", "y", "--gaps", "[]"], "")
+    assert "--gaps must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", ["pipeline", "vqvae", "train_i2e", "scheduler", "unet"])
+@pytest.mark.parametrize("content", [None, [], "text"])
+def test_an_empty_section_is_one_without_keys(section, content, tmp_path, tiny, capsys):
+    tiny[section] = content
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    given = ["--config", str(path), "--data", "x", "--output", "y"]
+    if content is None and section != "scheduler":
+        _, config = parse_options(I2EOptions, "train_i2e", given, "")
+        assert config[section] == {}
+        return
+    with pytest.raises(SystemExit):
+        parse_options(I2EOptions, "train_i2e", given, "")
+    wanted = "class must be a scheduler of diffusers" if content is None else f"must be a mapping of keys to values, but is {content!r}"
+    assert f"mine.yaml: section {section}" in (said := capsys.readouterr().err) and wanted in said
 
 
 @pytest.mark.parametrize(
@@ -470,16 +518,37 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
     runs = tmp_path / "runs"
     shutil.copytree(trained / "i2e", runs / "i2e")
     before = rows(runs / "i2e")
+    logs = sorted((runs / "i2e" / "log").rglob("*"))
+    assert len([path for path in logs if path.is_dir()]) == 1, "no folder but the one with TensorBoard's file"
     assert "resumed at step 20" in succeed(command("i2e", clips, runs))
-    assert rows(runs / "i2e") == before
+    assert rows(runs / "i2e") == before and sorted((runs / "i2e" / "log").rglob("*")) == logs, "a start that logs nothing leaves nothing"
     done = launch(command("i2e", clips, runs, "--steps", "22", "--learning_rate", "1e-4"))
     assert done.returncode == 0 and len(rows(runs / "i2e")) == 22
     assert "changed since the last start: learning_rate was 0.002, is 0.0001" in done.stderr
 
 
+def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tmp_path):
+    path = tmp_path / "summary.csv"
+    for step in range(1, 4):
+        _append(path, {"step": step, "loss": step / 2})
+    written = path.stat()
+    _append(path, {"step": 4, "loss": 2.0})
+    assert path.stat().st_ino == written.st_ino, "the same file, longer"
+    _append(path, {"step": 5, "loss": 2.5, "unreadable": 1})
+    assert [row["unreadable"] for row in rows(tmp_path)] == ["", "", "", "", "1"]
+    with path.open("a") as file:
+        file.write("6,3.")  # killed while it wrote
+    _take_back(path, 4)
+    _append(path, {"step": 5, "loss": 9.0})
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("1", "0.5"), ("2", "1.0"), ("3", "1.5"), ("4", "2.0"), ("5", "9.0")]
+    _take_back(path, 0)
+    _take_back(path, 0)
+    assert list(tmp_path.iterdir()) == [], "nothing is left of a run that has no checkpoint yet"
+
+
 def test_a_run_stops_where_it_is_told_to(clips, trained, tmp_path):
     runs = link("vqvae", trained, tmp_path / "runs")
-    part = command("vqvae", clips, runs, "--steps", "9", "--save_every", "9", "--stop_step")
+    part = command("vqvae", clips, runs, "--steps", "9", "--save_every", "9", "--keep", "1", "--stop_step")
     for _ in range(2):  # the same command again changes nothing
         printed = succeed([*part, "2"])
         assert "stopped at step 2 of 9, which is saved" in printed
@@ -521,11 +590,31 @@ def test_two_runs_do_not_share_a_folder(clips, tmp_path):
     assert done.returncode == 2 and "is being written by another run" in done.stderr, done.stderr
 
 
-def test_help_says_what_every_option_is(capsys):
-    with pytest.raises(SystemExit):
-        parse_options(VQMAGANOptions, "train_vq_magan", ["--help"], "")
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "--latent_noise LATENT_NOISE noise on the latents" in printed and "(default: 0.0)" in printed
+def test_help_says_what_every_option_is_and_the_defaults_of_the_configuration(capsys):
+    def printed(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            parse_options(VQMAGANOptions, "train_vq_magan", [*flags, "--help"], "")
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "--latent_noise LATENT_NOISE noise on the latents" in printed() and "sample; at least 0 (default: 0.0)" in printed()
+    assert "give way to those of --config" in printed()
+    assert "sample; at least 0 (default: 0.5)" in printed("--config", "compact")
+    assert "one of alex, vgg, none (default: 'alex')" in printed("--config", "compact")
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(clips, trained, tmp_path):
+    shutil.copytree(trained / "unet", tmp_path / "unet")
+    runs = link("unet", trained, tmp_path)
+    names = sorted(path.name for path in (runs / "unet" / "checkpoints").glob("step_*"))
+    assert len(names) >= 2, "by default, one is left when the newest is damaged"
+    newest = runs / "unet" / "checkpoints" / names[-1]
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    again = command("unet", clips, runs, "--steps", "21", "--tracker", "none")
+    done = launch(again)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{newest}, cannot be loaded; once it is moved away, the run goes on from {names[-2]}." in done.stderr
+    shutil.rmtree(newest)
+    assert f"from {newest.with_name(names[-2])}" in succeed(again)
 
 
 # ---- losses ----

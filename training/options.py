@@ -4,15 +4,16 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import math
 import sys
 import traceback
 import typing
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import diffusers
 import yaml
-from diffusers import UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
 
 import madiff_diffusers
 from madiff_diffusers.eventgan import EventGANModel
@@ -26,10 +27,63 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 MODEL_SECTIONS = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": UNet2DModel, "pipeline": MADiffPipeline}
 STAGES = ("train_i2e", "train_vq_magan", "train_denoiser")
 
+# Of diffusers.optimization, those that need no arguments of their own.
+LR_SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
 
-def option(default: Any, help: str) -> Any:
-    """A field of an options class, with the text that `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+
+def option(
+    default: Any,
+    help: str,
+    least: Optional[float] = None,
+    most: Optional[float] = None,
+    more_than: Optional[float] = None,
+    less_than: Optional[float] = None,
+    choices: Sequence[str] = (),
+    count: int = 0,
+) -> Any:
+    """A field of an options class: its default, the text that `--help` shows, and what values it takes.
+
+    Args:
+        least, most, more_than, less_than: range of a number, or of each of several.
+        choices: the texts that there are.
+        count: how many numbers there must be; 0: one or more.
+    """
+    allowed = Allowed(least, most, more_than, less_than, tuple(choices), count)
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """What values an option takes; see `option`."""
+
+    least: Optional[float]
+    most: Optional[float]
+    more_than: Optional[float]
+    less_than: Optional[float]
+    choices: Tuple[str, ...]
+    count: int
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(choice or '(empty)' for choice in self.choices)}"
+        limits = {"at least": self.least, "more than": self.more_than, "at most": self.most, "less than": self.less_than}
+        text = " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+        return f"{self.count} numbers, each {text}" if self.count else text
+
+    def __contains__(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        numbers = value if isinstance(value, tuple) else (value,)
+        if len(numbers) != (self.count or len(numbers)) or not numbers:
+            return False
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            return False
+        return (
+            (self.least is None or min(numbers) >= self.least)
+            and (self.more_than is None or min(numbers) > self.more_than)
+            and (self.most is None or max(numbers) <= self.most)
+            and (self.less_than is None or max(numbers) < self.less_than)
+        )
 
 
 @dataclasses.dataclass
@@ -39,43 +93,43 @@ class RunOptions:
     data: str = option("", "training data: FORMAT:PATH[@WEIGHT], several joined by commas; see training/README.md")
     output: str = option("", "folder of the run")
     # data
-    crop: int = option(128, "side of the training crops, pixels")
-    gaps: Tuple[float, ...] = option((0.5, 0.3, 0.2), "chances of 1, 2, 3 … source frames between two frames of a sample")
-    candidates: int = option(2, "crops drawn per sample, of which the one that changes most is kept")
-    colour_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation, one for a sample")
-    random_motion_share: float = option(0.0, "share of samples composed of frames of the data in random, known motion")
-    decoder: str = option("av", "what decodes video files: av (PyAV) or opencv")
-    cache_gib: float = option(8.0, "decoded clips that a process keeps in memory, GiB for each folder of videos; others are decoded when drawn")
+    crop: int = option(128, "side of the training crops, pixels", least=1)
+    gaps: Tuple[float, ...] = option((0.5, 0.3, 0.2), "chances of 1, 2, 3 … source frames between two frames of a sample", least=0)
+    candidates: int = option(2, "crops drawn per sample, of which the one that changes most is kept", least=1)
+    colour_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation, one for a sample", least=0, most=1)
+    random_motion_share: float = option(0.0, "share of samples composed of frames of the data in random, known motion", least=0, most=1)
+    decoder: str = option("av", "what decodes video files; av is PyAV", choices=("av", "opencv"))
+    cache_gib: float = option(8.0, "decoded clips that a process keeps in memory, GiB for each folder of videos; others are decoded when drawn", least=0)
     columns: str = option("prev,mid,next", "image columns of Hugging Face datasets")
-    on_unreadable: str = option("error", "a file that cannot be read stops the run (error) or is reported and left out (skip)")
-    workers: int = option(1, "loader processes per training process")
+    on_unreadable: str = option("error", "a file that cannot be read stops the run (error) or is reported and left out (skip)", choices=("error", "skip"))
+    workers: int = option(1, "loader processes per training process", least=0)
     # optimisation
-    seed: int = option(0, "of everything that is drawn")
-    steps: int = option(1000, "optimiser steps")
-    stop_step: int = option(0, "end at this step, with a checkpoint; the same command with another value goes on. 0: at the last")
-    batch_size: int = option(16, "samples per process and forward pass")
-    accumulation: int = option(1, "forward passes per optimiser step")
-    learning_rate: float = option(1e-4, "highest learning rate")
-    warmup_steps: int = option(200, "steps in which the learning rate rises")
-    lr_schedule: str = option("cosine", "a name of diffusers.optimization.get_scheduler")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    ema_decay: float = option(0.0, "decay of the moving average of the weights, which is what is exported; 0: none")
+    seed: int = option(0, "of everything that is drawn", least=0, less_than=2**32)
+    steps: int = option(1000, "optimiser steps", least=1)
+    stop_step: int = option(0, "end at this step, with a checkpoint; the same command with another value goes on. 0: at the last", least=0)
+    batch_size: int = option(16, "samples per process and forward pass", least=1)
+    accumulation: int = option(1, "forward passes per optimiser step", least=1)
+    learning_rate: float = option(1e-4, "highest learning rate", more_than=0)
+    warmup_steps: int = option(200, "steps in which the learning rate rises", least=0)
+    lr_schedule: str = option("cosine", "of diffusers.optimization.get_scheduler", choices=LR_SCHEDULES)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", more_than=0)
+    ema_decay: float = option(0.0, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1)
     # speed and memory
-    mixed_precision: str = option("", "no, bf16 or fp16; empty: what the launch says")
+    mixed_precision: str = option("", "of networks; empty: what the launch says", choices=("", "no", "bf16", "fp16"))
     channels_last: bool = option(True, "weights in channels-last layout")
     compile: bool = option(False, "torch.compile the network")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     # what a run leaves
-    save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(1, "checkpoints kept, newest first; the best is kept beside them")
-    log_every: int = option(50, "steps between rows of summary.csv")
-    tracker: str = option("tensorboard", "tensorboard, wandb or none")
+    save_every: int = option(500, "steps between checkpoints", least=1)
+    keep: int = option(2, "checkpoints kept, newest first; the best is kept beside them. With 1, nothing is left if a disk damages it", least=1)
+    log_every: int = option(50, "steps between rows of summary.csv", least=1)
+    tracker: str = option("tensorboard", "what the log is sent to", choices=("tensorboard", "wandb", "none"))
     validation: str = option("", "data of the validation, as in --data; empty: none")
-    validation_samples: int = option(64, "samples of a validation")
-    validation_crop: int = option(256, "side of its centre crops, pixels")
-    validate_every: int = option(1000, "steps between validations")
-    panels: int = option(4, "validation samples shown as pictures")
-    lpips_net: str = option("vgg", "features of LPIPS: alex, vgg, or none for no LPIPS, neither as a loss nor as a score")
+    validation_samples: int = option(64, "samples of a validation", least=1)
+    validation_crop: int = option(256, "side of its centre crops, pixels", least=1)
+    validate_every: int = option(1000, "steps between validations", least=1)
+    panels: int = option(4, "validation samples shown as pictures", least=0)
+    lpips_net: str = option("vgg", "features of LPIPS; none: no LPIPS, neither as a loss nor as a score", choices=("alex", "vgg", "none"))
     lpips_backbone: str = option("", "safetensors file with their weights; downloaded by torchvision if empty")
     push_to_hub: str = option("", "repository (user/name) that the result is uploaded to")
     hub_private: bool = option(False, "make that repository private, if it is new")
@@ -84,34 +138,35 @@ class RunOptions:
 
 
 def parse_options(options_class: type, stage: str, argv: Optional[List[str]], description: str) -> Tuple[Any, Dict]:
-    """Options of a stage, and the whole configuration.
+    """Options of a stage, and the whole configuration, in which empty sections are empty mappings.
 
     Raises:
         SystemExit: on an unknown flag, an unknown section, an unknown key in this stage's or a network's section, a value
-            of the wrong type, or a missing `--data` or `--output`.
+            of the wrong type or out of its range, or a missing `--data` or `--output`.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="paper, compact, tiny, or the path of a YAML file")
+    # 1. the configuration, whose values are the defaults that `--help` shows
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--config")
+    name = named.parse_known_args(argv)[0].config
     fields = {field.name: field for field in dataclasses.fields(options_class)}
+    config, section = ({}, {}) if name is None else _read_config(name, stage, fields, named)
+
+    # 2. flags
+    about = f"Defaults below are those of --config {name}." if name else "Defaults below give way to those of --config, which --config NAME --help shows."
+    parser = argparse.ArgumentParser(
+        description=description, epilog=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="paper, compact, tiny, or the path of a YAML file")
     types = typing.get_type_hints(options_class)
     for name, field in fields.items():
         # A switch may stand alone: `--compile` is `--compile true`.
         extra = {"nargs": "?", "const": "true"} if types[name] is bool else {}
-        text = field.metadata["help"].replace("%", "%%")
-        parser.add_argument(f"--{name}", help=f"{text} (default: {_shown(field.default)})", **extra)
+        text = "; ".join(filter(None, (field.metadata["help"], str(field.metadata["allowed"]))))
+        text = f"{text} (default: {_shown(section.get(name, field.default))})"
+        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **extra)
     flags = vars(parser.parse_args(argv))
-    path = CONFIG_FOLDER / f"{flags['config']}.yaml"
-    path = path if path.is_file() else Path(flags["config"])
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
-        parser.error(f"--config must be one of {known}, or a YAML file, but is {flags['config']!r}")
-    try:
-        config = yaml.safe_load(path.read_text())
-        check_config(config)
-    except (yaml.YAMLError, ValueError) as error:
-        parser.error(f"{path.name}: {error}")
-    section = dict(config.get(stage) or {})
-    _check_keys(section, fields, f"section {stage}", parser, path)
+
+    # 3. what they say together
     for name in fields:
         if flags[name] is not None:
             try:
@@ -135,6 +190,27 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
     return options, config
 
 
+def _read_config(name: str, stage: str, fields: Dict, parser: argparse.ArgumentParser) -> Tuple[Dict, Dict]:
+    """A configuration by its name or path, and a copy of the stage's section of it."""
+    path = CONFIG_FOLDER / f"{name}.yaml"
+    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
+        parser.error(f"--config must be one of {known}, or a YAML file, but is {name!r}")
+    try:
+        config = yaml.safe_load(path.read_text())
+        if isinstance(config, dict):
+            config = {key: {} if value is None else value for key, value in config.items()}
+        check_config(config)
+    except (yaml.YAMLError, ValueError) as error:
+        parser.error(f"{path.name}: {error}")
+    section = dict(config.get(stage, {}))
+    unknown = sorted(set(section) - set(fields))
+    if unknown:
+        parser.error(f"{path.name}, section {stage}: unknown key(s) {', '.join(unknown)}; known: {', '.join(fields)}")
+    return config, section
+
+
 def check_config(config: Any) -> None:
     """Refuse a configuration with a section or a key that nothing reads.
 
@@ -150,57 +226,41 @@ def check_config(config: Any) -> None:
     missing = sorted({*MODEL_SECTIONS, "hint_source", "scheduler"} - set(config))
     if missing:
         raise ValueError(f"missing section(s) {', '.join(missing)}")
+    for section in {*MODEL_SECTIONS, *STAGES, "scheduler"} & set(config):
+        if not isinstance(config[section], dict):
+            raise ValueError(f"section {section} must be a mapping of keys to values, but is {config[section]!r}")
     if config["hint_source"] not in HINT_SOURCES:
         raise ValueError(f"hint_source must be one of {', '.join(HINT_SOURCES)}, but is {config['hint_source']!r}")
     classes = dict(MODEL_SECTIONS)
-    name = (config["scheduler"] or {}).get("class")
+    name = config["scheduler"].get("class")
     classes["scheduler"] = getattr(diffusers, str(name), None)
-    if classes["scheduler"] is None:
+    if not (isinstance(classes["scheduler"], type) and issubclass(classes["scheduler"], SchedulerMixin)):
         raise ValueError(f"section scheduler: class must be a scheduler of diffusers, but is {name!r}")
     for section, owner in classes.items():
         arguments = {*inspect.signature(owner.__init__).parameters} - {"self"}
         if section == "scheduler":
             arguments.add("class")
-        unknown = sorted(set(config[section] or {}) - arguments)
+        unknown = sorted(set(config[section]) - arguments)
         if unknown:
             raise ValueError(f"section {section}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(arguments))}")
 
 
-def _check_keys(section: Dict, fields: Dict, where: str, parser: argparse.ArgumentParser, path: Path) -> None:
-    unknown = sorted(set(section) - set(fields))
-    if unknown:
-        parser.error(f"{path.name}, {where}: unknown key(s) {', '.join(unknown)}; known: {', '.join(fields)}")
-
-
 def _check_values(options: RunOptions) -> None:
-    choices = {
-        "mixed_precision": ("", "no", "bf16", "fp16"),
-        "tracker": ("tensorboard", "wandb", "none"),
-        "decoder": ("av", "opencv"),
-        "on_unreadable": ("error", "skip"),
-        "lpips_net": ("alex", "vgg", "none"),
-    }
-    for name, allowed in choices.items():
-        if getattr(options, name) not in allowed:
-            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, but is {getattr(options, name)!r}")
-    least = dict.fromkeys(("crop", "candidates", "steps", "batch_size", "accumulation", "save_every", "keep", "log_every"), 1)
-    least.update(validate_every=1, validation_samples=1, validation_crop=1, guess_rounds=1, frames=2, workers=0, cache_gib=0)
-    for name, number in least.items():
-        if getattr(options, name, number) < number:
-            raise ValueError(f"--{name} must be at least {number}, but is {getattr(options, name)}")
-    if getattr(options, "squared_until", 1.0) <= 0:
-        raise ValueError(f"--squared_until must be more than 0, but is {options.squared_until}")
+    for field in dataclasses.fields(options):
+        value, allowed = getattr(options, field.name), field.metadata["allowed"]
+        if str(allowed) and value not in allowed:
+            raise ValueError(f"--{field.name} must be {allowed}, but is {_shown(value)}")
+    if sum(options.gaps) == 0:
+        raise ValueError(f"--gaps must be chances, not all of them zero, but is {_shown(options.gaps)}")
     if options.lpips_net == "none" and getattr(options, "lpips_weight", 0) > 0:
         raise ValueError(f"--lpips_weight must be 0 with --lpips_net none, but is {options.lpips_weight}")
-    if min(options.gaps) < 0 or sum(options.gaps) <= 0:
-        raise ValueError(f"--gaps must be chances, not all of them zero, but is {_shown(options.gaps)}")
 
 
 def _as_type(value: Any, wanted: Any) -> Any:
     """What YAML read, as the type of an option."""
     if typing.get_origin(wanted) is tuple:
-        return tuple(float(item) for item in value)
-    if wanted is float:
+        return tuple(_as_type(item, float) for item in value)
+    if wanted is float and not isinstance(value, bool):
         return float(value)  # YAML reads 1e-4 as a string
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise TypeError

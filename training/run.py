@@ -159,13 +159,8 @@ class Run:
                 self._say_what_changed()
                 _write(self.folder / "args.yaml", yaml.safe_dump(dataclasses.asdict(options)))
                 _write(self.folder / "environment.yaml", yaml.safe_dump(self._environment(), sort_keys=False))
-        if options.tracker != "none":
-            shown = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(options).items()}
-            if not self.accelerator.log_with:
-                raise ValueError(f"`tracker` {options.tracker!r} needs its package; install it, or use `tracker` none.")
-            (self.folder / "log").mkdir(parents=True, exist_ok=True)
-            places = {"wandb": {"dir": str(self.folder / "log")}}  # TensorBoard's is given above
-            self.accelerator.init_trackers("madiff", config=shown, init_kwargs=places)
+        if options.tracker != "none" and not self.accelerator.log_with:
+            raise ValueError(f"`tracker` {options.tracker!r} needs its package; install it, or use `tracker` none.")
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.accelerator.wait_for_everyone()
 
@@ -297,6 +292,7 @@ class Run:
             return
         if 0 < self.options.stop_step <= self.progress.step:
             self._stop_early()
+        self._start_tracker()
         self._clock = (time.perf_counter(), self.progress.samples)
         for batch in self._readable(self._loader(dataset)):
             self.progress.unreadable += int(batch.pop("unreadable").sum())
@@ -304,6 +300,16 @@ class Run:
             yield batch
             if self.progress.step >= self.options.steps:
                 return
+
+    def _start_tracker(self) -> None:
+        """Only once there is something to log: TensorBoard writes a file at its start."""
+        if self.options.tracker == "none":
+            return
+        (self.folder / "log").mkdir(parents=True, exist_ok=True)
+        # TensorBoard's place is the Accelerator's; it would make a folder of its own for a configuration, at every start.
+        settings = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(self.options).items()}
+        config = settings if self.options.tracker == "wandb" else None
+        self.accelerator.init_trackers("madiff", config=config, init_kwargs={"wandb": {"dir": str(self.folder / "log")}})
 
     def _stop_early(self) -> None:
         self.accelerator.print(f"stopped at step {self.progress.step} of {self.options.steps}, which is saved")
@@ -458,17 +464,30 @@ class Run:
     # ---- checkpoints ----
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one. Call after everything is prepared and registered."""
+        """Load the newest checkpoint, if there is one. Call after everything is prepared and registered.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
         if self.accelerator.is_main_process:
             for unfinished in self.checkpoints.glob("writing_*"):
                 shutil.rmtree(unfinished)
         self.accelerator.wait_for_everyone()
         found = self._saved()
         if found:
-            self.accelerator.load_state(str(found[-1]))
+            try:
+                self.accelerator.load_state(str(found[-1]))
+            except Exception as error:  # a damaged file shows in errors of every kind
+                older = f"; once it is moved away, the run goes on from {found[-2].name}" if found[1:] else ""
+                raise ValueError(
+                    f"`output`: the newest checkpoint, {found[-1]}, cannot be loaded{older}. {type(error).__name__}: {error}"
+                ) from error
             self.accelerator.print(f"resumed at step {self.progress.step} from {found[-1]}")
             if self.accelerator.is_main_process:
                 self._rotate()  # in case the last start was killed before it did
+        if self.accelerator.is_main_process:
+            for name in ("summary.csv", "validation.csv"):
+                _take_back(self.folder / name, self.progress.step)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # checkpoints are loaded to the CPU
 
@@ -584,18 +603,43 @@ class Run:
 
 
 def _append(path: Path, row: Dict[str, Any]) -> None:
-    """Add a row to a CSV file. Rows of its step and later ones, which a run that was killed wrote after its last
-    checkpoint, are replaced."""
-    rows = []
+    """Add a row to a CSV file, which gets the columns that it lacks: a resumed run may log others."""
+    columns: List[str] = []
     if path.exists():
         with path.open(newline="") as file:
-            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+            columns = next(csv.reader(file), [])
+    missing = [name for name in row if name not in columns]
+    if missing:
+        columns += missing
+        _rewrite(path, columns, _rows(path))
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, fieldnames=columns, restval="").writerow(row)
+
+
+def _take_back(path: Path, step: int) -> None:
+    """Remove the rows after a step from a CSV file: a run that was killed wrote them after its last checkpoint."""
+    rows = _rows(path)
+    kept = [row for row in rows if int(row["step"]) <= step]
+    if kept:
+        _rewrite(path, list(rows[0]), kept)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _rows(path: Path) -> List[Dict[str, str]]:
+    """The whole rows of a CSV file, if there is one; a kill may have left a part of a last one."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+
+
+def _rewrite(path: Path, columns: List[str], rows: List[Dict[str, str]]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        columns = dict.fromkeys([*(rows[0] if rows else {}), *row])  # a resumed run may log others
-        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
+        writer = csv.DictWriter(file, fieldnames=columns, restval="")
         writer.writeheader()
-        writer.writerows([*rows, row])
+        writer.writerows(rows)
     os.replace(temporary, path)
 
 

@@ -35,13 +35,13 @@ class DenoiserOptions(RunOptions):
     i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
     vqvae: str = option("", "folder of the trained VQMAGANModel")
     init: str = option("", "folder of a trained UNet2DModel to start from")
-    adam_betas: Tuple[float, ...] = option((0.9, 0.999), "of AdamW")
-    weight_decay: float = option(0.01, "of AdamW")
-    ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is exported; 0: none")
-    lpips_net: str = option("alex", "features of LPIPS in validations, which are the field's score: alex, vgg, or none for no LPIPS")
-    hint_dropout: float = option(0.5, "share of samples with start hints instead of refined ones")
-    guess_share: float = option(0.0, "share of the refined hints that comes from a guess and not from the true middle frame")
-    guess_rounds: int = option(1, "such a guess is refined up to this many times")
+    adam_betas: Tuple[float, ...] = option((0.9, 0.999), "of AdamW", least=0, less_than=1, count=2)
+    weight_decay: float = option(0.01, "of AdamW", least=0)
+    ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1)
+    lpips_net: str = option("alex", "features of LPIPS in validations, which are the field's score; none: no LPIPS", choices=("alex", "vgg", "none"))
+    hint_dropout: float = option(0.5, "share of samples with start hints instead of refined ones", least=0, most=1)
+    guess_share: float = option(0.0, "share of the refined hints that comes from a guess and not from the true middle frame", least=0, most=1)
+    guess_rounds: int = option(1, "such a guess is refined up to this many times", least=1)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -27,13 +27,13 @@ from training.validation import panel, validation_windows
 @dataclasses.dataclass
 class I2EOptions(RunOptions):
     init: str = option("", "folder of a trained EventGANModel to start from")
-    frames: int = option(4, "frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart")
+    frames: int = option(4, "frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart", least=2)
     spectral_norm: bool = option(True, "as EventGAN, on residual blocks and decoders; folded into the exported weights")
-    squared_weight: float = option(1.0, "of the squared error at the start; falls linearly to 0 at squared_until")
-    squared_until: float = option(0.7, "share of the steps after which the squared error is gone")
-    adversarial_weight: float = option(0.01, "of the adversarial loss; 0: none")
-    disc_start: int = option(0, "step at which the discriminator starts")
-    disc_channels: int = option(32, "channels of the discriminator's first layer")
+    squared_weight: float = option(1.0, "of the squared error at the start; falls linearly to 0 at squared_until", least=0)
+    squared_until: float = option(0.7, "share of the steps after which the squared error is gone", more_than=0, most=1)
+    adversarial_weight: float = option(0.01, "of the adversarial loss; 0: none", least=0)
+    disc_start: int = option(0, "step at which the discriminator starts", least=0)
+    disc_channels: int = option(32, "channels of the discriminator's first layer", least=1)
 
 
 def volume_loss(events: torch.Tensor, truth: torch.Tensor, squared_weight: float) -> torch.Tensor:
