@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Iterator, List, Optional
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     interpolate = commands.add_parser(
         "interpolate",
         help="make the frames between two frames",
-        description="Make the frame (or frames) in the middle between two image files of the same size.",
+        description="Make the frame in the middle between two image files of the same size, or several frames at any instants.",
     )
     interpolate.add_argument("prev", metavar="PREV", help="image file of the first frame")
     interpolate.add_argument("next", metavar="NEXT", help="image file of the second frame")
@@ -46,8 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="image file to write; with more than one frame, OUT.png stands for OUT_1.png, OUT_2.png, …",
     )
-    interpolate.add_argument(
-        "--num-frames", type=int, default=1, metavar="N", help="frames to make: 1, 3, 7, 15, … (default: 1)"
+    instants = interpolate.add_mutually_exclusive_group()
+    instants.add_argument("--num-frames", type=int, default=1, metavar="N", help="frames to make, evenly spaced in time (default: 1)")
+    instants.add_argument(
+        "--times", type=parse_instant, nargs="+", metavar="T", help="instants of the frames to make instead, between 0 (PREV) and 1 (NEXT): 0.25, 1/3, …"
     )
     interpolate.add_argument(
         "--steps", type=int, metavar="N", help="sampling steps per frame (default: the checkpoint's own)"
@@ -201,6 +204,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_instant(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"must be a number or a fraction, but is {text!r}") from None
+
+
 def run_interpolate(args: argparse.Namespace) -> None:
     from .image_io import image_format, open_image, write_image
     from .image_processor import rgb_of_image
@@ -233,6 +243,7 @@ def run_interpolate(args: argparse.Namespace) -> None:
             frame_next,
             num_inference_steps=args.steps,
             num_frames=args.num_frames,
+            times=args.times,
             generator=torch.Generator().manual_seed(args.seed),
         ).frames[0]
     except (ValueError, torch.OutOfMemoryError) as error:

@@ -4,6 +4,7 @@
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -85,6 +86,26 @@ class EncodedFrames:
     coarse: Optional["EncodedFrames"] = None
 
 
+def _neighbours_of(times: List[Fraction], recursive: bool) -> Dict[Fraction, Tuple[Fraction, Fraction]]:
+    """Between which two frames each instant's is made, in an order in which these are there; 0 and 1 are given."""
+    plan: Dict[Fraction, Tuple[Fraction, Fraction]] = {}
+
+    def add(time: Fraction) -> None:
+        if time in plan or time in (0, 1):
+            return
+        between = (Fraction(0), Fraction(1))
+        if recursive and time.denominator in (4, 8):
+            step = Fraction(1, time.denominator)
+            between = (time - step, time + step)
+        for neighbour in between:
+            add(neighbour)
+        plan[time] = between
+
+    for time in times:
+        add(time)
+    return plan
+
+
 class MADiffPipeline(DiffusionPipeline):
     r"""
     Pipeline for video frame interpolation: frames at any instants between two neighbouring frames.
@@ -102,6 +123,7 @@ class MADiffPipeline(DiffusionPipeline):
         default_hint_policy (`str`): what `hint_policy=None` stands for; `"sampling"` is the paper's.
         guess_scale (`int`): guesses of the frame, and the hints from them, are made of frames this many times smaller (1, 2, 4 or 8);
             only the result is decoded at full size. 1 is the paper's.
+        default_recursive (`bool`): what `recursive=None` stands for.
     """
 
     model_cpu_offload_seq = "vqvae->unet->i2e"
@@ -123,6 +145,7 @@ class MADiffPipeline(DiffusionPipeline):
         default_hint_interval: int = 1,
         default_hint_policy: str = "sampling",
         guess_scale: int = 1,
+        default_recursive: bool = False,
     ):
         super().__init__()
         if guess_scale not in (1, 2, 4, 8):
@@ -134,6 +157,7 @@ class MADiffPipeline(DiffusionPipeline):
             default_hint_interval=default_hint_interval,
             default_hint_policy=default_hint_policy,
             guess_scale=guess_scale,
+            default_recursive=default_recursive,
         )
         for network in (vqvae, unet, i2e):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
@@ -477,10 +501,11 @@ class MADiffPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         times: Optional[Sequence[Union[float, Fraction]]] = None,
         frames_per_batch: int = 1,
+        recursive: Optional[bool] = None,
     ) -> Union[MADiffPipelineOutput, Tuple]:
         r"""
         Interpolate between two frames, or between the frames of several pairs. Each frame is made straight from the two that are
-        given, whatever its instant.
+        given, whatever its instant, unless `recursive` says otherwise.
 
         Args:
             image_prev, image_next: the neighbouring frames, of any size but the same: PIL images, numpy arrays
@@ -510,6 +535,9 @@ class MADiffPipeline(DiffusionPipeline):
                 0 (the previous frame's) and 1 (the next one's), both excluded; frames come in the order given.
             frames_per_batch (`int`, defaults to 1): frames between each pair that the networks make at once; more take more memory,
                 and less time on a GPU. With schedulers that draw noise at every step, the result depends on it.
+            recursive (`bool`, *optional*): make frames at quarters and eighths of the way as middles of middles, with the frames
+                half-way between their neighbours made first, as networks do best that were trained half-way alone; the
+                checkpoint's default if not given.
 
         Returns:
             [`MADiffPipelineOutput`], or a tuple of its `frames`.
@@ -524,6 +552,8 @@ class MADiffPipeline(DiffusionPipeline):
             hint_interval = self.config.default_hint_interval
         if hint_policy is None:
             hint_policy = self.config.default_hint_policy
+        if recursive is None:
+            recursive = self.config.default_recursive
 
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -547,36 +577,40 @@ class MADiffPipeline(DiffusionPipeline):
         )
         if times is None:
             times = [Fraction(number, num_frames + 1) for number in range(1, num_frames + 1)]
-        instants = [float(time) for time in times]
-        noise = self._check_latents(latents, len(instants), prev.frames)  # [B,F,C,h,w] or None
+        times = [Fraction(time) for time in times]
+        noise = self._check_latents(latents, len(times), prev.frames)  # [B,F,C,h,w] or None
+        plan = _neighbours_of(times, recursive)
 
-        # 2. Make the frames, some at once.
+        # 2. Make the frames, some of those between the same two at once.
         self._interrupt = False
         self.scheduler.set_timesteps(num_inference_steps, device=prev.frames.device)
         # Some schedulers (Heun's) call the network more than once a step.
-        self._num_timesteps = len(self.scheduler.timesteps) * len(instants)
-        frames: List[torch.Tensor] = []
+        self._num_timesteps = len(self.scheduler.timesteps) * len(plan)
+        frames: Dict[Fraction, EncodedFrames] = {Fraction(0): prev, Fraction(1): next_}
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for first in range(0, len(instants), frames_per_batch):
-                chosen = slice(first, first + frames_per_batch)
-                made = self._interpolate(
-                    prev,
-                    next_,
-                    instants[chosen],
-                    num_inference_steps,
-                    hint_policy,
-                    hint_interval,
-                    generator,
-                    None if noise is None else noise[:, chosen],
-                    force_not_quantize,
-                    callback_on_step_end,
-                    callback_on_step_end_tensor_inputs,
-                    progress_bar,
-                )
-                frames += made.split(batch_size)
+            for (low, high), between in itertools.groupby(plan, key=plan.get):
+                between = list(between)
+                for first in range(0, len(between), frames_per_batch):
+                    chosen = between[first : first + frames_per_batch]
+                    given = [None if noise is None or time not in times else noise[:, times.index(time)] for time in chosen]
+                    made = self._interpolate(
+                        frames[low],
+                        frames[high],
+                        [float((time - low) / (high - low)) for time in chosen],
+                        num_inference_steps,
+                        hint_policy,
+                        hint_interval,
+                        generator,
+                        given,
+                        force_not_quantize,
+                        callback_on_step_end,
+                        callback_on_step_end_tensor_inputs,
+                        progress_bar,
+                    )
+                    frames.update((time, EncodedFrames(each, prev.size)) for time, each in zip(chosen, made.split(batch_size)))
 
         # 3. Crop and convert.
-        result = torch.stack(frames, dim=1)
+        result = torch.stack([frames[time].frames for time in times], dim=1)
         result = self.frame_processor.crop(result, prev.size)  # [B,F,3,H,W]
         result = self.frame_processor.postprocess(result, output_type)
         self.maybe_free_model_hooks()
@@ -640,7 +674,7 @@ class MADiffPipeline(DiffusionPipeline):
         hint_policy: str,
         hint_interval: int,
         generator: Optional[Union[torch.Generator, List[torch.Generator]]],
-        noise: Optional[torch.Tensor],
+        noise: List[Optional[torch.Tensor]],
         force_not_quantize: bool,
         callback: Optional[Callable],
         callback_inputs: Sequence[str],
@@ -689,11 +723,11 @@ class MADiffPipeline(DiffusionPipeline):
 
         # 3. Noise, at the end of the schedule.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if noise is None:
-            shape = (batch_size, condition.shape[1] // 2, *condition.shape[-2:])
-            drawn = [randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) for _ in times]
-        else:
-            drawn = list(noise.unbind(dim=1))
+        shape = (batch_size, condition.shape[1] // 2, *condition.shape[-2:])
+        drawn = [
+            randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if given is None else given
+            for given in noise
+        ]
         clean_latents = noise = torch.cat(drawn)
         latents = noise * self.scheduler.init_noise_sigma  # [TB,C,h,w]
         step_kwargs, unet_kwargs = {}, {}

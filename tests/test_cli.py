@@ -75,7 +75,8 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, frames, tmp_path, cap
         ((prev, next_, "-o", tmp_path / "no" / "out.png", *known), "no such folder"),
         ((prev, next_, "-o", tmp_path, *known), "image format"),
         ((prev, next_, "-o", tmp_path / "out.xyz", *known), "out.xyz"),
-        ((prev, next_, "-o", out, *known, "--num-frames", 2), "`num_frames` must be 1, 3, 7"),
+        ((prev, next_, "-o", out, *known, "--num-frames", 0), "`num_frames` must be a positive integer"),
+        ((prev, next_, "-o", out, *known, "--times", "1/4", 1), "`times` must be a list of numbers between 0 and 1"),
         ((prev, next_, "-o", out, *known, "--steps", 0), "`num_inference_steps`"),
         ((prev, next_, "-o", out, *known, "--device", "warp9"), "--device 'warp9'"),
         ((prev, next_, "-o", out, *known, "--device", "hpu"), "--device 'hpu'"),  # known to torch, but not in its build
@@ -96,7 +97,7 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["interpolate", "--help"])
     printed = capsys.readouterr().out
-    for option in ("PREV", "NEXT", "--output", "--num-frames", "--steps", "--seed", "--checkpoint", "--device", "--dtype"):
+    for option in ("PREV", "NEXT", "--output", "--num-frames", "--times", "--steps", "--seed", "--checkpoint", "--device", "--dtype"):
         assert option in printed
 
 

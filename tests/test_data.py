@@ -312,17 +312,25 @@ def test_samples_follow_from_seed_and_number(clips):
     assert not torch.equal(first[7]["frame_mid"], clip_samples(clips, seed=1, random_motion_share=0.5)[7]["frame_mid"])
 
 
-def test_more_frames_and_their_times(clips):
-    samples = clip_samples(clips, TripletMaker(frames=5, any_time=True), gaps=(1.0,))
-    times = set()
+def test_instants_of_longer_windows(clips):
+    half_way, samples = clip_samples(clips, TripletMaker(5), gaps=(1.0,)), clip_samples(clips, TripletMaker(5, any_time=1.0), gaps=(1.0,))
+    times, seen = set(), []
     for i in range(20):
         sample = samples[i]
-        place = sample["time"].item() * 4
-        times.add(place)
-        assert sample["frames"].shape == (5, 3, 32, 32)
-        assert torch.equal(sample["frames"][int(place)], sample["frame_mid"])
-        assert torch.equal(sample["frames"][-1], sample["frame_next"])
-    assert times == {1.0, 2.0, 3.0}
+        times.add(sample["time"].item())
+        assert half_way[i]["time"] == 0.5 and half_way[i]["frame_mid"].shape == sample["frame_mid"].shape == (3, 32, 32)
+        # The nearer neighbour in time differs less from the middle frame.
+        to_prev, to_next = ((sample["frame_mid"] - sample[name]).abs().mean() for name in ("frame_prev", "frame_next"))
+        seen.append((sample["time"] < 0.5) == (to_prev < to_next) or sample["time"] == 0.5)
+    assert times == {0.25, 0.5, 0.75} and sum(seen) >= 18
+    share = [clip_samples(clips, TripletMaker(5, any_time=0.5))[i]["time"].item() != 0.5 for i in range(60)]
+    assert 10 <= sum(share) <= 30, "half of the samples, of which a third are half-way by chance"
+
+
+def test_scenes_are_rendered_at_any_instant(clips):
+    samples = clip_samples(clips, TripletMaker(any_time=1.0), random_motion_share=1.0)
+    times = [samples[i]["time"].item() for i in range(12)]
+    assert len(set(times)) == 12 and 0.1 <= min(times) < 0.4 and 0.6 < max(times) <= 0.9
 
 
 def test_augmentation_turns_mirrors_reverses_and_recolours_all_frames_alike():

@@ -23,12 +23,12 @@ def shipped() -> MADiffPipeline:
 
 
 def pan() -> list:
-    return [np.ascontiguousarray(photograph()[150:246, 100 + PAN * i : 260 + PAN * i]) for i in range(FRAMES)]
+    return [np.ascontiguousarray(photograph()[150:278, 100 + PAN * i : 292 + PAN * i]) for i in range(FRAMES)]
 
 
 def steps(frames: list) -> np.ndarray:
-    """Pixels by which the picture moves from each frame to the next, by phase correlation."""
-    grey = [cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2GRAY).astype(np.float32) for frame in frames]
+    """Pixels by which the picture moves from each frame to the next, by phase correlation away from the edges, where it comes in."""
+    grey = [cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2GRAY).astype(np.float32)[16:-16, 24:-24] for frame in frames]
     window = cv2.createHanningWindow(grey[0].shape[::-1], cv2.CV_32F)
     return np.array([-cv2.phaseCorrelate(a, b, window)[0][0] for a, b in zip(grey, grey[1:])])
 

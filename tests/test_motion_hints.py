@@ -8,6 +8,7 @@ from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints,
 from madiff_diffusers.motion_hints import damp_hints, single_threaded_opencv
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import moving_picture
+from training.hints import start_hints
 
 
 def frames(*times: float, width: int = 128) -> list:
@@ -132,3 +133,13 @@ def test_unknown_or_impossible_sources_are_named():
         build_hint_source("sound")
     with pytest.raises(ValueError, match="`i2e` is None"):
         build_hint_source("events")
+
+
+def test_start_hints_of_a_batch_are_each_of_its_own_instant():
+    pictures = frames(-1, 1, 5)
+    prev, next_ = torch.cat([pictures[0], pictures[1], pictures[0]]), torch.cat([pictures[1], pictures[2], pictures[2]])
+    times = torch.tensor([0.25, 0.75, 0.25])
+    together = start_hints(FlowHints(), prev, next_, times)
+    for i, time in enumerate(times.tolist()):
+        for side, alone in zip(together, FlowHints().start(prev[i : i + 1], next_[i : i + 1], time)):
+            assert torch.equal(side[i : i + 1], alone)

@@ -73,6 +73,20 @@ def test_every_instant_is_made_straight_from_the_two_frames(pipeline, pair):
     assert torch.equal(backwards, four[:, [3, 0]]), "instants come in the order given"
 
 
+def test_quarters_can_be_middles_of_middles(pipeline, pair):
+    pair = tuple(frames[..., :48, :64] for frames in pair)  # which need no padding
+    noise = torch.randn(2, 3, 3, 6, 8, generator=torch.Generator().manual_seed(5))
+    three = run(pipeline, pair, num_frames=3, latents=noise, recursive=True)
+    middle = run(pipeline, pair, latents=noise[:, 1])
+    assert torch.equal(three[:, 1:2], middle)
+    quarter = run(pipeline, (pair[0], middle[:, 0]), latents=noise[:, 0])
+    assert torch.allclose(three[:, :1], quarter, atol=1e-5)
+    assert torch.equal(three[:, :1], run(pipeline, pair, times=[0.25, 0.5], latents=noise[:, :2], recursive=True)[:, :1])
+    thirds = {"num_frames": 2, "latents": noise[:, :2]}
+    assert torch.equal(run(pipeline, pair, recursive=True, **thirds), run(pipeline, pair, **thirds)), "others are made straight"
+    assert run(pipeline, pair, times=[0.375], recursive=True).shape == (2, 1, 3, 48, 64)
+
+
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_frames_in_a_batch_are_what_they_are_one_by_one(pipeline, pair, scheduler):
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)

@@ -651,3 +651,18 @@ def test_every_parameter_of_the_denoiser_receives_a_gradient(config):
     model(sample, torch.tensor([3, 900])).sample.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
+
+
+def test_every_stage_can_be_told_the_instant(clips, tmp_path):
+    config = load_config("tiny")
+    config["hint_source"], config["vqvae"]["hint_channels"], config["unet"]["in_channels"] = "flow", 2, 13
+    config["vqvae"]["time_conditioned"], config["unet"]["class_embed_type"] = True, "timestep"
+    (tmp_path / "timed.yaml").write_text(yaml.safe_dump(config))
+    instants = ["--config", str(tmp_path / "timed.yaml"), "--any_time", "1", "--window", "5", "--steps", "2", "--validation", ""]
+    for stage in ("vqvae", "unet"):
+        given = ["--vqvae", str(tmp_path / "vqvae" / "vqvae")] if stage == "unet" else []
+        succeed([sys.executable, "-m", f"training.{STAGES[stage]}", "--data", str(clips), "--output", str(tmp_path / stage), *given, *instants])
+    pipeline = MADiffPipeline.from_pretrained(tmp_path / "unet" / "pipeline")
+    assert pipeline.vqvae.config.time_conditioned and pipeline.unet.config.class_embed_type == "timestep"
+    early, late = (pipeline(*[moving_picture(t) for t in (0, 4)], times=[time], output_type="np", generator=torch.Generator().manual_seed(0)).frames for time in (0.2, 0.8))
+    assert not np.array_equal(early, late)

@@ -426,30 +426,33 @@ class Augmentation:
 
 @dataclass
 class TripletMaker:
-    """`{"frame_prev", "frame_mid", "frame_next"}`, each `(3, H, W)` float32 in [-1, 1], and `"time"`, the place of the
-    middle frame between the others, 0.5 in the middle. With more than three `frames` there is `"frames"` too,
-    `(frames, 3, H, W)`, and with `any_time` the middle frame is any of those between."""
+    """`{"frame_prev", "frame_mid", "frame_next"}`, each `(3, H, W)` float32 in [-1, 1], and `"time"`, the instant of the
+    middle frame between the others, 0.5 half-way.
+
+    Args:
+        frames: of a window, an odd number; its first and last are the neighbours.
+        any_time: share of samples whose middle frame is any of those between, or, of a moving scene, at any instant in
+            [0.1, 0.9]; that of the others is half-way.
+    """
 
     frames: int = 3
-    any_time: bool = False
+    any_time: float = 0.0
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> Sample:
-        tensors = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-        mid = int(rng.integers(1, len(frames) - 1)) if self.any_time else len(frames) // 2
-        sample = {
-            "frame_prev": tensors[0],
-            "frame_mid": tensors[mid],
-            "frame_next": tensors[-1],
-            "time": torch.tensor(mid / (len(frames) - 1)),
-        }
-        if self.frames > 3:
-            sample["frames"] = tensors
-        return sample
+        mid = len(frames) // 2
+        if self.any_time and rng.random() < self.any_time:
+            mid = int(rng.integers(1, len(frames) - 1))
+        return self._sample(frames[[0, mid, -1]], mid / (len(frames) - 1))
 
     def from_scene(self, scene: MovingScene, rng: np.random.Generator) -> Sample:
         exposure = float(rng.uniform(0, 0.8)) if rng.random() < 0.5 else 0.0  # half of all cameras are fast enough
-        times = np.linspace(-1, 1, self.frames)
-        return self(np.stack([scene.render(time, exposure) for time in times]), rng)
+        time = float(rng.uniform(0.1, 0.9)) if self.any_time and rng.random() < self.any_time else 0.5
+        return self._sample(np.stack([scene.render(moment, exposure) for moment in (-1, 2 * time - 1, 1)]), time)
+
+    @staticmethod
+    def _sample(frames: np.ndarray, time: float) -> Sample:
+        tensors = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return {"frame_prev": tensors[0], "frame_mid": tensors[1], "frame_next": tensors[2], "time": torch.tensor(time)}
 
 
 @dataclass

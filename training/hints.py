@@ -40,8 +40,8 @@ def draw_hints(
     Sampling never sees the true middle frame. A guess is made as it makes one: decoded from latents of any quality with
     start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave, `damped` or not.
     """
-    prev, mid, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
-    hints_prev, hints_next = source.start(prev, next_)
+    prev, mid, next_, time = batch["frame_prev"], batch["frame_mid"], batch["frame_next"], batch["time"]
+    hints_prev, hints_next = start_hints(source, prev, next_, time)
     # Counts are drawn rather than each sample's fate, so that a batch comes in two sizes at most: for convolutions,
     # every new size is a new kernel to be made.
     order = torch.randperm(len(mid), generator=generator).to(mid.device)
@@ -54,7 +54,7 @@ def draw_hints(
     for number in range(1, 1 + (rounds if len(chosen) else 0)):
         noise = latent_noise(model, mid[chosen], 1.0, generator)
         guess = model(
-            mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise
+            mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise, time=time[chosen]
         ).sample.clamp(-1, 1)
         refined = source.from_guess(prev[chosen], guess, next_[chosen])
         if damped:
@@ -63,6 +63,20 @@ def draw_hints(
     chosen = order[guessed : guessed + true]
     if len(chosen):
         hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], mid[chosen], next_[chosen])
+    return hints_prev, hints_next
+
+
+def start_hints(source: HintSource, prev: torch.Tensor, next_: torch.Tensor, time: torch.Tensor) -> HintPair:
+    """Start hints of a batch whose samples are at instants `time` `(B,)`, each its own."""
+    instants = time.tolist()
+    if len(set(instants)) == 1:
+        return source.start(prev, next_, instants[0])
+    parts = {}
+    for instant in sorted(set(instants)):
+        chosen = [i for i, other in enumerate(instants) if other == instant]
+        for i, *pair in zip(chosen, *source.start(prev[chosen], next_[chosen], instant)):
+            parts[i] = pair
+    hints_prev, hints_next = (torch.stack(side) for side in zip(*(parts[i] for i in range(len(instants)))))
     return hints_prev, hints_next
 
 

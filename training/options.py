@@ -95,6 +95,8 @@ class RunOptions:
     # data
     crop: int = option(128, "side of the training crops, pixels", least=1)
     gaps: Tuple[float, ...] = option((0.5, 0.3, 0.2), "chances of 1, 2, 3 … source frames between two frames of a sample", least=0)
+    any_time: float = option(0.0, "share of samples whose middle frame is at any instant between the others; that of the rest is half-way", least=0, most=1)
+    window: int = option(3, "frames of clips that a sample spans, an odd number; more give more instants, and wider motion", least=3)
     candidates: int = option(2, "crops drawn per sample, of which the one that changes most is kept", least=1)
     colour_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation, one for a sample", least=0, most=1)
     random_motion_share: float = option(0.0, "share of samples composed of frames of the data in random, known motion", least=0, most=1)
@@ -250,6 +252,8 @@ def _check_values(options: RunOptions) -> None:
         value, allowed = getattr(options, field.name), field.metadata["allowed"]
         if str(allowed) and value not in allowed:
             raise ValueError(f"--{field.name} must be {allowed}, but is {_shown(value)}")
+    if options.window % 2 == 0:
+        raise ValueError(f"--window must be an odd number, so that a frame is half-way, but is {options.window}")
     if sum(options.gaps) == 0:
         raise ValueError(f"--gaps must be chances, not all of them zero, but is {_shown(options.gaps)}")
     if options.lpips_net == "none" and getattr(options, "lpips_weight", 0) > 0:

@@ -67,7 +67,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         return MADiffPipeline(**parts, hint_source=config["hint_source"], **config["pipeline"])
 
     # 2. data, validation, export
-    data = build_samples(options, TripletMaker())
+    data = build_samples(options, TripletMaker(options.window, options.any_time))
 
     def export(folder: Path) -> None:
         state = run.weights()
@@ -126,7 +126,8 @@ def main(argv: Optional[List[str]] = None) -> None:
 
         with run.accumulate(unet):
             inputs = torch.cat([noisy, prev, next_, *hints], dim=1).to(bare_unet.dtype)
-            prediction = unet(inputs, timesteps, return_dict=False)[0]
+            told = {"class_labels": 1000 * batch["time"]} if bare_unet.config.class_embed_type == "timestep" else {}
+            prediction = unet(inputs, timesteps, return_dict=False, **told)[0]
             loss = F.mse_loss(prediction.float(), target.float())
             run.backward(loss)
             run.update(unet, optimizer)

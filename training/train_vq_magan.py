@@ -196,7 +196,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     run.register(codes)
 
     # 2. data, validation, export
-    data = build_samples(options, TripletMaker())
+    data = build_samples(options, TripletMaker(options.window, options.any_time))
     measured = first_frames(data) if run.accelerator.is_main_process else None
 
     def export(folder: Path) -> None:
@@ -232,7 +232,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         step, generator = run.progress.step, run.generator()
         # Networks run fastest where frames and hints come in the layout of their weights.
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        batch = {name: value.contiguous(memory_format=layout) for name, value in batch.items() if value.ndim == 4}
+        batch = {name: value.contiguous(memory_format=layout) if value.ndim == 4 else value for name, value in batch.items()}
         prev, truth, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
         with torch.no_grad():
             shares = (options.hint_probability, options.guess_share, options.guess_rounds, damped)
@@ -243,7 +243,7 @@ def main(argv: Optional[List[str]] = None) -> None:
 
         with run.accumulate(model, *([adversary.network] if adversary else [])):
             # 3.1 autoencoder
-            decoded = model(truth, prev, next_, *hints, noise)
+            decoded = model(truth, prev, next_, *hints, noise, time=batch["time"])
             zero = torch.zeros((), device=device)
             l1 = softened_l1(decoded.sample, truth, options.l1_epsilon)
             perceptual = zero

@@ -23,6 +23,9 @@ FRAME_BYTES = 250  # for each pixel: frames that wait to be used or encoded, and
 WHOLE_BYTES = 450  # for each pixel, with tiles: motion hints and features of the whole frame
 
 
+MOST_TOGETHER = 7  # frames between two that are held at once
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made inside it, and the most of them that were there at once."""
 
@@ -80,15 +83,19 @@ class FrameMaker:
         Yields:
             `(H, W, 3)` float32 RGB in [0, 1].
         """
-        for first in range(0, len(times), self._frames_per_batch):
-            chosen = list(times[first : first + self._frames_per_batch])
+        # What is made as middles of middles is asked for together; of more, held at once, the memory would not do.
+        recursive = self._pipeline.config.default_recursive and len(times) <= MOST_TOGETHER
+        at_once = len(times) if recursive else self._frames_per_batch
+        for first in range(0, len(times), at_once or 1):
+            chosen = list(times[first : first + at_once])
             encoded = prev.encoded(self._pipeline), next_.encoded(self._pipeline)
             generator = torch.Generator().manual_seed(self._seed)
             noise = torch.randn(1, 1, *encoded[0].latents.shape[1:], generator=generator)
             made = self._pipeline(
                 *encoded,
                 times=chosen,
-                frames_per_batch=len(chosen),
+                frames_per_batch=self._frames_per_batch,
+                recursive=recursive,
                 num_inference_steps=self._steps,
                 generator=generator,
                 latents=noise.expand(1, len(chosen), -1, -1, -1),
