@@ -645,7 +645,7 @@ class MADiffPipeline(DiffusionPipeline):
         """Encode those that are not encoded yet, together."""
         left = [each for each in neighbours if each.latents is None]
         if left:
-            frames = torch.cat([each.frames for each in left]).to(self.vqvae.dtype)
+            frames = torch.cat([each.frames for each in left])
 
             def encode(frames: torch.Tensor) -> List[torch.Tensor]:
                 encoded = self.vqvae.encode(frames)

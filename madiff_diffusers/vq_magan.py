@@ -405,22 +405,23 @@ class FrameHead(nn.Module):
         hidden_states = self.act(self.conv_norm(hidden_states))
         if self.compare_warps:
             hidden_states = torch.cat([hidden_states, *warped.chunk(2)], dim=1)
-        pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride)
+        pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride).to(frames.dtype)
         if not self.warp_frames:
             return pixels, None, None
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
         logits = pixels[:, 4:5]
-        gate = torch.sigmoid(logits if log_odds is None else logits + log_odds)
+        gate = torch.sigmoid(logits if log_odds is None else logits + log_odds.to(frames.dtype))
         warped_prev, warped_next = warp(frames, offsets).chunk(2)  # [B,3,H,W]
         image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
         if self.refine is not None:
-            image = image + self.refine(torch.cat([warped_prev, warped_next, image, gate], dim=1))
+            seen = torch.cat([warped_prev, warped_next, image, gate], dim=1).to(hidden_states.dtype)
+            image = image + self.refine(seen).to(frames.dtype)
         if self.still_threshold > 0:
             prev, next_ = frames.chunk(2)
             difference = (prev - next_).abs().amax(dim=1, keepdim=True)
             difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
             moving = (difference / self.still_threshold).clamp(max=1)
-            share = 0.5 if log_odds is None else torch.sigmoid(log_odds)
+            share = 0.5 if log_odds is None else torch.sigmoid(log_odds.to(frames.dtype))
             image = moving * image + (1 - moving) * (share * prev + (1 - share) * next_)
         return image, offsets, gate
 
@@ -709,7 +710,8 @@ class VQMAGANModel(VQModel):
     ) -> Union[VQMAGANEncoderOutput, Tuple[torch.Tensor, Tuple[torch.Tensor, ...]]]:
         """
         Args:
-            x (`torch.Tensor` of shape `(B, 3, H, W)`): frames in `[-1, 1]`; H and W multiples of `downsample_factor`.
+            x (`torch.Tensor` of shape `(B, 3, H, W)`): frames in `[-1, 1]`; H and W multiples of `downsample_factor`. Give them
+                in float32 in half precision too: the last warp blends the frames themselves, in their own dtype.
 
         Returns:
             [`VQMAGANEncoderOutput`]: latents before quantisation, and the feature pyramid.
@@ -719,7 +721,7 @@ class VQMAGANModel(VQModel):
                 f"`x` must have a height and width that are multiples of {self.downsample_factor}, "
                 f"but is {x.shape[-2]}x{x.shape[-1]}."
             )
-        latents, features = self.encoder(x)
+        latents, features = self.encoder(x.to(self.dtype))
         latents = self.quant_conv(latents)
         features = (x, *features)
         if not return_dict:

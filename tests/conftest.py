@@ -6,6 +6,9 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+# Before torch and OpenCV start their threads: tests run in as many processes as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import tests.local_hub  # noqa: F401, before anything that imports the Hub's client
 
 import cv2
