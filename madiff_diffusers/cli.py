@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Iterator, List, Optional
 
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="float32",
         choices=DTYPES,
         metavar="T",
-        help="float32, float16 or bfloat16 (default: float32)",
+        help="float32, float16, bfloat16, or auto: the fastest that the device computes in by itself (default: float32)",
     )
     interpolate.set_defaults(run=run_interpolate)
 
@@ -236,7 +236,7 @@ def run_interpolate(args: argparse.Namespace) -> None:
 
     import torch
 
-    pipeline = load_pipeline(checkpoint_folder(args.checkpoint), args.device, getattr(torch, args.dtype))
+    pipeline = load_pipeline(checkpoint_folder(args.checkpoint), args.device, chosen_dtype(args))
     try:
         frames = pipeline(
             frame_prev,
@@ -278,7 +278,7 @@ def run_video(args: argparse.Namespace) -> None:
     try:
         VideoOptions(**options).checked()
         batch = video_batch(Path(args.input), Path(args.output))
-        pipeline = load_pipeline(checkpoint_folder(args.checkpoint), str(own_device(state, usable_device(args.device))), getattr(torch, args.dtype))
+        pipeline = load_pipeline(checkpoint_folder(args.checkpoint), str(own_device(state, usable_device(args.device))), chosen_dtype(args))
     except ValueError as error:
         raise CommandError(error) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -378,7 +378,7 @@ class EvaluationCommand:
         device = usable_device(args.device)
         self.state = this_process(device)
         self.device = own_device(self.state, device)
-        self.dtype = getattr(torch, args.dtype)
+        self.dtype = chosen_dtype(args)
         quantised = False if args.no_quantise else None
         self.settings = Settings(args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised)
         self.scorer = Scorer(
@@ -504,6 +504,14 @@ def checkpoint_folder(checkpoint: str) -> Path:
         return Path(download_repository(checkpoint))
     except (OSError, ValueError) as error:
         raise CommandError(f"--checkpoint {checkpoint!r} is no folder, and no repository of the Hub that can be had: {error}") from error
+
+
+def chosen_dtype(args: argparse.Namespace) -> "torch.dtype":  # noqa: F821
+    import torch
+
+    from .precision import fastest_dtype
+
+    return fastest_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
 def load_pipeline(folder: Path, device: str, dtype: "torch.dtype") -> "MADiffPipeline":  # noqa: F821

@@ -17,6 +17,7 @@ from typing import Iterator, List, Optional, Protocol, Sequence, Tuple
 import cv2  # of opencv-python-headless
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from .tiling import Tiling
@@ -75,20 +76,26 @@ class EventHints:
     Args:
         i2e: the model.
         tiling: runs it by tiles, which frames must then be multiples of.
+        scale: the model sees frames this many times smaller, whose events are then spread over as many pixels.
     """
 
-    def __init__(self, i2e: torch.nn.Module, tiling: Optional[Tiling] = None):
-        self.i2e, self.tiling = i2e, tiling
+    def __init__(self, i2e: torch.nn.Module, tiling: Optional[Tiling] = None, scale: int = 1):
+        self.i2e, self.tiling, self.scale = i2e, tiling, scale
         self.hint_channels = 2 * i2e.config.num_bins
 
     def _events(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> HintPair:
         first, second = to_grey(torch.cat(list(first))), to_grey(torch.cat(list(second)))
+        if self.scale > 1:
+            first, second = F.avg_pool2d(first, self.scale), F.avg_pool2d(second, self.scale)
         pair = first.to(self.i2e.dtype), second.to(self.i2e.dtype)
         if self.tiling is None:
             events = self.i2e(*pair).events
         else:
             (events,) = self.tiling(lambda first, second: [self.i2e(first, second).events], pair, *first.shape[-2:])
-        hints_prev, hints_next = events.float().chunk(2)
+        events = events.float()
+        if self.scale > 1:
+            events = F.interpolate(events, scale_factor=float(self.scale), mode="nearest")
+        hints_prev, hints_next = events.chunk(2)
         return hints_prev, hints_next
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
@@ -120,7 +127,7 @@ class FlowHints:
     A backward flow is the very offset that a warp needs. Runs on the CPU wherever the frames are, in threads.
 
     Args:
-        fine: search at full resolution and with patches closer together, some five times the work; and start from the
+        fine: search at full resolution and with patches closer together, some three times the work; and start from the
             flow that passes each pixel at the instant, instead of the flow that begins there in a neighbour.
     """
 
@@ -142,7 +149,7 @@ class FlowHints:
             dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
             if self.fine:
                 dis.setFinestScale(0)
-                dis.setPatchStride(2)
+                dis.setPatchStride(3)
             return dis.calc(pair[0], pair[1], None)
 
         # Parallelism comes from the pairs, as many at once as fit; a frame alone may take more.
@@ -234,8 +241,11 @@ def damp_hints(hints: HintPair, refined: HintPair, number: int) -> HintPair:
     return hints_prev, hints_next
 
 
-def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None, tiling: Optional[Tiling] = None) -> HintSource:
-    """The hint source of a name in `HINT_SOURCES`; flow stands last in a stack, where decoders look for offsets. `tiling` is for `i2e`.
+def build_hint_source(
+    name: str, i2e: Optional[torch.nn.Module] = None, tiling: Optional[Tiling] = None, event_scale: int = 1
+) -> HintSource:
+    """The hint source of a name in `HINT_SOURCES`; flow stands last in a stack, where decoders look for offsets. `tiling` and
+    `event_scale` are for `i2e`; see `EventHints`.
 
     Raises:
         ValueError: if the name is unknown, or events are asked for without an `i2e` model.
@@ -244,6 +254,6 @@ def build_hint_source(name: str, i2e: Optional[torch.nn.Module] = None, tiling: 
         raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, but is {name!r}.")
     if "events" in name and i2e is None:
         raise ValueError(f"`hint_source={name!r}` needs an `i2e` model, but `i2e` is None.")
-    sources = {"events": lambda: EventHints(i2e, tiling), "flow": FlowHints, "fine_flow": lambda: FlowHints(fine=True)}
+    sources = {"events": lambda: EventHints(i2e, tiling, event_scale), "flow": FlowHints, "fine_flow": lambda: FlowHints(fine=True)}
     stack = [sources[part]() for part in name.split("+")]
     return stack[0] if len(stack) == 1 else StackedHints(stack)

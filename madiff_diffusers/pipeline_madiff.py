@@ -35,6 +35,7 @@ if _missing:
 from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
 from .motion_hints import HintPair, HintSource, build_hint_source, damp_hints  # noqa: E402
+from .precision import fastest_dtype  # noqa: E402
 from .tiling import Tiling  # noqa: E402
 
 HINT_POLICIES = ("sampling", "damped", "start", "neighbours", "none")
@@ -123,6 +124,7 @@ class MADiffPipeline(DiffusionPipeline):
         default_hint_policy (`str`): what `hint_policy=None` stands for; `"sampling"` is the paper's.
         guess_scale (`int`): guesses of the frame, and the hints from them, are made of frames this many times smaller (1, 2, 4 or 8);
             only the result is decoded at full size. 1 is the paper's.
+        event_scale (`int`): event hints are extracted from frames this many times smaller (1, 2, 4 or 8); 1 is the paper's.
         default_recursive (`bool`): what `recursive=None` stands for.
     """
 
@@ -145,11 +147,13 @@ class MADiffPipeline(DiffusionPipeline):
         default_hint_interval: int = 1,
         default_hint_policy: str = "sampling",
         guess_scale: int = 1,
+        event_scale: int = 1,
         default_recursive: bool = False,
     ):
         super().__init__()
-        if guess_scale not in (1, 2, 4, 8):
-            raise ValueError(f"`guess_scale` must be 1, 2, 4 or 8, but is {guess_scale!r}.")
+        for name, scale in (("guess_scale", guess_scale), ("event_scale", event_scale)):
+            if scale not in (1, 2, 4, 8):
+                raise ValueError(f"`{name}` must be 1, 2, 4 or 8, but is {scale!r}.")
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e)
         self.register_to_config(
             hint_source=hint_source,
@@ -157,6 +161,7 @@ class MADiffPipeline(DiffusionPipeline):
             default_hint_interval=default_hint_interval,
             default_hint_policy=default_hint_policy,
             guess_scale=guess_scale,
+            event_scale=event_scale,
             default_recursive=default_recursive,
         )
         for network in (vqvae, unet, i2e):
@@ -184,6 +189,9 @@ class MADiffPipeline(DiffusionPipeline):
         As [`~DiffusionPipeline.from_pretrained`], from safetensors alone. The names of the package's own checkpoints load without a
         network, unless a folder has that name. Code that lies beside the weights is not run: this package's takes its place.
 
+        `dtype="auto"` loads the weights in the dtype that is fastest where they will run (`fastest_dtype`): on a CUDA GPU
+        if there is one, else on the CPU.
+
         Raises:
             ValueError: for `use_safetensors=False`, an index that names other files, or, without `trust_remote_code=True`, code that
                 is not this package's.
@@ -191,6 +199,9 @@ class MADiffPipeline(DiffusionPipeline):
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
+        for name in ("torch_dtype", "dtype"):
+            if kwargs.get(name) == "auto":
+                kwargs[name] = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
         name, repository = str(pretrained_model_name_or_path), None
         folder = Path(name)
         if not folder.is_dir():
@@ -402,7 +413,7 @@ class MADiffPipeline(DiffusionPipeline):
         """Where motion hints come from: `hint_source` with the current `i2e`, unless another source was assigned here."""
         if self._hints is not None:
             return self._hints
-        parts = (self.config.hint_source, self.i2e, self.tiling)
+        parts = (self.config.hint_source, self.i2e, self.tiling, self.config.event_scale)
         if self._built_hints is None or any(old is not new for old, new in zip(self._built_hints[0], parts)):
             self._built_hints = parts, build_hint_source(*parts)
         return self._built_hints[1]

@@ -1,8 +1,10 @@
 """The checkpoint that comes with the package, `madiff-compact`, with its default settings."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from madiff_diffusers.evaluation.evaluate import evaluate
 from madiff_diffusers.evaluation.methods import MADiffMethod, checkpoint_digest
 from madiff_diffusers.evaluation.metrics import Scorer, psnr
 from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
+from madiff_diffusers.precision import fastest_dtype
 from tests.conftest import REPOSITORY, moving_picture
 
 EXAMPLES = REPOSITORY / "examples"
@@ -44,6 +47,25 @@ def test_loads_without_a_network(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_half_precision_makes_the_same_frames(compact):
+    """What `dtype="auto"` may choose, where bfloat16 is native."""
+    prev, next_ = (np.array(Image.open(EXAMPLES / f"{name}.png")) for name in ("prev", "next"))
+    half = MADiffPipeline.from_pretrained("madiff-compact", dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    made, expected = (pipe(prev, next_, generator=seeded(), output_type="np").frames for pipe in (half, compact))
+    assert 0 < np.abs(made - expected).mean() <= 0.5 / 255
+
+
+def test_auto_is_half_precision_where_the_device_computes_in_it(compact):
+    auto = MADiffPipeline.from_pretrained("madiff-compact", dtype="auto")
+    assert auto.vqvae.dtype == auto.unet.dtype == fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    flags = Path("/proc/cpuinfo")
+    if flags.is_file() and platform.machine() == "x86_64":
+        native = {"amx_bf16", "avx512_bf16"} & set(flags.read_text().split())
+        assert (fastest_dtype("cpu") == torch.bfloat16) == bool(native)
+    assert fastest_dtype("mps") == torch.float32
 
 
 def test_example_frames_come_out_better_than_their_average(compact):
