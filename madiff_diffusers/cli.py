@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="float32, float16 or bfloat16 (default: float32)",
     )
+    interpolate.add_argument("--overwrite", action="store_true", help="replace OUT if it is there; PREV and NEXT never are")
     interpolate.set_defaults(run=run_interpolate)
 
     video = commands.add_parser(
@@ -234,9 +235,18 @@ def run_interpolate(args: argparse.Namespace) -> None:
         sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frame_prev, frame_next)]
         raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
 
+    paths = [output]
+    if args.num_frames > 1:
+        paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, args.num_frames + 1)]
+    try:
+        check_outputs([(path, args.overwrite) for path in paths], [args.prev, args.next], "; --overwrite replaces it")
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+
     import torch
 
     pipeline = load_pipeline(checkpoint_folder(args.checkpoint), args.device, getattr(torch, args.dtype))
+    pipeline.set_progress_bar_config(disable=None)  # but on a terminal
     try:
         frames = pipeline(
             frame_prev,
@@ -248,15 +258,11 @@ def run_interpolate(args: argparse.Namespace) -> None:
         ).frames[0]
     except (ValueError, torch.OutOfMemoryError) as error:
         raise CommandError(error) from error
-    if len(frames) == 1:
-        paths = [output]
-    else:
-        paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, len(frames) + 1)]
     try:
         for path, frame in zip(paths, frames):
             write_image(frame, path, prev.profile, prev.resolution)
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {error}") from error
+        raise CommandError(error) from error
     if prev.profile != next_.profile:
         notes.append("PREV and NEXT have different colour profiles; the result has that of PREV, or none")
     for note in notes:

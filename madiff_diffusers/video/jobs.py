@@ -24,13 +24,13 @@ from ..pipeline_madiff import MADiffPipeline
 from ..properties import lost
 from ..scene_cuts import cuts_of_changes
 from .assembling import assemble
-from .colour import ColourPath, chroma_of, is_rgb
+from .colour import ColourPath, ColourTags, chroma_of, is_rgb
 from .found import found_in_video
 from .frame_times import ShownFrame, Timeline
 from .middles import FrameMaker, Neighbour, tile_pixels_for
 from .options import VideoOptions
 from .reading import Source, VideoError, analyse, reason
-from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, source_tags, write_json
+from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, told_tags, write_json
 
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
@@ -108,7 +108,7 @@ class VideoJob:
         self.encoding = choose_encoding(
             self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset
         )
-        self.colour = ColourPath(source_tags(self.analysis), self.analysis.size[0])
+        self._colours: Dict[ColourTags, ColourPath] = {}
         self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
         self.parts = self._parts()
         self.folder = self.output.with_name(self.output.name + ".parts")
@@ -252,10 +252,17 @@ class VideoJob:
         places, last = {kept[place]: place for place in needed}, kept[max(needed)]
         for index, (_, frame) in enumerate(self.source.frames(self.options.skip_damage)):
             if index in places:
-                yield places[index], self.colour.to_rgb(frame, self.analysis.size)
+                yield places[index], self._to_rgb(frame)
             if index == last:
                 return
         raise VideoError(f"{self.source.path} has changed: it ends before frame {last + 1}")
+
+    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """By what the frame tells of itself: others before it may have told something else."""
+        tags = told_tags(ColourTags.of(frame), frame.format.name)
+        if tags not in self._colours:
+            self._colours[tags] = ColourPath(tags, frame.height)
+        return self._colours[tags].to_rgb(frame)
 
     def _frames_of(
         self, place: int, shown: List[ShownFrame], supply: "_Supply", maker: FrameMaker
