@@ -215,6 +215,7 @@ def parse_instant(text: str) -> Fraction:
 def run_interpolate(args: argparse.Namespace) -> None:
     from .image_io import image_format, open_image, write_image
     from .image_processor import rgb_of_image
+    from .outputs import check_outputs
     from .properties import lost
 
     # What can be wrong with the files is found before a model is loaded.
@@ -273,9 +274,10 @@ def run_interpolate(args: argparse.Namespace) -> None:
 def run_video(args: argparse.Namespace) -> None:
     import torch
 
+    from .outputs import check_outputs
     from .processes import own_device, this_process
     from .video.batches import video_batch
-    from .video.jobs import interpolate_video
+    from .video.jobs import interpolate_video, make_video, outputs_of
     from .video.options import VideoOptions
 
     # What is not given has its default there.
@@ -283,25 +285,34 @@ def run_video(args: argparse.Namespace) -> None:
     state = this_process(usable_device(args.device))
     try:
         VideoOptions(**options).checked()
-        batch = video_batch(Path(args.input), Path(args.output))
+        batch, is_folder, left_out = video_batch(Path(args.input), Path(args.output))
+        if is_folder:
+            # With --resume, those that are there are done.
+            written = [each for _, output in batch for each in outputs_of(output, args.resume, args.overwrite or args.resume, args.keep_partial)]
+            written += [] if args.preview is None else [(Path(args.preview), args.overwrite or args.resume)]
+            check_outputs(written, [path for path in Path(args.input).iterdir() if path.is_file()], "; --overwrite replaces it, --resume leaves it")
+            state.wait_for_everyone()  # one that looks later would find what others have made
+            Path(args.output).mkdir(parents=True, exist_ok=True)
         pipeline = load_pipeline(checkpoint_folder(args.checkpoint), str(own_device(state, usable_device(args.device))), getattr(torch, args.dtype))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CommandError(error) from error
     pipeline.set_progress_bar_config(disable=True)
+    if left_out and state.is_main_process:
+        print(f"madiff: note: left out, for there is no video in them: {', '.join(path.name for path in left_out)}", file=sys.stderr)
     failed = []
     # Of a single video, each process makes some parts; of several, each makes some of the videos.
     for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
         if len(batch) > 1 and args.resume and output.exists() and not args.overwrite:
             continue
         try:
-            result = interpolate_video(
+            result = (make_video if is_folder else interpolate_video)(
                 pipeline,
                 source,
                 output,
                 resume=args.resume,
                 overwrite=args.overwrite,
                 keep_partial=args.keep_partial,
-                preview=args.preview,
+                preview=None if args.preview is None else Path(args.preview),
                 processes=state if len(batch) == 1 else None,
                 **options,
             )
@@ -326,7 +337,9 @@ def run_video(args: argparse.Namespace) -> None:
 
 def what_is_kept(output: Path) -> str:
     """Of a video that could not be finished, for the end of a message."""
-    folder, partial = output.with_name(output.name + ".parts"), output.with_name(f"{output.stem}.partial{output.suffix}")
+    from .video.jobs import parts_folder, partial_path
+
+    folder, partial = parts_folder(output), partial_path(output)
     kept = f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""
     return f"{kept}; it can be watched in {partial}" if kept and partial.exists() else kept
 

@@ -10,6 +10,10 @@ PathLike = Union[str, "os.PathLike[str]"]
 Identity = Tuple[int, int]
 
 
+class UnwritableError(OSError):
+    """Says which file or folder cannot be written, and why."""
+
+
 def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathLike], hint: str = "") -> None:
     """
     Refuse to write where something would be lost, or nothing can be written.
@@ -25,7 +29,7 @@ def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathL
 
     Raises:
         ValueError: if one is read too, is there already but may not be, or is written twice.
-        OSError: if its folder cannot be written into.
+        UnwritableError: if its folder cannot be written into.
     """
     outputs = [(Path(path), may_be_there) for path, may_be_there in written]
     inputs: Dict[Identity, Path] = {}
@@ -76,8 +80,8 @@ def _identity(path: Path) -> Identity:
     return status.st_dev, status.st_ino
 
 
-def unwritable(path: PathLike, error: OSError) -> OSError:
+def unwritable(path: PathLike, error: OSError) -> UnwritableError:
     """An error that names a file or folder, of one that names none, or a temporary one. Its `errno` is the system's, if there is one."""
-    failure = OSError(f"cannot write {path}: {error.strerror or error}")
+    failure = UnwritableError(f"cannot write {path}: {error.strerror or error}")
     failure.errno = error.errno if error.errno in errno.errorcode else None  # FFmpeg has numbers of its own
     return failure

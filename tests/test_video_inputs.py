@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from madiff_diffusers import interpolate_video
+from madiff_diffusers.cli import main
 from madiff_diffusers.video.reading import Source, VideoError, analyse, image_frame
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, write_video
@@ -149,3 +150,63 @@ def test_too_many_pixels_are_refused_before_they_are_read(tmp_path):
     Image.new("1", (8193, 8192)).save(tmp_path / "large" / "0.png")
     with pytest.raises(VideoError, match="0.png must have at most 8192x8192 pixels, but has 8193x8192"):
         analyse(Source(tmp_path / "large"))
+
+
+def gif_times(path: Path) -> tuple:
+    """How long each frame of a GIF is shown, in milliseconds, and how often it is shown again; 0 for ever, None never."""
+    with Image.open(path) as image:
+        loop, durations = image.info.get("loop"), []
+        for number in range(image.n_frames):
+            image.seek(number)
+            durations.append(image.info["duration"])
+        return durations, loop
+
+
+@pytest.mark.parametrize("loop", [3, 0, None])
+def test_a_gif_keeps_its_whole_time_and_its_loops(pipeline, tmp_path, loop):
+    first, *others = pictures()
+    settings = {} if loop is None else {"loop": loop}
+    first.save(tmp_path / "in.gif", save_all=True, append_images=others, duration=[100, 100, 2000], **settings)
+    interpolate_video(pipeline, tmp_path / "in.gif", tmp_path / "out.gif", progress=False)
+    assert gif_times(tmp_path / "out.gif") == ([50, 50, 50, 50, 1000, 1000], loop)
+
+
+def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
+    source = write_video(tmp_path / "in.mkv", drifting(7), range(7), Fraction(1, 30))
+    for factor in (1, 2):
+        interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, overwrite=True, progress=False)
+        durations, loop = gif_times(tmp_path / "out.gif")
+        ends = np.cumsum(durations)
+        assert np.abs(ends - np.arange(1, len(ends) + 1) * 1000 / 30 / factor).max() <= 5 and loop == 0
+
+
+def test_a_folder_of_videos_by_any_name(checkpoint, tmp_path, capsys):
+    """Whatever FFmpeg opens is made, and what is left out is named."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, codec in (("a.mp4", "libx264"), ("b.flv", "flv1"), ("c.3gp", "libx264"), ("B.asf", "wmv2"), ("d.mkv", "libx264")):
+        write_video(folder / name, drifting(2), range(2), Fraction(1, 25), codec=codec)
+    (folder / "d.mkv").rename(folder / "nameless")
+    (folder / "notes.txt").write_text("\033[1mno video\033[0m\n" * 50)
+    (folder / "song.bin").write_bytes(b"no video")
+    Image.fromarray(moving_picture(0)).save(folder / "cover.jp2")
+    assert main(["video", str(folder), str(tmp_path / "out"), "--factor", "1", "--checkpoint", str(checkpoint)]) == 0
+    printed = capsys.readouterr()
+    assert "note: left out, for there is no video in them: cover.jp2, notes.txt, song.bin" in printed.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(["a.mp4", "b.flv.mp4", "B.asf.mp4", "c.mp4", "nameless.mp4"])
+
+
+def test_what_is_no_image_is_named(pipeline, tmp_path):
+    folder = folder_of(tmp_path / "frames", pictures())
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden").touch()
+    result = interpolate_video(pipeline, folder, tmp_path / "out.mkv", **LOSSLESS)
+    assert result.frames == 3 and result.notes == ["left out, for they are no images: notes.txt"]
+
+
+def test_progress_in_a_log_is_lines(pipeline, tmp_path, capfd):
+    folder = folder_of(tmp_path / "frames", pictures())
+    interpolate_video(pipeline, folder, tmp_path / "out.mkv", **{**LOSSLESS, "progress": True})
+    printed = capfd.readouterr().err
+    assert "\r" not in printed and len(printed.splitlines()) <= 6
+    assert "out.mkv: 3 of 3 frames" in printed.splitlines()[-1]

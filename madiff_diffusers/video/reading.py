@@ -55,7 +55,7 @@ class Source:
 
     def __init__(self, path: Union[str, Path], image_rate: Optional[Fraction] = None):
         self.path = Path(path)
-        self.images = find_images(self.path)
+        self.images, self.left_out = find_images(self.path)
         if self.images is None and not self.path.is_file():
             raise VideoError(f"there is no file {self.path}")
         if self.images is None and self.path.stat().st_size == 0:
@@ -69,6 +69,12 @@ class Source:
         self.end: Optional[int] = None
         self.damage: List[str] = []
         self.late = 0
+
+    def takes(self, path: Path) -> bool:
+        """Whether a file, if it were there, would be one of the images."""
+        if self.images is None or path.absolute().parent.resolve() != self.images[0].absolute().parent.resolve():
+            return False
+        return path.suffix.lower() in IMAGE_SUFFIXES and (self.path.is_dir() or _is_named(path.name, self.path.name))
 
     def open(self) -> av.container.InputContainer:
         """
@@ -462,25 +468,44 @@ def main_stream(container: av.container.InputContainer, path: Path) -> av.video.
     raise VideoError(f"{path} has no video")
 
 
-def find_images(path: Path) -> Optional[List[Path]]:
-    """The images that a folder or pattern stands for, in the order of the numbers in their names; None for a file.
+def find_images(path: Path) -> Tuple[Optional[List[Path]], List[Path]]:
+    """
+    The images that a folder or pattern stands for, in the order of the numbers in their names, None for a file; and files beside them
+    that are no images.
 
     Raises:
         VideoError: if there are none, or no such folder.
     """
     folder, pattern = (path, None) if path.is_dir() else (path.parent, path.name)
     if pattern is not None and (path.is_file() or not re.search(r"%\d*d|[*?]", pattern)):
-        return None
+        return None, []
     if not folder.is_dir():
         raise VideoError(f"there is no folder {folder}")
-    paths = [each for each in folder.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES and not each.name.startswith(".")]
-    if pattern is not None:
-        expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-        expression = re.sub(r"%(0?)(\d*)d", lambda match: rf"\d{{{match[2]}}}" if match[2] else r"\d+", expression)
-        paths = [each for each in paths if re.fullmatch(expression, each.name)]
-    if not paths:
+    named = [each for each in folder.iterdir() if not each.name.startswith(".") and each.is_file() and (pattern is None or _is_named(each.name, pattern))]
+    images = [each for each in named if each.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
         raise VideoError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}")
-    return sorted(paths, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)])
+    order = sorted(images, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)])
+    return order, sorted(set(named) - set(images))
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    """Whether a pattern with `%d`, `%05d`, `*` or `?` stands for a name."""
+    expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    expression = re.sub(r"%(0?)(\d*)d", lambda match: rf"\d{{{match[2]}}}" if match[2] else r"\d+", expression)
+    return re.fullmatch(expression, name) is not None
+
+
+def is_video(path: Path) -> bool:
+    """Whether FFmpeg finds moving pictures in a file, whatever its name is."""
+    try:
+        with av.open(file_url(path), metadata_errors="replace") as container:
+            if container.format.name.endswith("_pipe") or container.format.name in ("image2", "tty"):  # images, and text
+                return False
+            main_stream(container, path)
+            return True
+    except (av.FFmpegError, OSError, ValueError):
+        return False
 
 
 def file_url(path: Path) -> str:
