@@ -236,9 +236,9 @@ def run_interpolate(args: argparse.Namespace) -> None:
         sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frame_prev, frame_next)]
         raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
 
-    paths = [output]
-    if args.num_frames > 1:
-        paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, args.num_frames + 1)]
+    paths, count = [output], args.num_frames if args.times is None else len(args.times)
+    if count > 1:
+        paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, count + 1)]
     try:
         check_outputs([(path, args.overwrite) for path in paths], [args.prev, args.next], "; --overwrite replaces it")
     except (OSError, ValueError) as error:

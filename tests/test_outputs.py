@@ -1,9 +1,14 @@
 """What commands write never takes the place of what they read, nor of what was there before."""
 
+import errno
 import os
+import resource
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Iterator
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +17,7 @@ from madiff_diffusers.cli import main
 from madiff_diffusers.evaluation.evaluate import evaluate
 from madiff_diffusers.evaluation.methods import Baseline
 from madiff_diffusers.evaluation.metrics import Scorer
+from madiff_diffusers.image_io import write_image
 from madiff_diffusers.outputs import check_outputs
 from madiff_diffusers.video.reading import VideoError
 from tests.conftest import moving_picture
@@ -81,7 +87,7 @@ def test_interpolate_writes_over_nothing(checkpoint, tmp_path, capsys):
     before = contents(tmp_path / "in")
     for output, options, message in (
         ("a_1.png", [], "must not take the place of its source"), ("a.png", ["--num-frames", "3"], "must not take the place of its source"),
-        ("a_2.png", ["--overwrite"], "must not take the place of its source"), ("there.png", [], "there.png is there already; --overwrite replaces it"),
+        ("a.png", ["--times", "0.25", "0.5"], "must not take the place of its source"), ("a_2.png", ["--overwrite"], "must not take the place of its source"), ("there.png", [], "there.png is there already; --overwrite replaces it"),
     ):  # fmt: skip
         assert main(["interpolate", *map(str, sources), "-o", str(tmp_path / "in" / output), "--checkpoint", "none", *options]) == 2
         assert message in capsys.readouterr().err and contents(tmp_path / "in") == before
@@ -172,6 +178,29 @@ def test_names_are_names(pipeline, tmp_path, monkeypatch):
     for output in ("12:31:10.mp4", "http:a.mkv", "pipe:1.gif", "50%d.avi", "#1?.y4m"):
         assert run(pipeline, source, Path(output)).path.exists() and len(decode(Path("file:" + output))) == 3
     assert not list(tmp_path.glob("*.parts"))
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file can be larger, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_said_of_the_file(pipeline, tmp_path):
+    source = write_video(tmp_path / "in.mkv", drifting(24), range(24), Fraction(1, 25), codec="ffv1", pixel_format="bgr0")
+    for options in ({"codec": "ffv1"}, {"codec": "ffv1", "keep_partial": True}):
+        with disk_of(60_000), pytest.raises(OSError, match=r"^cannot write .*/out.mkv: File too large") as caught:
+            run(pipeline, source, tmp_path / "out.mkv", **options)
+        assert caught.value.errno == errno.EFBIG and list(tmp_path.iterdir()) == [source]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    with disk_of(60_000), pytest.raises(OSError, match=r"^cannot write .*/out.png: File too large"):
+        write_image(noise, tmp_path / "out.png")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_what_an_encoder_refuses_is_found_before_the_work(pipeline, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections import deque
+from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -326,7 +327,8 @@ class PartWriter:
         if self._is_folder:
             shutil.rmtree(self._temporary, ignore_errors=True)
         else:
-            self._file.close()
+            with suppress(OSError):  # of a full disk, which has been told
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
