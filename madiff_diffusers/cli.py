@@ -302,7 +302,7 @@ def run_video(args: argparse.Namespace) -> None:
     failed = []
     # Of a single video, each process makes some parts; of several, each makes some of the videos.
     for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
-        if len(batch) > 1 and args.resume and output.exists() and not args.overwrite:
+        if is_folder and args.resume and output.exists() and not args.overwrite:
             continue
         try:
             result = (make_video if is_folder else interpolate_video)(

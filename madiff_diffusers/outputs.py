@@ -28,17 +28,15 @@ def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathL
         hint: behind "is there already", in the error's words.
 
     Raises:
-        ValueError: if one is read too, is there already but may not be, or is written twice.
+        ValueError: if one is read too, is there already but may not be, or is written twice, or into another.
         UnwritableError: if its folder cannot be written into.
     """
     outputs = [(Path(path), may_be_there) for path, may_be_there in written]
-    inputs: Dict[Identity, Path] = {}
-    holders: Dict[Identity, Path] = {}  # folders that hold inputs, at any depth
-    for path in map(Path, read):
-        inputs[_identity(path)] = path
-        for place in (path.absolute(), path.resolve()):
-            for folder in place.parents:
-                holders.setdefault(_identity(folder), path)
+    sources = [path for path in map(Path, read) if path.exists()]
+    inputs = {_identity(path): path for path in sources}
+    # Folders that hold inputs, at any depth, by where these lie and by what they link to.
+    folders_of = {folder: path for path in sources for place in (path.absolute(), path.resolve()) for folder in place.parents}
+    holders = {_identity(folder): path for folder, path in folders_of.items()}
     for path, may_be_there in outputs:
         if not os.path.lexists(path):
             continue
@@ -48,8 +46,7 @@ def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathL
                 raise ValueError(f"{path} must not take the place of its source, {source}")
         if not may_be_there:
             raise ValueError(f"{path} is there already{hint}")
-    folders = {path.absolute().parent: None for path, _ in outputs}
-    for folder in folders:
+    for folder in {path.absolute().parent for path, _ in outputs}:
         while not folder.exists():
             folder = folder.parent
         try:
@@ -61,7 +58,11 @@ def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathL
 
 def _check_different(paths: List[Path]) -> None:
     seen: Dict[str, Path] = {}
+    places = {path.resolve(): path for path in paths}
     for path in paths:
+        for folder in path.resolve().parents:
+            if folder in places:
+                raise ValueError(f"{path} would be written into {places[folder]}, which is written as a whole")
         other = seen.setdefault(str(path.resolve()).casefold(), path)
         if other is not path and (other.resolve() == path.resolve() or _ignores_case(path.absolute().parent)):
             raise ValueError(f"{path} would be written twice" + (f", as {other}" if other != path else ""))

@@ -56,6 +56,8 @@ def test_the_same_file_by_other_names(tmp_path):
         check_outputs([(other, False)], [source])
     with pytest.raises(ValueError, match="written twice"):
         check_outputs([(tmp_path / "b.png", False), (tmp_path / "folder" / "b.png", False)], [source])
+    with pytest.raises(ValueError, match="c.png would be written into .*folder, which is written as a whole"):
+        check_outputs([(tmp_path / "folder", True), (tmp_path / "folder" / "c.png", False)], [])
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing")
     with pytest.raises(ValueError, match="is there already"):
         check_outputs([(tmp_path / "dangling.png", False)], [])

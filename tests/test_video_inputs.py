@@ -204,6 +204,14 @@ def test_what_is_no_image_is_named(pipeline, tmp_path):
     assert result.frames == 3 and result.notes == ["left out, for they are no images: notes.txt"]
 
 
+def test_an_image_that_is_not_there(tmp_path):
+    """A link to nothing is missed, not passed over."""
+    folder = folder_of(tmp_path / "frames", pictures())
+    (folder / "3.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(VideoError, match="cannot read .*3.png as an image: No such file"):
+        analyse(Source(folder))
+
+
 def test_progress_in_a_log_is_lines(pipeline, tmp_path, capfd):
     folder = folder_of(tmp_path / "frames", pictures())
     interpolate_video(pipeline, folder, tmp_path / "out.mkv", **{**LOSSLESS, "progress": True})

@@ -33,7 +33,7 @@ def video_batch(source: Path, output: Path) -> VideoBatch:
     """
     if not source.is_dir():
         return VideoBatch([(source, output)], False, [])
-    names = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    names = [path for path in sorted(source.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
     images = [path for path in names if path.suffix.lower() in IMAGE_SUFFIXES]
     videos = [path for path in names if path not in images and (path.suffix.lower() in VIDEO_SUFFIXES or is_video(path))]
     if videos and images:

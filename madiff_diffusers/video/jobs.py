@@ -439,6 +439,8 @@ def interpolate_video(
         raise VideoError(str(error)) from error
     if preview is not None and read.takes(preview):
         raise VideoError(f"`preview` {preview} would become one of the images of {source}")
+    if processes is not None:
+        processes.wait_for_everyone()  # one that looks later would find what others have made
     return make_video(
         pipeline, source, output, resume=resume, overwrite=overwrite, keep_partial=keep_partial, preview=preview, progress=progress, processes=processes, **options
     )
@@ -455,10 +457,8 @@ def make_video(
     with _bar(show, desc="reading", unit="frame") as bar:
         job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
     if rank == 0:
-        try:
+        with _naming(job.output):
             job.prepare(resume, overwrite)
-        except av.FFmpegError as error:
-            raise unwritable(job.output, error) from error
     wait()
     made = 0
     try:
@@ -479,9 +479,8 @@ def make_video(
                     job.save_partial()
             if not job.done():
                 shutil.rmtree(job.folder, ignore_errors=True)
-        if isinstance(error, av.FFmpegError) or (isinstance(error, OSError) and error.filename is None and not isinstance(error, UnwritableError)):
-            raise unwritable(job.output, error) from error
-        raise
+        with _naming(job.output):
+            raise
     wait()
     return VideoResult(job.output, len(job.timeline), made, notes)
 
@@ -496,6 +495,17 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
                 digest.update(f"{name}.{key}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+@contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    """Makes errors that name no file, as a full disk's, name the output."""
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        if isinstance(error, UnwritableError) or (error.filename is not None and not isinstance(error, av.FFmpegError)):
+            raise
+        raise unwritable(output, error) from error
 
 
 @contextmanager

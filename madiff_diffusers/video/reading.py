@@ -481,7 +481,7 @@ def find_images(path: Path) -> Tuple[Optional[List[Path]], List[Path]]:
         return None, []
     if not folder.is_dir():
         raise VideoError(f"there is no folder {folder}")
-    named = [each for each in folder.iterdir() if not each.name.startswith(".") and each.is_file() and (pattern is None or _is_named(each.name, pattern))]
+    named = [each for each in folder.iterdir() if not each.name.startswith(".") and not each.is_dir() and (pattern is None or _is_named(each.name, pattern))]
     images = [each for each in named if each.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise VideoError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}")
