@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="float32, float16, bfloat16, or auto: the fastest that the device computes in by itself (default: float32)",
     )
+    interpolate.add_argument("--overwrite", action="store_true", help="replace OUT if it is there; PREV and NEXT never are")
     interpolate.set_defaults(run=run_interpolate)
 
     video = commands.add_parser(
@@ -214,6 +215,7 @@ def parse_instant(text: str) -> Fraction:
 def run_interpolate(args: argparse.Namespace) -> None:
     from .image_io import image_format, open_image, write_image
     from .image_processor import rgb_of_image
+    from .outputs import check_outputs
     from .properties import lost
 
     # What can be wrong with the files is found before a model is loaded.
@@ -234,9 +236,18 @@ def run_interpolate(args: argparse.Namespace) -> None:
         sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frame_prev, frame_next)]
         raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
 
+    paths, count = [output], args.num_frames if args.times is None else len(args.times)
+    if count > 1:
+        paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, count + 1)]
+    try:
+        check_outputs([(path, args.overwrite) for path in paths], [args.prev, args.next], "; --overwrite replaces it")
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
+
     import torch
 
     pipeline = load_pipeline(checkpoint_folder(args.checkpoint), args.device, chosen_dtype(args))
+    pipeline.set_progress_bar_config(disable=None)  # but on a terminal
     try:
         frames = pipeline(
             frame_prev,
@@ -248,15 +259,11 @@ def run_interpolate(args: argparse.Namespace) -> None:
         ).frames[0]
     except (ValueError, torch.OutOfMemoryError) as error:
         raise CommandError(error) from error
-    if len(frames) == 1:
-        paths = [output]
-    else:
-        paths = [output.with_name(f"{output.stem}_{i}{output.suffix}") for i in range(1, len(frames) + 1)]
     try:
         for path, frame in zip(paths, frames):
             write_image(frame, path, prev.profile, prev.resolution)
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {error}") from error
+        raise CommandError(error) from error
     if prev.profile != next_.profile:
         notes.append("PREV and NEXT have different colour profiles; the result has that of PREV, or none")
     for note in notes:
@@ -267,9 +274,10 @@ def run_interpolate(args: argparse.Namespace) -> None:
 def run_video(args: argparse.Namespace) -> None:
     import torch
 
+    from .outputs import check_outputs
     from .processes import own_device, this_process
     from .video.batches import video_batch
-    from .video.jobs import interpolate_video
+    from .video.jobs import interpolate_video, make_video, outputs_of
     from .video.options import VideoOptions
 
     # What is not given has its default there.
@@ -277,25 +285,34 @@ def run_video(args: argparse.Namespace) -> None:
     state = this_process(usable_device(args.device))
     try:
         VideoOptions(**options).checked()
-        batch = video_batch(Path(args.input), Path(args.output))
+        batch, is_folder, left_out = video_batch(Path(args.input), Path(args.output))
+        if is_folder:
+            # With --resume, those that are there are done.
+            written = [each for _, output in batch for each in outputs_of(output, args.resume, args.overwrite or args.resume, args.keep_partial)]
+            written += [] if args.preview is None else [(Path(args.preview), args.overwrite or args.resume)]
+            check_outputs(written, [path for path in Path(args.input).iterdir() if path.is_file()], "; --overwrite replaces it, --resume leaves it")
+            state.wait_for_everyone()  # one that looks later would find what others have made
+            Path(args.output).mkdir(parents=True, exist_ok=True)
         pipeline = load_pipeline(checkpoint_folder(args.checkpoint), str(own_device(state, usable_device(args.device))), chosen_dtype(args))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CommandError(error) from error
     pipeline.set_progress_bar_config(disable=True)
+    if left_out and state.is_main_process:
+        print(f"madiff: note: left out, for there is no video in them: {', '.join(path.name for path in left_out)}", file=sys.stderr)
     failed = []
     # Of a single video, each process makes some parts; of several, each makes some of the videos.
     for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
-        if len(batch) > 1 and args.resume and output.exists() and not args.overwrite:
+        if is_folder and args.resume and output.exists() and not args.overwrite:
             continue
         try:
-            result = interpolate_video(
+            result = (make_video if is_folder else interpolate_video)(
                 pipeline,
                 source,
                 output,
                 resume=args.resume,
                 overwrite=args.overwrite,
                 keep_partial=args.keep_partial,
-                preview=args.preview,
+                preview=None if args.preview is None else Path(args.preview),
                 processes=state if len(batch) == 1 else None,
                 **options,
             )
@@ -320,7 +337,9 @@ def run_video(args: argparse.Namespace) -> None:
 
 def what_is_kept(output: Path) -> str:
     """Of a video that could not be finished, for the end of a message."""
-    folder, partial = output.with_name(output.name + ".parts"), output.with_name(f"{output.stem}.partial{output.suffix}")
+    from .video.jobs import parts_folder, partial_path
+
+    folder, partial = parts_folder(output), partial_path(output)
     kept = f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""
     return f"{kept}; it can be watched in {partial}" if kept and partial.exists() else kept
 

@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple, Optional, Set, Tuple, Union
+from typing import NamedTuple, Optional, Set, Tuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .image_processor import rgb_of_image, rgba_of_transparent
+from .outputs import PathLike, unwritable
 from .properties import found_in_image, pixel_aspect
 
 WRITABLE_FORMATS = {
@@ -24,7 +25,16 @@ WRITABLE_FORMATS = {
 # Without loss, or with little: what was made goes through no second choice of what may be lost.
 _SETTINGS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
-PathLike = Union[str, "os.PathLike[str]"]
+# How an image is turned upright, by EXIF's numbers of orientations; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class OpenedImage(NamedTuple):
@@ -56,7 +66,7 @@ def open_image(path: PathLike) -> OpenedImage:
     try:
         with Image.open(path) as file:
             found = found_in_image(file)
-            image = ImageOps.exif_transpose(file)
+            image = upright(file)
             if rgba_of_transparent(image) is not None:
                 found.add("transparency")
             profile = file.info["icc_profile"] if "profile" in found else None
@@ -85,6 +95,16 @@ def read_image(path: PathLike) -> Image.Image:
     """
     array = rgb_of_image(open_image(path).image, str(path))
     return Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its metadata says; as it is where they say nothing, or cannot be read."""
+    image.load()  # by which some kinds of files are turned already
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # what wrote the metadata may have got anything wrong; the picture is none the worse
+        orientation = None
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def image_format(path: PathLike) -> str:
@@ -118,5 +138,7 @@ def write_image(
         settings = {"icc_profile": profile, "dpi": resolution}
         image.save(temporary, format=format_name, **_SETTINGS.get(format_name, {}), **{name: value for name, value in settings.items() if value})
         os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -101,7 +101,7 @@ def test_the_table_in_the_docs_is_that_of_the_code():
 
 def interpolated(checkpoint, capsys, prev: Path, next_: Path, out: Path) -> list:
     """Notes of the command."""
-    assert main(["interpolate", *map(str, (prev, next_, "-o", out, "--checkpoint", checkpoint, "--steps", 1))]) == 0
+    assert main(["interpolate", *map(str, (prev, next_, "-o", out, "--checkpoint", checkpoint, "--steps", 1, "--overwrite"))]) == 0
     return [line.removeprefix("madiff: note: ") for line in capsys.readouterr().err.splitlines() if "madiff: note: " in line]
 
 

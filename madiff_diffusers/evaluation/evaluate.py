@@ -6,11 +6,12 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from accelerate import PartialState
 
+from ..outputs import check_outputs
 from ..processes import this_process
 from .benchmarks import find_triplets
 from .methods import Method, Settings
 from .metrics import Scorer
-from .report import write_gallery, write_report
+from .report import REPORT, write_gallery, write_report
 from .runs import BenchmarkRun
 
 # What an ablation varies, which setting that is, and the values that it takes if none are given.
@@ -81,7 +82,8 @@ def evaluate(
         The summaries of all finished runs of `benchmark` in the folder; only in the first process, empty in others.
 
     Raises:
-        ValueError: for an argument out of its range, or data that are not what they must be.
+        ValueError: for an argument out of its range, or data that are not what they must be, or that
+            would be written over; or a folder that holds files of the names that are written, but no evaluation.
         OSError: if a file cannot be read or written.
     """
     if batch_size < 1 or gallery < 0:
@@ -91,6 +93,12 @@ def evaluate(
         raise ValueError(f"`methods` must have different labels, but are {', '.join(labels)}.")
     state = state or this_process(torch.device("cpu"))
     triplets = find_triplets(benchmark, root, limit)
+    is_ours = (output / "runs").is_dir()
+    check_outputs(
+        [(output / name, is_ours) for name in ("runs", "frames", "gallery", *REPORT)],
+        [path for triplet in triplets for path in triplet.files],
+        ", but from no evaluation: give another `output`",
+    )
     for method, name in zip(methods, labels):
         run = BenchmarkRun(output, benchmark, triplets, method, name, state)
         run.predict(batch_size)

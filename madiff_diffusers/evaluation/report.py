@@ -19,6 +19,8 @@ from .metrics import METRICS
 from .pictures import ERROR_SCALE, error_image
 from .runs import BenchmarkRun, folder_name, write_text
 
+REPORT = ("results.json", "results.csv", "results.md", "index.html")  # and a chart for each benchmark
+
 _pages = jinja2.Environment(loader=jinja2.PackageLoader(__package__, "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import av
+from PIL import Image
 
-from .reading import Analysis, Source, main_stream
-from .writing import Encoding, joined_packets
+from .reading import Analysis, Source, file_url, main_stream
+from .writing import Encoding, joined_packets, read_index
 
 # What containers write by themselves, or what is not true any more.
 _OWN_METADATA = ("major_brand", "minor_version", "compatible_brands", "encoder", "rotate", "duration", "bps", "number_of_", "_statistics_", "alpha_mode")
@@ -21,6 +22,9 @@ LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
 
 # Seconds of sound that codecs decode before what is heard.
 PRIMING = Fraction(1, 10)
+
+# How often a GIF is shown again, as FFmpeg takes it.
+FOR_EVER, NEVER = 0, -1
 
 Timed = Tuple[Fraction, int, List[av.Packet]]
 
@@ -48,13 +52,8 @@ def assemble(
     Raises:
         av.FFmpegError, OSError: if it cannot be written.
     """
-    if encoding.codec == "gif":
-        _assemble_gif(output, encoding, parts, end)
-        return []
-    if source.images is not None:
-        with _open(output, encoding) as file:
-            for _, _, packets in _video_packets(encoding.add_stream(file), encoding, parts, end, Fraction(0)):
-                file.mux(packets)
+    if encoding.codec == "gif" or source.images is not None:
+        write_pictures(output, encoding, parts, end, _loops(source))
         return []
     # What a file refuses shows when its header is written: a codec's flavour of sound, mostly, which can be encoded anew.
     attempts = [(("audio", "subtitle", "attachment", "video"), False), (("audio", "subtitle"), False), (("audio", "subtitle"), True), (("audio",), True), ((), False)]
@@ -71,6 +70,34 @@ def assemble(
             return carrier.notes
 
 
+def write_pictures(output: Path, encoding: Encoding, parts: Sequence[Path], end: int, loops: int = FOR_EVER) -> None:
+    """
+    Write a file of nothing but pictures.
+
+    Args:
+        output, encoding, parts, end: see `assemble`.
+        loops: of a GIF: how often it is shown again.
+
+    Raises:
+        av.FFmpegError, OSError: if it cannot be written.
+    """
+    if encoding.codec == "gif":
+        _assemble_gif(output, encoding, parts, end, loops)
+        return
+    with _open(output, encoding) as file:
+        for _, _, packets in _video_packets(encoding.add_stream(file), encoding, parts, end, Fraction(0)):
+            file.mux(packets)
+
+
+def _loops(source: Source) -> int:
+    """How often a GIF is shown again; other kinds of files do not tell."""
+    if source.images is None:
+        with suppress(OSError, SyntaxError), Image.open(source.path) as image:
+            if image.format == "GIF":
+                return image.info.get("loop", NEVER)
+    return FOR_EVER
+
+
 def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
     # "bitexact": without it, Matroska files have random numbers, and the same work gives other bytes.
     options = {"fflags": "+bitexact"}
@@ -80,7 +107,7 @@ def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
         options["movflags"] = "+faststart"
     if encoding.container.format == "avi":  # it has no times, but would begin with empty frames for sound that begins before 0
         options["avoid_negative_ts"] = "disabled"
-    return av.open(str(output), "w", format=encoding.container.format, container_options=options)
+    return av.open(file_url(output), "w", format=encoding.container.format, container_options=options)
 
 
 class _Carrier:
@@ -308,7 +335,7 @@ def _silence(like: av.AudioFrame, samples: int) -> av.AudioFrame:
     return frame
 
 
-def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: int) -> None:
+def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: int, loops: int) -> None:
     """Every frame with a palette of its own."""
     height, width = encoding.size
     unwritten, stream = encoding.unwritten_stream()
@@ -326,7 +353,11 @@ def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: 
     palette.link_to(use, 0, 1)
     use.link_to(sink)
     graph.configure()
-    with av.open(str(output), "w", format="gif", container_options={"loop": "0"}) as file:
+    last_time = max(time for time, _, _ in read_index(parts[-1]))
+    # Other frames last until the next begins; each is rounded by itself, so that errors do not add up.
+    last_delay = _hundredths(end, encoding) - _hundredths(last_time, encoding)
+    options = {"loop": str(loops), "final_delay": str(last_delay)}
+    with av.open(file_url(output), "w", format="gif", container_options=options) as file:
         video = file.add_stream("gif", rate=encoding.rate)
         video.height, video.width, video.pix_fmt = height, width, "pal8"
         video.codec_context.time_base = video.time_base = Fraction(1, 100)
@@ -343,10 +374,13 @@ def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: 
 
         for packet in joined_packets(parts, end):
             for frame in decoder.decode(packet):
-                frame.pts, frame.time_base = round(packet.pts * encoding.time_base * 100), Fraction(1, 100)
-                frame.duration = round((packet.pts + packet.duration) * encoding.time_base * 100) - frame.pts
+                frame.pts, frame.time_base = _hundredths(packet.pts, encoding), Fraction(1, 100)
                 graph.push(frame)
                 drain()
         graph.push(None)
         drain()
         file.mux(video.encode(None))
+
+
+def _hundredths(time: int, encoding: Encoding) -> int:
+    return round(time * encoding.time_base * 100)

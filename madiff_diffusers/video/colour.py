@@ -53,22 +53,18 @@ class ColourPath:
         # One for each direction, which may have a thread each.
         self._reader, self._writer = VideoReformatter(), VideoReformatter()
 
-    def to_rgb(self, frame: av.VideoFrame, size: Optional[Tuple[int, int]] = None) -> np.ndarray:
-        """A frame as `(H, W, 3)` float32, what is transparent shown on black; scaled to `(height, width)` if it has another size. RGB lies in [0, 1], but for colours
-        that YUV has and RGB has not."""
-        height, width = size or (frame.height, frame.width)
-        alpha = opacity(frame)
-        if alpha is not None:
-            rgb = self._opaque_to_rgb(frame, height, width)
-            return rgb * (alpha if alpha.shape == (height, width) else cv2.resize(alpha, (width, height)))[..., None]
-        return self._opaque_to_rgb(frame, height, width)
+    def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """A frame as `(H, W, 3)` float32, what is transparent shown on black. RGB lies in [0, 1], but for colours that YUV has and RGB
+        has not."""
+        alpha, rgb = opacity(frame), self._opaque_to_rgb(frame)
+        return rgb if alpha is None else rgb * alpha[..., None]
 
-    def _opaque_to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    def _opaque_to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         planar = planar_format(frame.format)
         # Planes are read where they are: of transparency, and of formats with a J, the scaler would make something of the others.
         own = frame.format.name.replace("yuva", "yuv").replace("yuvj", "yuv").replace("gbrap", "gbrp")
-        if (frame.height, frame.width) != (height, width) or own != planar:
-            frame = self._reader.reformat(frame, width, height, planar, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(frame.format)))
+        if own != planar:
+            frame = self._reader.reformat(frame, format=planar, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(frame.format)))
         if planar == _FLOAT_RGB:
             return frame.to_ndarray()
         if is_rgb(frame.format):

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,21 +22,23 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..image_io import image_format, write_image
+from ..outputs import UnwritableError, check_outputs, unwritable
 from ..pipeline_madiff import MADiffPipeline
 from ..properties import lost
 from ..scene_cuts import cuts_of_changes
-from .assembling import assemble
-from .colour import ColourPath, chroma_of, is_rgb
+from .assembling import assemble, write_pictures
+from .colour import ColourPath, ColourTags, chroma_of, is_rgb
 from .found import found_in_video
 from .frame_times import ShownFrame, Timeline
 from .middles import FrameMaker, Neighbour, tile_pixels_for
 from .options import VideoOptions
-from .reading import Source, VideoError, analyse, reason
-from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, source_tags, write_json
+from .reading import Source, VideoError, analyse
+from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, told_tags, write_json
 
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
 MOST_NOTES = 5  # of damaged places
+LOG_SECONDS = 30  # between lines about how far it is, where there is no terminal for a bar
 PREVIEW_FRAMES, PREVIEW_HEIGHT = 8, 180
 
 T = TypeVar("T")
@@ -94,9 +98,8 @@ class VideoJob:
             raise VideoError(f"there is no folder {self.output.parent} to write into")
         if self.output.exists() and self.output.is_dir() != (container is FOLDER):
             raise VideoError(f"{self.output} is {'a folder' if self.output.is_dir() else 'a file'} already")
-        folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        if self.output.exists() and self.output.resolve() in (Path(source).resolve(), folder.resolve()):
-            raise VideoError(f"the result must not take the place of its source, {source}")
+        if container is FOLDER and (self.output.is_symlink() or os.path.ismount(self.output)):
+            raise VideoError(f"{self.output} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it")
         self.source = Source(source, self.options.image_fps)
         self.analysis = analyse(
             self.source, blocks=self.options.dedup, skip_damage=self.options.skip_damage, keep_good=keep_partial, progress=progress
@@ -108,10 +111,10 @@ class VideoJob:
         self.encoding = choose_encoding(
             self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset
         )
-        self.colour = ColourPath(source_tags(self.analysis), self.analysis.size[0])
+        self._colours: Dict[ColourTags, ColourPath] = {}
         self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
         self.parts = self._parts()
-        self.folder = self.output.with_name(self.output.name + ".parts")
+        self.folder = parts_folder(self.output)
 
     def _timeline(self, steady: bool) -> Timeline:
         options, analysis = self.options, self.analysis
@@ -183,6 +186,8 @@ class VideoJob:
             raise VideoError(f"{self.output} holds other files than frames that were written before")
         if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise VideoError(f"{self.folder} is needed for parts, but is no folder")
         plan = self.folder / "job.json"
         identity = self.identity()
         if plan.is_file() and (resume or not overwrite):
@@ -202,7 +207,26 @@ class VideoJob:
             shutil.rmtree(self.folder)
         self.folder.mkdir()
         pixels = self.analysis.size[0] * self.analysis.size[1]
-        write_json(plan, {**identity, "tile_pixels": tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps)})
+        try:
+            write_json(plan, {**identity, "tile_pixels": tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps)})
+            self._try_encoding()
+        except BaseException:
+            shutil.rmtree(self.folder)
+            raise
+
+    def _try_encoding(self) -> None:
+        """Write a file of one frame, to find before the work what an encoder or a kind of file refuses."""
+        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".tmp") as folder:
+            part = Path(folder) / "part"
+            writer = PartWriter(part, self.encoding, self.written_colour, 0)
+            try:
+                writer.write(np.zeros((*self.analysis.size, 3), np.float32), 0)
+                writer.close()
+            except BaseException:
+                writer.abandon()
+                raise
+            if self.encoding.codec != "png":
+                write_pictures(Path(folder) / f"whole{self.output.suffix}", self.encoding, [part], 1)
 
     def make_parts(self, parts: List[Part], preview: Optional[Path] = None, advance: Callable[[int], None] = lambda count: None) -> int:
         """
@@ -252,10 +276,17 @@ class VideoJob:
         places, last = {kept[place]: place for place in needed}, kept[max(needed)]
         for index, (_, frame) in enumerate(self.source.frames(self.options.skip_damage)):
             if index in places:
-                yield places[index], self.colour.to_rgb(frame, self.analysis.size)
+                yield places[index], self._to_rgb(frame)
             if index == last:
                 return
         raise VideoError(f"{self.source.path} has changed: it ends before frame {last + 1}")
+
+    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """By what the frame tells of itself: others before it may have told something else."""
+        tags = told_tags(ColourTags.of(frame), frame.format.name)
+        if tags not in self._colours:
+            self._colours[tags] = ColourPath(tags, frame.height)
+        return self._colours[tags].to_rgb(frame)
 
     def _frames_of(
         self, place: int, shown: List[ShownFrame], supply: "_Supply", maker: FrameMaker
@@ -280,6 +311,8 @@ class VideoJob:
         shutil.rmtree(self.folder)
         damage = self.analysis.damage
         more = [f"{len(damage) - MOST_NOTES} more places are damaged"] if len(damage) > MOST_NOTES else []
+        names = ", ".join(path.name for path in self.source.left_out)
+        more += [f"left out, for they are no images: {names}"] if names else []
         return [*damage[:MOST_NOTES], *more, *self.analysis.notes, *self._notes(), *notes]
 
     def _notes(self) -> List[str]:
@@ -310,7 +343,7 @@ class VideoJob:
             end = self.timeline.duration
         else:
             end = next(frame.time for shown in self.timeline.shown(self.parts[len(first)].first) for frame in shown)
-        output = self.output.with_name(f"{self.output.stem}.partial{self.output.suffix}")
+        output = partial_path(self.output)
         self._assemble(first, end, output, is_partial=True)
         return output
 
@@ -335,6 +368,25 @@ class VideoJob:
         finally:
             joined.unlink(missing_ok=True)
         return notes
+
+
+def parts_folder(output: Path) -> Path:
+    """Where parts lie until an output is complete."""
+    return output.with_name(output.name + ".parts")
+
+
+def partial_path(output: Path) -> Path:
+    """What is written of an output that cannot be completed, if that is asked for."""
+    return output.with_name(f"{output.stem}.partial{output.suffix}")
+
+
+def outputs_of(output: Path, resume: bool, overwrite: bool, keep_partial: bool, preview: Optional[Path] = None) -> List[Tuple[Path, bool]]:
+    """All that making a video writes, and whether each may be there already, for `check_outputs`. What is in folders that are there is
+    looked at by `VideoJob.prepare`."""
+    may_be_there = overwrite or (resume and (parts_folder(output) / "job.json").is_file())
+    written = [(output, overwrite or output.is_dir()), (parts_folder(output), True)]
+    written += [(partial_path(output), may_be_there)] if keep_partial else []
+    return written + ([] if preview is None else [(preview, may_be_there)])
 
 
 def interpolate_video(
@@ -375,27 +427,45 @@ def interpolate_video(
         VideoError: for what cannot be read, or not be written as asked; nothing is left then.
         OSError: if a disk is full, or a file cannot be written.
     """
-    count, rank = (1, 0) if processes is None else (processes.num_processes, processes.process_index)
-    if Path(output).is_file() and not overwrite and Path(output).resolve() != Path(source).resolve():
-        raise VideoError(f"{output} is there already; `overwrite` replaces it")
+    output, read = Path(output), Source(source)
     if preview is not None:
+        preview = Path(preview)
         image_format(preview)
-        if not Path(preview).absolute().parent.is_dir():
-            raise VideoError(f"there is no folder {Path(preview).parent} for `preview`")
+        if not preview.absolute().parent.is_dir():
+            raise VideoError(f"there is no folder {preview.parent} for `preview`")
+    try:
+        check_outputs(outputs_of(output, resume, overwrite, keep_partial, preview), read.images or [read.path], "; `overwrite` replaces it")
+    except ValueError as error:
+        raise VideoError(str(error)) from error
+    if preview is not None and read.takes(preview):
+        raise VideoError(f"`preview` {preview} would become one of the images of {source}")
+    if processes is not None:
+        processes.wait_for_everyone()  # one that looks later would find what others have made
+    return make_video(
+        pipeline, source, output, resume=resume, overwrite=overwrite, keep_partial=keep_partial, preview=preview, progress=progress, processes=processes, **options
+    )
+
+
+def make_video(
+    pipeline: MADiffPipeline, source: Union[str, Path], output: Path, *, resume: bool, overwrite: bool, keep_partial: bool, preview: Optional[Path],
+    progress: bool = True, processes: Any = None, **options,
+) -> VideoResult:  # fmt: skip
+    """`interpolate_video` without its look at what would be written over, for callers that have looked at all of several videos."""
+    count, rank = (1, 0) if processes is None else (processes.num_processes, processes.process_index)
     wait = (lambda: None) if processes is None else processes.wait_for_everyone
     show = progress and rank == 0
     with _bar(show, desc="reading", unit="frame") as bar:
         job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
-    preview = None if preview is None or rank else Path(preview)
     if rank == 0:
-        job.prepare(resume, overwrite)
+        with _naming(job.output):
+            job.prepare(resume, overwrite)
     wait()
     made = 0
     try:
         mine = job.parts[rank::count]
         finished = sum(part.count for part in mine if is_complete(job.path(part)))
         with _bar(show, desc=job.output.name, unit="frame", total=sum(part.count for part in mine), initial=finished) as bar:
-            made = job.make_parts(mine, preview, bar.update)
+            made = job.make_parts(mine, None if rank else preview, bar.update)
         wait()
         if rank == 0 and job.is_cut_short:
             partial = job.save_partial()
@@ -409,9 +479,8 @@ def interpolate_video(
                     job.save_partial()
             if not job.done():
                 shutil.rmtree(job.folder, ignore_errors=True)
-        if isinstance(error, av.FFmpegError):
-            raise OSError(error.errno, f"cannot write {job.output}: {reason(error)}") from error
-        raise
+        with _naming(job.output):
+            raise
     wait()
     return VideoResult(job.output, len(job.timeline), made, notes)
 
@@ -429,9 +498,33 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
 
 
 @contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    """Makes errors that name no file, as a full disk's, name the output."""
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        if isinstance(error, UnwritableError) or (error.filename is not None and not isinstance(error, av.FFmpegError)):
+            raise
+        raise unwritable(output, error) from error
+
+
+@contextmanager
 def _bar(show: bool, **settings) -> Iterator[tqdm]:
+    if not sys.stderr.isatty():
+        settings.update(file=_Lines(), mininterval=LOG_SECONDS, bar_format="{desc}: {n_fmt} of {total_fmt} frames, {elapsed} gone, {remaining} left, {rate_fmt}")
     with tqdm(disable=not show, dynamic_ncols=True, **settings) as bar:
         yield bar
+
+
+class _Lines:
+    """What a bar draws again and again in one place of a terminal, as lines of a log."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 @contextmanager

@@ -12,13 +12,15 @@ import av
 import cv2
 import numpy as np
 from av.video.reformatter import Colorspace
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ..image_io import upright
+from ..image_processor import rgb_of_image, rgba_of_transparent
 from ..properties import pixel_aspect
 from ..scene_cuts import change
-from .colour import ColourTags, is_rgb, opacity
+from .colour import ColourTags, chroma_of, is_rgb, opacity
 
-IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv", ".y4m")
 
 IMAGE_RATE = Fraction(24)
@@ -26,6 +28,9 @@ IMAGE_RATE = Fraction(24)
 # What a damaged header must not make us hold: 8192x8192 pixels, and frames that are shown for hours.
 MOST_PIXELS = 2**26
 LONGEST_PAUSE = 600  # seconds
+
+# FFmpeg's number of a display matrix among kinds of side data, and more numbers than it has kinds.
+_DISPLAY_MATRIX, _SIDE_DATA_KINDS = 6, 64
 
 # Seconds by which a frame may be earlier than the one before it, as a fault of the file; more is another recording glued on.
 LONGEST_RETURN = 1
@@ -50,7 +55,7 @@ class Source:
 
     def __init__(self, path: Union[str, Path], image_rate: Optional[Fraction] = None):
         self.path = Path(path)
-        self.images = find_images(self.path)
+        self.images, self.left_out = find_images(self.path)
         if self.images is None and not self.path.is_file():
             raise VideoError(f"there is no file {self.path}")
         if self.images is None and self.path.stat().st_size == 0:
@@ -65,6 +70,12 @@ class Source:
         self.damage: List[str] = []
         self.late = 0
 
+    def takes(self, path: Path) -> bool:
+        """Whether a file, if it were there, would be one of the images."""
+        if self.images is None or path.absolute().parent.resolve() != self.images[0].absolute().parent.resolve():
+            return False
+        return path.suffix.lower() in IMAGE_SUFFIXES and (self.path.is_dir() or _is_named(path.name, self.path.name))
+
     def open(self) -> av.container.InputContainer:
         """
         Raises:
@@ -78,16 +89,24 @@ class Source:
     def frames(self, skip_damage: bool = False) -> Iterator[Tuple[int, av.VideoFrame]]:
         """
         All frames, with the times when they begin in units of `time_base`; each later than the one before. Frames that are not are
-        left out, and counted in `late`.
+        left out, and counted in `late`. All have the size of the first one.
 
         Raises:
-            VideoError: where nothing can be decoded; with `skip_damage`, `damage` grows instead.
+            VideoError: where nothing can be decoded, or the size changes; with `skip_damage`, `damage` grows instead.
         """
         self.damage, self.late = [], 0
         last, step, returned = None, 1, False
+        size, is_other = None, False
         for start, frame in self._image_frames(skip_damage) if self.images is not None else self._file_frames(skip_damage):
             if start is None:
                 start = 0 if last is None else last + step
+            size, was_other = size or (frame.width, frame.height), is_other
+            is_other = (frame.width, frame.height) != size
+            if is_other:
+                if self.images is not None or not was_other:
+                    where = f"{self.path} behind {float((last or 0) * self.time_base):.2f} s" if self.images is None else str(self.images[start])
+                    self._damaged(f"{where} has frames of {frame.width}x{frame.height}, but of {size[0]}x{size[1]} before", skip_damage)
+                continue
             if last is not None and start <= last:
                 if (last - start) * self.time_base > LONGEST_RETURN and not returned:
                     returned = True
@@ -136,10 +155,9 @@ class Source:
     def _image_frames(self, skip_damage: bool) -> Iterator[Tuple[int, av.VideoFrame]]:
         for number, path in enumerate(self.images):
             try:
-                with av.open(file_url(path)) as container:
-                    frame = next(container.decode(video=0))
-            except (av.FFmpegError, OSError, ValueError, IndexError, StopIteration) as error:
-                self._damaged(f"cannot read {path} as an image: {reason(error)}", skip_damage)
+                frame = image_frame(path)
+            except VideoError as error:
+                self._damaged(str(error), skip_damage)
                 continue
             frame.duration = 1
             yield number, frame
@@ -165,8 +183,8 @@ class Analysis(NamedTuple):
         changes: how much each frame differs from the one before it; see `scene_cuts`. The first's is 0.
         block_changes: the same of the block of 8x8 pixels that differs most.
         size: height and width.
-        pixel_format: FFmpeg's name.
-        tags: of colours.
+        pixel_format: FFmpeg's name; where frames have several, of the one with most colours and bits.
+        tags: of colours of such frames.
         is_transparent: whether something in some frame is not opaque.
         pixel_aspect: width of a pixel by its height, where it is not told 1.
         matrix: how players turn the frames, as FFmpeg's nine numbers; None if not at all.
@@ -240,6 +258,8 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
         for start, frame in source.frames(skip_damage):
             if not starts:
                 seen.update(_first_frame(frame))
+            if frame.format.name != seen["pixel_format"] and _wealth(frame.format) > _wealth(av.VideoFormat(seen["pixel_format"])):
+                seen.update(pixel_format=frame.format.name, tags=ColourTags.of(frame))
             # Any matrix does to compare frames; the scaler does not know the file's own if it is a rare one.
             matrix = {} if is_rgb(frame.format) else {"src_colorspace": Colorspace.ITU709}
             small = frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA", **matrix).to_ndarray().astype(np.int16)
@@ -292,27 +312,120 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
 
 
 def _first_frame(frame: av.VideoFrame) -> Dict[str, Any]:
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    matrix = None if side_data is None else np.frombuffer(bytes(side_data), dtype=np.int32).tolist()
-    a, b, c, d = (1, 0, 0, 1) if matrix is None else (matrix[0], matrix[1], matrix[3], matrix[4])
-    mirrored = a * d - b * c < 0
-    if mirrored:
-        a, b = -a, -b
+    matrix = display_matrix(frame)
+    mirrored, rotation = _turn(matrix)
     return {
         "size": (frame.height, frame.width),
         "pixel_format": frame.format.name,
         "tags": ColourTags.of(frame),
         "matrix": matrix,
         "mirrored": mirrored,
-        "rotation": round(-degrees(atan2(b, a)) / 90) * 90 % 360,
+        "rotation": rotation,
     }
+
+
+def display_matrix(frame: av.VideoFrame) -> Optional[List[int]]:
+    """How players turn a frame, as FFmpeg's nine numbers; None if not at all."""
+    data = side_data(frame, _DISPLAY_MATRIX)
+    return None if data is None else np.frombuffer(data, dtype=np.int32).tolist()
+
+
+def side_data(frame: av.VideoFrame, kind: int) -> Optional[bytes]:
+    """
+    What a frame carries besides pixels.
+
+    PyAV fails at kinds that it does not know (EXIF), and frees colour profiles twice, as soon as it is asked for any kind. So it
+    gets to see the frame with none but the one.
+
+    Args:
+        kind: FFmpeg's number, of its AVFrameSideDataType.
+    """
+    graph = av.filter.Graph()
+    nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1))]
+    nodes += [graph.add("sidedata", f"mode=delete:type={other}") for other in range(_SIDE_DATA_KINDS) if other != kind]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return next((bytes(data) for data in graph.pull().side_data), None)
+
+
+def _turn(matrix: Optional[List[int]]) -> Tuple[bool, int]:
+    """Whether left and right change places first, and then degrees against the clock."""
+    a, b, c, d = (1, 0, 0, 1) if matrix is None else (matrix[0], matrix[1], matrix[3], matrix[4])
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    return mirrored, round(-degrees(atan2(b, a)) / 90) * 90 % 360
+
+
+def _wealth(pixel_format: av.VideoFormat) -> Tuple[int, ...]:
+    """What orders formats by how much they hold: colours, bits, transparency, fineness of colours."""
+    across, down = chroma_of(pixel_format)
+    has_colours = is_rgb(pixel_format) or len(pixel_format.components) >= 3
+    return has_colours, max(component.bits for component in pixel_format.components), len(pixel_format.components), -across * down
+
+
+def image_frame(path: Path) -> av.VideoFrame:
+    """
+    An image file as a frame of RGB, or RGBA where something is not opaque, of 8 or 16 bits, turned upright.
+
+    Raises:
+        VideoError: if it cannot be read, or is larger than 8192x8192 pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_image_size(path, *image.size)
+            if not _is_for_ffmpeg(image):
+                return _frame_of(upright(image), path)
+    except UnidentifiedImageError:
+        pass  # FFmpeg knows some more
+    except VideoError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise VideoError(f"cannot read {path} as an image: {reason(error)}") from error
+    try:
+        with av.open(file_url(path)) as container:
+            frame = next(container.decode(video=0))
+    except (av.FFmpegError, OSError, ValueError, IndexError, StopIteration) as error:
+        raise VideoError(f"cannot read {path} as an image: {reason(error)}") from error
+    _check_image_size(path, frame.width, frame.height)
+    mirrored, rotation = _turn(display_matrix(frame))
+    if mirrored or rotation:
+        array = frame.to_ndarray(format="rgb48le")
+        array = np.rot90(array[:, ::-1] if mirrored else array, rotation // 90)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb48le")
+    return frame
+
+
+def _check_image_size(path: Path, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise VideoError(f"{path} must have at most 8192x8192 pixels, but has {width}x{height}")
+
+
+def _is_for_ffmpeg(image: Image.Image) -> bool:
+    """Whether Pillow would keep 8 bits of more; of grey, it keeps 16."""
+    if image.mode[0] in "IF":
+        return False
+    settings = [tile.args for tile in image.tile]
+    # What Pillow scales down in a PPM file it tells with the greatest value.
+    is_scaled = image.format == "PPM" and any(isinstance(each, tuple) and isinstance(each[-1], int) and each[-1] > 255 for each in settings)
+    return ";16" in str(settings) or is_scaled
+
+
+def _frame_of(image: Image.Image, path: Path) -> av.VideoFrame:
+    if image.mode[0] in "IF":
+        return av.VideoFrame.from_ndarray((rgb_of_image(image, str(path)) * 65535).round().astype(np.uint16), format="rgb48le")
+    transparent = rgba_of_transparent(image)
+    if transparent is not None:
+        return av.VideoFrame.from_ndarray(np.array(transparent), format="rgba")
+    return av.VideoFrame.from_ndarray(np.array(image.convert("RGB")), format="rgb24")
 
 
 def _pixel_aspect(source: Source) -> Optional[Fraction]:
     if source.images is not None:
         try:
             with Image.open(source.images[0]) as image:
-                return pixel_aspect(image)
+                aspect, is_on_its_side = pixel_aspect(image), image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                return 1 / aspect if aspect and is_on_its_side else aspect
         except Exception:  # Pillow raises anything at what it does not know, and FFmpeg has read it or told of it
             return None
     with source.open() as container:
@@ -355,25 +468,44 @@ def main_stream(container: av.container.InputContainer, path: Path) -> av.video.
     raise VideoError(f"{path} has no video")
 
 
-def find_images(path: Path) -> Optional[List[Path]]:
-    """The images that a folder or pattern stands for, in the order of the numbers in their names; None for a file.
+def find_images(path: Path) -> Tuple[Optional[List[Path]], List[Path]]:
+    """
+    The images that a folder or pattern stands for, in the order of the numbers in their names, None for a file; and files beside them
+    that are no images.
 
     Raises:
         VideoError: if there are none, or no such folder.
     """
     folder, pattern = (path, None) if path.is_dir() else (path.parent, path.name)
     if pattern is not None and (path.is_file() or not re.search(r"%\d*d|[*?]", pattern)):
-        return None
+        return None, []
     if not folder.is_dir():
         raise VideoError(f"there is no folder {folder}")
-    paths = [each for each in folder.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES and not each.name.startswith(".")]
-    if pattern is not None:
-        expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-        expression = re.sub(r"%(0?)(\d*)d", lambda match: rf"\d{{{match[2]}}}" if match[2] else r"\d+", expression)
-        paths = [each for each in paths if re.fullmatch(expression, each.name)]
-    if not paths:
+    named = [each for each in folder.iterdir() if not each.name.startswith(".") and not each.is_dir() and (pattern is None or _is_named(each.name, pattern))]
+    images = [each for each in named if each.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
         raise VideoError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}")
-    return sorted(paths, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)])
+    order = sorted(images, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)])
+    return order, sorted(set(named) - set(images))
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    """Whether a pattern with `%d`, `%05d`, `*` or `?` stands for a name."""
+    expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    expression = re.sub(r"%(0?)(\d*)d", lambda match: rf"\d{{{match[2]}}}" if match[2] else r"\d+", expression)
+    return re.fullmatch(expression, name) is not None
+
+
+def is_video(path: Path) -> bool:
+    """Whether FFmpeg finds moving pictures in a file, whatever its name is."""
+    try:
+        with av.open(file_url(path), metadata_errors="replace") as container:
+            if container.format.name.endswith("_pipe") or container.format.name in ("image2", "tty"):  # images, and text
+                return False
+            main_stream(container, path)
+            return True
+    except (av.FFmpegError, OSError, ValueError):
+        return False
 
 
 def file_url(path: Path) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections import deque
+from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -143,10 +144,10 @@ class Encoding(NamedTuple):
         return output, self.add_stream(output)
 
 
-def source_tags(analysis: Analysis) -> ColourTags:
-    """Of a source's colours; grey, and what formats with a J are, has full range without saying so."""
-    tags, name = analysis.tags, analysis.pixel_format
-    return tags._replace(range=2) if name.startswith("yuvj") or (tags.range == 0 and name.startswith(("gray", "ya", "mono"))) else tags
+def told_tags(tags: ColourTags, pixel_format: str) -> ColourTags:
+    """With the range that formats have without saying so: of grey, and of what has a J in its name, the full one."""
+    is_full = pixel_format.startswith("yuvj") or (tags.range == 0 and pixel_format.startswith(("gray", "ya", "mono")))
+    return tags._replace(range=2) if is_full else tags
 
 
 def container_of(output: Path) -> Container:
@@ -205,7 +206,7 @@ def choose_encoding(
         raise VideoError(f"a GIF has at most 100 frames a second, but would have {float(rate):.2f}; set `fps`")
     rotation = 0 if container.turns else analysis.rotation
     height, width = analysis.size[::-1] if rotation in (90, 270) else analysis.size
-    tags = source_tags(analysis)
+    tags = told_tags(analysis.tags, analysis.pixel_format)
     if is_rgb(source) and not is_rgb(av.VideoFormat(pixel_format)):
         # Limited range and BT.709, what players take for granted, but for what the source says of itself.
         tags = ColourTags(1, 1, *(1 if told == 2 else told for told in (tags.primaries, tags.transfer)))
@@ -326,7 +327,8 @@ class PartWriter:
         if self._is_folder:
             shutil.rmtree(self._temporary, ignore_errors=True)
         else:
-            self._file.close()
+            with suppress(OSError):  # of a full disk, which has been told
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
