@@ -72,7 +72,7 @@ PROPERTIES = {
     "profile": Property("colour profile (ICC)", ("PNG", "JPEG", "TIFF", "WEBP"), side_data=(15,), info=("icc_profile",)),
     "other profile": Property("colour profile (ICC) of grey or CMYK, where the result is RGB"),
     "gamma": Property("gamma and chromaticities of a PNG file", info=("gamma", "chromaticity")),
-    "HDR10": Property("HDR10 metadata: mastering display and light level", (), (), _NO_IMAGE, side_data=(11, 14)),
+    "HDR10": Property("HDR10 metadata: mastering display and light level", ("hevc", "av1"), (), _NO_IMAGE, side_data=(11, 14)),
     "dynamic HDR": Property("dynamic HDR metadata: HDR10+, Dolby Vision, HDR Vivid, ambient light", (), (), _NO_IMAGE, side_data=(17, 23, 24, 25, 26)),
     "stereo": Property("stereo mode and further views", (), (), _NO_IMAGE, side_data=(2, 29, 30)),
     "stereo tag": Property("stereo mode that a Matroska file tells by itself", ("matroska", "webm"), (), _NO_IMAGE),

@@ -145,7 +145,7 @@ def extra_options(dice: random.Random, command: str, folder: Path, read: list) -
     if command == "interpolate":
         return ["--num-frames", dice.choice([1, 1, 2, 3])]
     options = [["--factor", 1], ["--factor", 2], ["--fps", "12"], ["--slow-motion", "2.5"], ["--dedup"], ["--skip-damage"], ["--keep-partial"], ["--overwrite"], ["--resume"]]
-    options += [["--codec", dice.choice(["h264", "hevc", "vp9", "prores", "ffv1"])], ["--preview", dice.choice([folder / "strip.png", *(read[0].glob("*") if read[0].is_dir() else read)])], ["--input-fps", "29.97"], ["--max-gap", "0.1"]]
+    options += [["--codec", dice.choice(["h264", "hevc", "vp9", "prores", "ffv1"])], ["--preview", dice.choice([folder / "strip.png", *(sorted(read[0].glob("*")) if read[0].is_dir() else read)])], ["--input-fps", "29.97"], ["--max-gap", "0.1"]]
     return [part for option in dice.sample(options, dice.randrange(4)) for part in option]
 
 

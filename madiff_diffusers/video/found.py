@@ -1,15 +1,20 @@
-"""What a source of a video has besides plain pixels, as keys of `properties.PROPERTIES`."""
+"""What a source of a video has besides plain pixels, as keys of `properties.PROPERTIES`; and what of it encoders are told."""
 
 from fractions import Fraction
-from typing import Set
+from typing import Optional, Set
 
 import av
+import numpy as np
 from PIL import Image
 
-from ..properties import PROPERTIES, found_in_image
+from ..properties import IRRELEVANT_SIDE_DATA, PROPERTIES, found_in_image
 from .assembling import carried_metadata
 from .colour import is_rgb
 from .reading import Analysis, Source, main_stream
+from .writing import Hdr10
+
+# FFmpeg's numbers of them, of its AVFrameSideDataType.
+_MASTERING_DISPLAY, _LIGHT_LEVEL = 11, 14
 
 # Primaries and transfers that are BT.709's or sRGB's, as all players take them for, or not told.
 _USUAL_PRIMARIES, _USUAL_TRANSFERS = (1, 2), (1, 2, 6, 13, 14, 15)
@@ -63,15 +68,48 @@ def _of_file(source: Source) -> Set[str]:
             "alpha stream": "1" in (main.metadata.get("alpha_mode"), main.metadata.get("ALPHA_MODE")),
             "stereo tag": "stereo_mode" in main.metadata,
         }
-        found = {key for key, is_there in told.items() if is_there}
-        frame = next(container.decode(main), None)
-        found |= set() if frame is None else found_in_frame(frame)
-        return found - {"stereo"} if "stereo tag" in found else found
+    found = {key for key, is_there in told.items() if is_there}
+    frame = _first_frame(source)
+    found |= set() if frame is None else found_in_frame(frame)
+    return found - {"stereo"} if "stereo tag" in found else found
+
+
+def _first_frame(source: Source) -> Optional[av.VideoFrame]:
+    """That can be decoded; of a source of its own, which counts damage for itself."""
+    return next((frame for _, frame in Source(source.path).frames(skip_damage=True)), None)
+
+
+def hdr10_of(source: Source) -> Optional[Hdr10]:
+    """The metadata of HDR10 that a video begins with."""
+    if source.images is not None:
+        return None
+    frame = _first_frame(source)
+    if frame is None or not has_side_data(frame, _MASTERING_DISPLAY):
+        return None
+    # Three primaries and the white point, across and down, and the least and most light, each a numerator and a denominator; then
+    # whether colours and light are told.
+    *numbers, has_primaries, has_luminance = np.frombuffer(side_data(frame, _MASTERING_DISPLAY), np.int32).tolist()
+    if not (has_primaries and has_luminance) or 0 in numbers[1::2]:
+        return None
+    fractions = [Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2])]
+    light = side_data(frame, _LIGHT_LEVEL) if has_side_data(frame, _LIGHT_LEVEL) else bytes(8)
+    return Hdr10(tuple(fractions[:8]), fractions[8], fractions[9], *np.frombuffer(light, np.uint32)[:2].tolist())
 
 
 def found_in_frame(frame: av.VideoFrame) -> Set[str]:
     """What a frame carries beside its pixels."""
     return {key for key, each in PROPERTIES.items() if key != "orientation" and any(has_side_data(frame, kind) for kind in each.side_data)}
+
+
+def side_data(frame: av.VideoFrame, kind: int) -> bytes:
+    """What a frame carries of a kind; PyAV gets to see nothing else (see `has_side_data`)."""
+    graph = av.filter.Graph()
+    nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1))]
+    nodes += [graph.add("sidedata", f"mode=delete:type={other}") for each in PROPERTIES.values() for other in each.side_data if other != kind]
+    nodes += [graph.add("sidedata", f"mode=delete:type={other}") for other in IRRELEVANT_SIDE_DATA]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return next(bytes(data) for data in graph.pull().side_data)
 
 
 def has_side_data(frame: av.VideoFrame, kind: int) -> bool:
