@@ -36,17 +36,6 @@ _TURNS = {
 # Without loss, or with little: what was made goes through no second choice of what may be lost.
 _SETTINGS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
-# How an image is turned upright, by EXIF's numbers of orientations; 1 is upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 class OpenedImage(NamedTuple):
     """

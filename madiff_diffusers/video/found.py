@@ -7,10 +7,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from ..properties import IRRELEVANT_SIDE_DATA, PROPERTIES, found_in_image
+from ..properties import PROPERTIES, found_in_image
 from .assembling import carried_metadata
 from .colour import is_rgb
-from .reading import Analysis, Source, main_stream
+from .reading import Analysis, Source, main_stream, side_data
 from .writing import Hdr10
 
 # FFmpeg's numbers of them, of its AVFrameSideDataType.
@@ -84,15 +84,16 @@ def hdr10_of(source: Source) -> Optional[Hdr10]:
     if source.images is not None:
         return None
     frame = _first_frame(source)
-    if frame is None or not has_side_data(frame, _MASTERING_DISPLAY):
+    display = None if frame is None else side_data(frame, _MASTERING_DISPLAY)
+    if display is None:
         return None
     # Three primaries and the white point, across and down, and the least and most light, each a numerator and a denominator; then
     # whether colours and light are told.
-    *numbers, has_primaries, has_luminance = np.frombuffer(side_data(frame, _MASTERING_DISPLAY), np.int32).tolist()
+    *numbers, has_primaries, has_luminance = np.frombuffer(display, np.int32).tolist()
     if not (has_primaries and has_luminance) or 0 in numbers[1::2]:
         return None
     fractions = [Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2])]
-    light = side_data(frame, _LIGHT_LEVEL) if has_side_data(frame, _LIGHT_LEVEL) else bytes(8)
+    light = side_data(frame, _LIGHT_LEVEL) or bytes(8)
     return Hdr10(tuple(fractions[:8]), fractions[8], fractions[9], *np.frombuffer(light, np.uint32)[:2].tolist())
 
 
@@ -101,21 +102,9 @@ def found_in_frame(frame: av.VideoFrame) -> Set[str]:
     return {key for key, each in PROPERTIES.items() if key != "orientation" and any(has_side_data(frame, kind) for kind in each.side_data)}
 
 
-def side_data(frame: av.VideoFrame, kind: int) -> bytes:
-    """What a frame carries of a kind; PyAV gets to see nothing else (see `has_side_data`)."""
-    graph = av.filter.Graph()
-    nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1))]
-    nodes += [graph.add("sidedata", f"mode=delete:type={other}") for each in PROPERTIES.values() for other in each.side_data if other != kind]
-    nodes += [graph.add("sidedata", f"mode=delete:type={other}") for other in IRRELEVANT_SIDE_DATA]
-    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
-    graph.push(frame)
-    return next(bytes(data) for data in graph.pull().side_data)
-
-
 def has_side_data(frame: av.VideoFrame, kind: int) -> bool:
     """
-    Whether a frame carries something of a kind. FFmpeg is asked by a filter: PyAV fails at kinds that it does not know, and at colour
-    profiles.
+    Whether a frame carries something of a kind; asked of FFmpeg by a filter, as `reading.side_data` does.
 
     Args:
         kind: FFmpeg's number, of its AVFrameSideDataType.
