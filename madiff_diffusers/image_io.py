@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import NamedTuple, Optional, Set, Tuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from .image_processor import rgb_of_image, rgba_of_transparent
 from .outputs import PathLike, unwritable
-from .properties import found_in_image, pixel_aspect
+from .properties import exif_tags, found_in_image, pixel_aspect
 
 WRITABLE_FORMATS = {
     ".png": "PNG",
@@ -22,9 +22,6 @@ WRITABLE_FORMATS = {
     ".ppm": "PPM",
 }
 
-# Without loss, or with little: what was made goes through no second choice of what may be lost.
-_SETTINGS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
-
 # How an image is turned upright, by EXIF's numbers of orientations; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,6 +32,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Without loss, or with little: what was made goes through no second choice of what may be lost.
+_SETTINGS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
 class OpenedImage(NamedTuple):
@@ -71,7 +71,7 @@ def open_image(path: PathLike) -> OpenedImage:
                 found.add("transparency")
             profile = file.info["icc_profile"] if "profile" in found else None
             return OpenedImage(image, found, profile, _resolution(file, image.size != file.size))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # which Pillow's readers raise of every kind, at damaged files
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
 
 
@@ -100,10 +100,7 @@ def read_image(path: PathLike) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """An image turned as its metadata says; as it is where they say nothing, or cannot be read."""
     image.load()  # by which some kinds of files are turned already
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # what wrote the metadata may have got anything wrong; the picture is none the worse
-        orientation = None
+    orientation = exif_tags(image).get(ExifTags.Base.Orientation)
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 

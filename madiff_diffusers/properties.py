@@ -1,7 +1,7 @@
 """What sources have besides plain pixels: one table of all that FFmpeg and Pillow know of, and of what becomes of it."""
 
 from fractions import Fraction
-from typing import Collection, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Collection, Dict, List, NamedTuple, Optional, Set, Tuple
 
 from PIL import ExifTags, Image
 
@@ -72,7 +72,7 @@ PROPERTIES = {
     "profile": Property("colour profile (ICC)", ("PNG", "JPEG", "TIFF", "WEBP"), side_data=(15,), info=("icc_profile",)),
     "other profile": Property("colour profile (ICC) of grey or CMYK, where the result is RGB"),
     "gamma": Property("gamma and chromaticities of a PNG file", info=("gamma", "chromaticity")),
-    "HDR10": Property("HDR10 metadata: mastering display and light level", (), (), _NO_IMAGE, side_data=(11, 14)),
+    "HDR10": Property("HDR10 metadata: mastering display and light level", ("hevc", "av1"), (), _NO_IMAGE, side_data=(11, 14)),
     "dynamic HDR": Property("dynamic HDR metadata: HDR10+, Dolby Vision, HDR Vivid, ambient light", (), (), _NO_IMAGE, side_data=(17, 23, 24, 25, 26)),
     "stereo": Property("stereo mode and further views", (), (), _NO_IMAGE, side_data=(2, 29, 30)),
     "stereo tag": Property("stereo mode that a Matroska file tells by itself", ("matroska", "webm"), (), _NO_IMAGE),
@@ -119,7 +119,7 @@ def found_in_image(image: Image.Image) -> Set[str]:
     found = {keys.get(name, "comments") for name in names} - {"pixel aspect", "transparency", "EXIF"}
     if "profile" in found and not is_for_rgb(image.info["icc_profile"]):
         found.symmetric_difference_update({"profile", "other profile"})
-    tags = dict(image.getexif())
+    tags = exif_tags(image)
     if tags.pop(ExifTags.Base.Orientation, 1) != 1:
         found.add("orientation")
     if set(tags) - (_TIFF_LAYOUT if image.format == "TIFF" else set()):
@@ -131,6 +131,14 @@ def found_in_image(image: Image.Image) -> Set[str]:
     if image.mode[0] in "IF" or ";16" in str([tile.args for tile in image.tile]):
         found.add("bits")
     return found
+
+
+def exif_tags(image: Image.Image) -> Dict[int, Any]:
+    """An image's EXIF metadata by their numbers; none if they cannot be read."""
+    try:
+        return dict(image.getexif())
+    except Exception:  # what wrote them may have got anything wrong; the picture is none the worse
+        return {}
 
 
 def is_for_rgb(profile: bytes) -> bool:

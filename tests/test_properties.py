@@ -14,7 +14,9 @@ from madiff_diffusers import interpolate_video
 from madiff_diffusers.cli import main
 from madiff_diffusers.image_io import WRITABLE_FORMATS, open_image
 from madiff_diffusers.properties import IRRELEVANT_INFO, IRRELEVANT_SIDE_DATA, OUTPUTS, PROPERTIES, found_in_image, lost
-from madiff_diffusers.video.writing import CODECS, CONTAINERS
+from madiff_diffusers.video.found import hdr10_of
+from madiff_diffusers.video.reading import Source
+from madiff_diffusers.video.writing import CODECS, CONTAINERS, Hdr10
 from tests.conftest import REPOSITORY, moving_picture
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
 
@@ -167,7 +169,13 @@ def test_a_plain_video_loses_nothing_but_what_is_said(pipeline, tmp_path):
 def test_what_frames_carry(pipeline, tmp_path):
     hdr = "log-level=none:hdr10=1:master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1):max-cll=1000,400"
     source = film_clip(tmp_path / "hdr.mkv", 2, codec="libx265", pixel_format="yuv420p10le", colours=(1, 9, 9, 16), options={"x265-params": hdr})
-    assert notes(pipeline, source, tmp_path / "out.webm") == names("HDR10") == notes(pipeline, source, tmp_path / "out.mkv", codec="ffv1")
+    assert notes(pipeline, source, tmp_path / "out.mp4", codec="h264") == names("HDR10") == notes(pipeline, source, tmp_path / "out.mkv", codec="ffv1")
+    told = Hdr10(tuple(map(Fraction, "0.68 0.32 0.265 0.69 0.15 0.06 0.3127 0.329".split())), Fraction(1, 10000), Fraction(1000), 1000, 400)
+    assert hdr10_of(Source(source)) == told
+    for name in ("out.mp4", "out.mkv", "out.mov", "out.webm"):
+        assert notes(pipeline, source, tmp_path / name) == [], name
+        kept = hdr10_of(Source(tmp_path / name))
+        assert kept[3:] == told[3:] and all(abs(a - b) < 1e-4 for a, b in zip((*kept.colours, kept.darkest), (*told.colours, told.darkest))) and abs(kept.brightest - 1000) < 0.01
     assert notes(pipeline, source, tmp_path / "out.y4m") == names("matrix", "primaries", "HDR10")
     stereo = film_clip(tmp_path / "stereo.mkv", 2, options={"x264-params": "frame-packing=3"})
     assert notes(pipeline, stereo, tmp_path / "out.mp4") == names("stereo")

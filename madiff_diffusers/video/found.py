@@ -1,15 +1,20 @@
-"""What a source of a video has besides plain pixels, as keys of `properties.PROPERTIES`."""
+"""What a source of a video has besides plain pixels, as keys of `properties.PROPERTIES`; and what of it encoders are told."""
 
 from fractions import Fraction
-from typing import Set
+from typing import Optional, Set
 
 import av
+import numpy as np
 from PIL import Image
 
 from ..properties import PROPERTIES, found_in_image
 from .assembling import carried_metadata
 from .colour import is_rgb
-from .reading import Analysis, Source, main_stream
+from .reading import Analysis, Source, main_stream, side_data
+from .writing import Hdr10
+
+# FFmpeg's numbers of them, of its AVFrameSideDataType.
+_MASTERING_DISPLAY, _LIGHT_LEVEL = 11, 14
 
 # Primaries and transfers that are BT.709's or sRGB's, as all players take them for, or not told.
 _USUAL_PRIMARIES, _USUAL_TRANSFERS = (1, 2), (1, 2, 6, 13, 14, 15)
@@ -63,10 +68,33 @@ def _of_file(source: Source) -> Set[str]:
             "alpha stream": "1" in (main.metadata.get("alpha_mode"), main.metadata.get("ALPHA_MODE")),
             "stereo tag": "stereo_mode" in main.metadata,
         }
-        found = {key for key, is_there in told.items() if is_there}
-        frame = next(container.decode(main), None)
-        found |= set() if frame is None else found_in_frame(frame)
-        return found - {"stereo"} if "stereo tag" in found else found
+    found = {key for key, is_there in told.items() if is_there}
+    frame = _first_frame(source)
+    found |= set() if frame is None else found_in_frame(frame)
+    return found - {"stereo"} if "stereo tag" in found else found
+
+
+def _first_frame(source: Source) -> Optional[av.VideoFrame]:
+    """That can be decoded; of a source of its own, which counts damage for itself."""
+    return next((frame for _, frame in Source(source.path).frames(skip_damage=True)), None)
+
+
+def hdr10_of(source: Source) -> Optional[Hdr10]:
+    """The metadata of HDR10 that a video begins with."""
+    if source.images is not None:
+        return None
+    frame = _first_frame(source)
+    display = None if frame is None else side_data(frame, _MASTERING_DISPLAY)
+    if display is None:
+        return None
+    # Three primaries and the white point, across and down, and the least and most light, each a numerator and a denominator; then
+    # whether colours and light are told.
+    *numbers, has_primaries, has_luminance = np.frombuffer(display, np.int32).tolist()
+    if not (has_primaries and has_luminance) or 0 in numbers[1::2]:
+        return None
+    fractions = [Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2])]
+    light = side_data(frame, _LIGHT_LEVEL) or bytes(8)
+    return Hdr10(tuple(fractions[:8]), fractions[8], fractions[9], *np.frombuffer(light, np.uint32)[:2].tolist())
 
 
 def found_in_frame(frame: av.VideoFrame) -> Set[str]:
@@ -76,8 +104,7 @@ def found_in_frame(frame: av.VideoFrame) -> Set[str]:
 
 def has_side_data(frame: av.VideoFrame, kind: int) -> bool:
     """
-    Whether a frame carries something of a kind. FFmpeg is asked by a filter: PyAV fails at kinds that it does not know, and at colour
-    profiles.
+    Whether a frame carries something of a kind; asked of FFmpeg by a filter, as `reading.side_data` does.
 
     Args:
         kind: FFmpeg's number, of its AVFrameSideDataType.

@@ -28,7 +28,7 @@ from ..properties import lost
 from ..scene_cuts import cuts_of_changes
 from .assembling import assemble, write_pictures
 from .colour import ColourPath, ColourTags, chroma_of, is_rgb
-from .found import found_in_video
+from .found import found_in_video, hdr10_of
 from .frame_times import ShownFrame, Timeline
 from .middles import FrameMaker, Neighbour, tile_pixels_for
 from .options import VideoOptions
@@ -104,12 +104,14 @@ class VideoJob:
         self.analysis = analyse(
             self.source, blocks=self.options.dedup, skip_damage=self.options.skip_damage, keep_good=keep_partial, progress=progress
         )
+        self.found = found_in_video(self.source, self.analysis)
         self.is_cut_short = bool(self.analysis.damage) and keep_partial and not self.options.skip_damage
         self.timeline = self._timeline(container.steady)
         slowed = self.analysis.rate / self.options.slow_motion
         rate = self.options.fps or (slowed * self.options.factor).limit_denominator(10**5)
         self.encoding = choose_encoding(
-            self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset
+            self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset,
+            hdr10_of(self.source),
         )
         self._colours: Dict[ColourTags, ColourPath] = {}
         self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
@@ -325,7 +327,7 @@ class VideoJob:
         (across, down), (own_across, own_down) = chroma_of(coded), chroma_of(source)
         if across * down > own_across * own_down and (len(source.components) >= 3 or is_rgb(source)):
             notes.append(f"{encoding.codec} keeps one colour for {across}x{down} pixels ({coded.name})")
-        notes += lost(found_in_video(self.source, analysis), encoding.container.format or "folder", encoding.codec)
+        notes += lost(self.found, encoding.container.format or "folder", encoding.codec)
         upright = analysis.size[::-1] if encoding.turned in (90, 270) else analysis.size
         if encoding.size != tuple(upright):
             notes.append(f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated")

@@ -89,6 +89,38 @@ CODECS = {
 }
 
 
+class Hdr10(NamedTuple):
+    """
+    What an HDR video tells of the display that it was made on, and of its light.
+
+    Args:
+        colours: CIE x and y of red, green, blue and white.
+        darkest, brightest: light of the display, in candela to the square metre.
+        most, most_mean: light of the brightest pixel, and of the brightest frame; 0 for not told.
+    """
+
+    colours: Tuple[Fraction, ...]
+    darkest: Fraction
+    brightest: Fraction
+    most: int
+    most_mean: int
+
+    def options(self, codec: str) -> str:
+        """As the encoder of "hevc" or "av1" takes them."""
+
+        def written(first: Fraction, second: Fraction, unit: int) -> str:
+            return ",".join(str(round(each * unit)) if codec == "hevc" else f"{float(each):.5f}" for each in (first, second))
+
+        red, green, blue, white = (written(*self.colours[i : i + 2], 50000) for i in range(0, 8, 2))  # HEVC counts in such parts
+        display = f"G({green})B({blue})R({red})WP({white})L({written(self.brightest, self.darkest, 10000)})"
+        named = ("master-display", "max-cll") if codec == "hevc" else ("mastering-display", "content-light")
+        return f"{named[0]}={display}" + (f":{named[1]}={self.most},{self.most_mean}" if self.most or self.most_mean else "")
+
+
+# What takes them, and under what name.
+_HDR10_OPTIONS = {"hevc": "x265-params", "av1": "svtav1-params"}
+
+
 class Encoding(NamedTuple):
     """
     How a video is written.
@@ -165,7 +197,7 @@ def container_of(output: Path) -> Container:
 
 def choose_encoding(
     output: Path, analysis: Analysis, time_base: Fraction, rate: Fraction, codec: Optional[str] = None, crf: Optional[int] = None,
-    preset: Optional[str] = None,
+    preset: Optional[str] = None, hdr10: Optional[Hdr10] = None,
 ) -> Encoding:
     """
     How to write a video so that it has what the source has: pixels, colours, shape.
@@ -175,6 +207,7 @@ def choose_encoding(
         analysis: of the source.
         time_base, rate: of the frames that will be shown.
         codec, crf, preset: if not the usual ones.
+        hdr10: what the source tells of it.
 
     Raises:
         VideoError: for what the file or codec cannot have.
@@ -183,8 +216,9 @@ def choose_encoding(
     source = av.VideoFormat(analysis.pixel_format)
     if codec is not None and codec not in container.codecs:
         raise VideoError(f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(container.codecs)}, but is {codec!r}")
-    # The first that keeps ten bits where there are as many.
+    # The first that keeps ten bits where there are as many, and HDR10's metadata where there are such.
     able = [each for each in container.codecs if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))]
+    able = [each for each in able if hdr10 is not None and each in _HDR10_OPTIONS] or able
     name = codec or (able or container.codecs)[0]
     kind = CODECS[name]
     options = dict(kind.options)
@@ -197,6 +231,9 @@ def choose_encoding(
     if kind.crf is not None:
         options["crf"] = str(kind.crf if crf is None else crf)
         options["cpu-used" if name == "vp9" else "preset"] = preset or kind.preset
+    if hdr10 is not None and name in _HDR10_OPTIONS:
+        place = _HDR10_OPTIONS[name]
+        options[place] = ":".join(filter(None, (options.get(place), hdr10.options(name))))
     pixel_format = analogous_format(source, name)
     if name == "prores":
         options["profile"] = "4" if "444" in pixel_format else "3"
