@@ -718,7 +718,13 @@ class MADiffPipeline(DiffusionPipeline):
                 return [self.vqvae.decode(latents, *neighbours, force_not_quantize, time=instants).sample]
 
             size = prev.frames.shape[-2:]
-            (decoded,) = decode_images(*images) if self.tiling is None else self.tiling(decode_images, images, *size)
+            if self.tiling is None:
+                (decoded,) = decode_images(*images)
+            else:
+                # Warps reach as far as the hints tell.
+                scale = size[0] / hints[0].shape[-2]
+                reach = max(each[:, -2:].abs().max().item() for each in hints) * scale if self.vqvae.config.offset_hints else 0.0
+                (decoded,) = self.tiling(decode_images, images, *size, reach)
             return decoded.float().clamp(-1, 1)
 
         # 2. Hints to begin with: nothing is known of the frames yet.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks on overlapping tiles of a frame, blended: less memory for large frames."""
 
+import math
 from typing import Callable, List, Sequence, Tuple
 
 import torch
@@ -20,13 +21,17 @@ class Tiling:
     def __init__(self, pixels: int, multiple: int):
         self.pixels, self.multiple = pixels, multiple
 
-    def tiles(self, height: int, width: int) -> Tuple[List[Span], List[Span]]:
-        """Rows and columns, from and to, of tiles that overlap by a quarter of their side."""
-        side = max(4 * self.multiple, int(self.pixels**0.5) // self.multiple * self.multiple)
+    def tiles(self, height: int, width: int, margin: int = 0) -> Tuple[List[Span], List[Span]]:
+        """Rows and columns, from and to, of tiles that overlap by a quarter of their side and, with a margin all around, have as many
+        pixels as they may."""
+        side = self._side(int(self.pixels**0.5) - 2 * margin)
         rows = self._spans(height, side)
         # What the height leaves over goes to the width.
-        tallest = max(end - start for start, end in rows)
-        return rows, self._spans(width, max(4 * self.multiple, self.pixels // tallest // self.multiple * self.multiple))
+        tallest = min(height, max(end - start for start, end in rows) + 2 * margin)
+        return rows, self._spans(width, self._side(self.pixels // tallest - 2 * margin))
+
+    def _side(self, pixels: int) -> int:
+        return max(4 * self.multiple, pixels // self.multiple * self.multiple)
 
     def _spans(self, length: int, side: int) -> List[Span]:
         """As few as cover a length, as short as they can be."""
@@ -39,7 +44,12 @@ class Tiling:
         return [*((start, start + side) for start in starts[:-1]), (starts[-1], length)]
 
     def __call__(
-        self, function: Callable[..., Sequence[torch.Tensor]], images: Sequence[torch.Tensor], height: int, width: int
+        self,
+        function: Callable[..., Sequence[torch.Tensor]],
+        images: Sequence[torch.Tensor],
+        height: int,
+        width: int,
+        reach: float = 0.0,
     ) -> List[torch.Tensor]:
         """
         What a function makes of images, tile by tile.
@@ -49,17 +59,27 @@ class Tiling:
                 the frame's is divided, down to one in `multiple`.
             images: of the whole frame.
             height, width: of the frame, multiples of `multiple`.
+            reach: pixels from which a tile's own need to be seen; the function is given as much more all around.
         """
-        rows, columns = self.tiles(height, width)
+        margin = 0
+        if height * width > self.pixels:
+            # Not so much that the least tiles would have more pixels than they may.
+            most = max(2 * self.multiple, (int(self.pixels**0.5) // self.multiple - 4) // 2 * self.multiple)
+            margin = min(math.ceil(reach / self.multiple) * self.multiple, most)
+        rows, columns = self.tiles(height, width, margin)
         if len(rows) == len(columns) == 1:
             return list(function(*images))
         row_weights, column_weights = _weights(height, rows), _weights(width, columns)
         whole: List[torch.Tensor] = []
         for (top, bottom), row_weight in zip(rows, row_weights):
             for (left, right), column_weight in zip(columns, column_weights):
-                made = function(*(self._crop(image, height, top, bottom, left, right) for image in images))
+                upper, lower = max(0, top - margin), min(height, bottom + margin)
+                first, last = max(0, left - margin), min(width, right + margin)
+                made = function(*(self._crop(image, height, upper, lower, first, last) for image in images))
                 for number, part in enumerate(made):
-                    scale = (bottom - top) // part.shape[-2]
+                    scale = (lower - upper) // part.shape[-2]
+                    rows_of_tile = slice((top - upper) // scale, (bottom - upper) // scale)
+                    part = part[..., rows_of_tile, (left - first) // scale : (right - first) // scale]
                     if number == len(whole):
                         whole.append(part.new_zeros((*part.shape[:-2], height // scale, width // scale)))
                     weight = torch.outer(_reduced(row_weight, scale), _reduced(column_weight, scale)).to(part)

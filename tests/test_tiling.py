@@ -1,5 +1,6 @@
 """Networks on overlapping tiles."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.tiling import Tiling
 from madiff_diffusers.video.middles import bytes_per_pixel, tile_pixels_for
-from tests.conftest import moving_picture
+from tests.conftest import moving_picture, photograph
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (256, 1920), (1088, 1920), (2176, 3840), (3840, 2176), (448, 320), (64, 8192)])
@@ -35,6 +36,23 @@ def test_tiles_are_put_together_where_they_were(height, width):
     assert len(seen) > 1 and max(seen)[0] <= 320
     assert (doubled - 2 * image).abs().max() < 1e-5 and (same - coarse).abs().max() < 1e-5
     assert (small - torch.nn.functional.avg_pool2d(image, 8)).abs().max() < 1e-5
+
+
+def test_fast_motion_is_followed_across_the_borders_of_tiles():
+    """A pan of 100 pixels, which is more than tiles overlap by."""
+    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
+    pipeline.set_progress_bar_config(disable=True)
+    picture = cv2.resize(photograph(), (1200, 800), interpolation=cv2.INTER_AREA)
+    prev, truth, next_ = (np.ascontiguousarray(picture[200:520, 200 + shift : 840 + shift]) for shift in (0, 50, 100))
+
+    def error() -> np.ndarray:
+        made = pipeline(prev, next_, generator=torch.Generator().manual_seed(0), output_type="np", hint_policy="start").frames[0, 0]
+        return ((made * 255 - truth)[:, 100:-100] ** 2).mean()
+
+    whole = error()
+    pipeline.enable_tiling(1)
+    assert len(pipeline.tiling.tiles(320, 640)[1]) > 2
+    assert 10 * np.log10(error() / whole) <= 0.3, "dB lost to tiles"
 
 
 def test_tiled_frames_are_what_whole_ones_are():
