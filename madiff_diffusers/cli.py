@@ -19,7 +19,7 @@ VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
 
 BENCHMARK_NAMES = (
     "middlebury", "ucf101", "davis", "snu-film-easy", "snu-film-medium", "snu-film-hard", "snu-film-extreme", "vimeo-triplet",
-    "vimeo-septuplet", "xiph-2k", "xiph-4k", "vfitex", "triplets",
+    "vimeo-septuplet", "xiph-2k", "xiph-4k", "vfitex", "triplets", "frames",
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="run methods on a benchmark: frames, scores, tables, pages",
-        description="Make the middle frames of a benchmark, score the files, and write frames, tables (results.md, .csv, .json), a "
+        description="Make the middle frames of a benchmark (or those at several instants), score the files, and write frames, tables (results.md, .csv, .json), a "
         "chart and pages (index.html) into a folder. The folder may hold other benchmarks and methods already; its tables then "
         "hold all of them. The same command takes up what was stopped.",
     )
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=["madiff"],
         metavar="M",
         help="madiff (a checkpoint), average, flow (OpenCV's DIS), or MODULE:FUNCTION that takes two (H, W, 3) uint8 arrays and "
-        "gives the one between (default: madiff)",
+        "gives the one between; for other instants than the middle, it is given these, from 0 to 1, besides (default: madiff)",
     )
     evaluate.add_argument("--label", metavar="TEXT", help="row in the tables, for a single method (default: what it is)")
     evaluate.set_defaults(run=run_evaluate)
@@ -360,11 +360,15 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for interpolate")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument(
+        "--skip", type=int, metavar="N", help="of frames and vimeo-septuplet, leave N frames out between two neighbours and make them (default: 1)"
+    )
+    command.add_argument(
         "--metrics",
         nargs="+",
         default=["psnr", "ssim", "lpips"],
         metavar="M",
-        help="psnr, ssim, lpips, lpips_vgg, flolpips (flow by RAFT), fid (default: psnr ssim lpips); what cannot be had is left out by name",
+        help="psnr, ssim, lpips, lpips_vgg, flolpips (flow by RAFT), fid, step_ratio (largest over smallest step of a pan that the command "
+        "makes) (default: psnr ssim lpips); what cannot be had is left out by name",
     )
     for option, network in (
         ("--lpips-backbone", "AlexNet's feature layers (.safetensors), for lpips and flolpips"),
@@ -449,6 +453,7 @@ class EvaluationCommand:
             self.scorer,
             label=label,
             limit=args.limit,
+            skip=args.skip,
             batch_size=args.batch_size,
             gallery=args.gallery,
             state=self.state,

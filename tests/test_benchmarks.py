@@ -1,5 +1,6 @@
 """Every benchmark's layout, made here as its authors hand it out, and what is said where it is not so."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -61,7 +62,7 @@ def numbers(triplet, **size) -> list:
 
 
 @pytest.mark.parametrize(
-    "benchmark, make, expected",
+    "name, make, expected",
     [
         ("middlebury", make_inputs_and_truths, {"Beanbags": [5, 6, 7], "Walking": [0, 1, 2]}),
         ("middlebury", lambda root: make_inputs_and_truths(root, "other-data", "other-gt-interp"), {"Beanbags": [5, 6, 7], "Walking": [0, 1, 2]}),
@@ -74,14 +75,45 @@ def numbers(triplet, **size) -> list:
         ("snu-film-hard", lambda root: make_snu_film(root, "eval_modes"), {"001": [1, 2, 3], "002": [0, 2, 4]}),
         ("vimeo-triplet", lambda root: make_vimeo(root, "tri_testlist.txt", 3), {"00002/0001": [0, 1, 2], "00001/0389": [0, 1, 2]}),
         ("vimeo-septuplet", lambda root: make_vimeo(root, "sep_testlist.txt", 7), {"00002/0001": [2, 3, 4], "00001/0389": [2, 3, 4]}),
+        ("frames", make_three_images, {"a/im2": [5, 6, 7], "b/im2": [0, 1, 2]}),
     ],
 )
-def test_layouts(benchmark, make, expected, tmp_path):
+def test_layouts(name, make, expected, tmp_path):
     make(tmp_path)
-    found = find_triplets(benchmark, str(tmp_path))
+    found = find_triplets(name, str(tmp_path))
     assert {triplet.name: numbers(triplet) for triplet in found} == expected
     assert [triplet.name for triplet in found] == list(expected), "in order"
-    assert [triplet.name for triplet in find_triplets(benchmark, str(tmp_path), limit=1)] == list(expected)[:1]
+    assert [triplet.name for triplet in find_triplets(name, str(tmp_path), limit=1)] == list(expected)[:1]
+
+
+def test_septuplets_at_several_instants(tmp_path):
+    make_vimeo(tmp_path, "sep_testlist.txt", 7)
+    for skip, expected in (
+        (5, {f"im{i + 1}": ([0, i, 6], Fraction(i, 6)) for i in range(1, 6)}),
+        (2, {"im3": ([1, 2, 4], Fraction(1, 3)), "im4": ([1, 3, 4], Fraction(2, 3))}),
+    ):
+        found = find_triplets("vimeo-septuplet", str(tmp_path), skip=skip)
+        assert {triplet.name: (numbers(triplet), triplet.time) for triplet in found} == {
+            f"{clip}/{name}": each for clip in ("00002/0001", "00001/0389") for name, each in expected.items()
+        }
+        assert {triplet.sequence for triplet in found} == {"00002/0001", "00001/0389"}
+    assert find_triplets("vimeo-septuplet", str(tmp_path), skip=1) == find_triplets("vimeo-septuplet", str(tmp_path))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_frames_with_some_left_out(whole, tmp_path):
+    """Of nine frames 0, 4 and 8 stay at three left out, and 8 is too short of a next one at two."""
+    root = tmp_path / "clips"
+    for name in ["walk"] if whole else ["walk", "run"]:
+        for i in range(9):
+            save(root / name / f"{i}.png", i)
+    (root / "notes").mkdir()
+    found = find_triplets("frames", str(root / "walk" if whole else root), skip=3)
+    expected = {f"walk/{i}": ([i // 4 * 4, i, i // 4 * 4 + 4], Fraction(i % 4, 4)) for i in (1, 2, 3, 5, 6, 7)}
+    assert {each.name: (numbers(each), each.time) for each in found if each.sequence == "walk"} == expected
+    assert {each.sequence for each in found} == ({"walk"} if whole else {"walk", "run"})
+    assert [numbers(each)[1] for each in find_triplets("frames", str(root / "walk"), skip=2)] == [1, 2, 4, 5]
+    assert [each.time for each in find_triplets("frames", str(root / "walk"))] == [Fraction(1, 2)] * 4
 
 
 @pytest.mark.parametrize("folder", ["", "JPEGImages/480p"])
@@ -123,12 +155,12 @@ def test_xiph(tmp_path):
         assert np.array_equal(found[0].read()[1], expected[benchmark])
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_another_folder_is_told_the_layout(benchmark, tmp_path):
-    with pytest.raises(ValueError, match=f"`root` must hold {benchmark} as "):
-        find_triplets(benchmark, str(tmp_path))
-    with pytest.raises(ValueError, match=f"`root` must hold {benchmark} as "):
-        find_triplets(benchmark, str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_another_folder_is_told_the_layout(name, tmp_path):
+    with pytest.raises(ValueError, match=f"`root` must hold {name} as "):
+        find_triplets(name, str(tmp_path))
+    with pytest.raises(ValueError, match=f"`root` must hold {name} as "):
+        find_triplets(name, str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("missing", ["input/Walking/frame11.png", "gt/Walking/frame10i11.png"])
@@ -175,6 +207,22 @@ def test_other_errors_name_the_argument(tmp_path):
     (tmp_path / "test-hard.txt").write_text("one two\n")
     with pytest.raises(ValueError, match="test-hard.txt must name 3 files, but line 1"):
         find_triplets("snu-film-hard", str(tmp_path))
+
+
+def test_what_cannot_be_left_out_is_told(tmp_path):
+    make_three_images(tmp_path)
+    with pytest.raises(ValueError, match="`skip` is for vimeo-septuplet, frames, but `benchmark` is 'triplets'"):
+        find_triplets("triplets", str(tmp_path), skip=1)
+    with pytest.raises(ValueError, match="`skip` must be from 1 to 5 for vimeo-septuplet, but is 6"):
+        find_triplets("vimeo-septuplet", str(tmp_path), skip=6)
+    with pytest.raises(ValueError, match="`skip` must be from 1 to 999 for frames, but is 0"):
+        find_triplets("frames", str(tmp_path), skip=0)
+    with pytest.raises(ValueError, match="Each folder of frames must hold at least 4 images, but .*a holds 3"):
+        find_triplets("frames", str(tmp_path), skip=2)
+    save(tmp_path / "a" / "im2.jpg", 2)
+    save(tmp_path / "a" / "im3.jpg", 2)
+    with pytest.raises(ValueError, match="Names must differ in more than their endings, but 2 items of .* are called a/im2"):
+        find_triplets("frames", str(tmp_path / "a"), skip=3)
 
 
 def test_the_command_names_them_all():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -24,6 +25,7 @@ from madiff_diffusers.evaluation.evaluate import QUESTIONS, ablation, evaluate
 from madiff_diffusers.evaluation.methods import Baseline, FunctionMethod, MADiffMethod, Settings, checkpoint_digest
 from madiff_diffusers.evaluation.metrics import Scorer, psnr
 from madiff_diffusers.evaluation.runs import mean_and_interval
+from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
 from madiff_diffusers.image_io import read_image
 from tests.conftest import moving_picture, two_processes
 from tests.test_metrics import load_scorer, random_backbone_file
@@ -58,6 +60,20 @@ def peer(tmp_path) -> Path:
         "def blend(prev, next):\n"
         "    prev *= 0  # nobody else's frame\n"
         "    return next / 255\n"
+        "def at(prev, next, time=0.5):\n"
+        "    if time != 0.5:\n"
+        "        open('times', 'a').write(f'{time}\\n')\n"
+        "    return prev\n"
+        "def truth(prev, next, time=0.5):\n"
+        "    from madiff_diffusers.evaluation.smoothness import pan\n"
+        "    open('pans', 'a').write('call\\n')\n"
+        "    place = next_place(prev)\n"
+        "    return prev if place is None else pan(place + time)\n"
+        "def next_place(prev):\n"
+        "    from madiff_diffusers.evaluation.smoothness import pan\n"
+        "    return [None, *(place for place in range(2) if np.array_equal(pan(place), prev))][-1]\n"
+        "def nearest(prev, next, time=0.5):\n"
+        "    return prev if time < 0.5 else next\n"
         "def broken(prev, next):\n"
         "    raise RuntimeError('out of ideas')\n"
         "def small(prev, next):\n"
@@ -127,6 +143,71 @@ def test_baselines():
     assert np.array_equal(still, prev)
 
 
+def test_baselines_at_other_instants():
+    prev, next_ = moving_picture(0, 96, 128), moving_picture(4, 96, 128)
+    average, = Baseline("average")([(prev, next_)], Fraction(1, 4))
+    assert np.abs(average - (0.75 * prev + 0.25 * next_)).max() <= 0.5
+    for time_ in (1, 3):
+        flow, = Baseline("flow")([(prev, next_)], Fraction(time_, 4))
+        truths = [psnr(flow, moving_picture(other, 96, 128)) for other in (1, 2, 3)]
+        assert np.argmax(truths) == time_ - 1 and truths[time_ - 1] > 30, "nearest to its own instant"
+
+
+@pytest.fixture
+def septuplets(tmp_path) -> Path:
+    for i in range(7):
+        path = tmp_path / "vimeo" / "sequences" / "00001" / "0001" / f"im{i + 1}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(moving_picture(i, 48, 64)).save(path)
+    (tmp_path / "vimeo" / "sep_testlist.txt").write_text("00001/0001\n")
+    return tmp_path / "vimeo"
+
+
+def test_several_instants(septuplets, peer, monkeypatch, capsys):
+    """Scores of each instant, a chart of them, and the middle's the same as ever."""
+    monkeypatch.chdir(peer)
+    options = ["evaluate", "--benchmark", "vimeo-septuplet", "--root", str(septuplets), "--metrics", "psnr", "-o", "out"]
+    assert main([*options, "--skip", "5", "--method", "flow", "peers:at", "--batch-size", "3"]) == 0
+    printed = capsys.readouterr().out
+    runs = {run["label"]: run for run in results(peer / "out")}
+    assert {run["benchmark"] for run in runs.values()} == {"vimeo-septuplet-skip-5"}
+    instants = ["1/6", "1/3", "1/2", "2/3", "5/6"]
+    for label, run in runs.items():
+        assert [item["time"] for item in run["items"]] == instants == list(run["instants"])
+        assert [scores["psnr"]["mean"] for scores in run["instants"].values()] == [item["psnr"] for item in run["items"]]
+        assert len(re.findall(rf"\| {label} \| \d/\d \| \d+\.\d\d \|", printed)) == 5
+    assert set((peer / "times").read_text().split()) == {str(time_) for time_ in (1 / 6, 1 / 3, 2 / 3, 5 / 6)}
+    chart = (peer / "out" / "chart-vimeo-septuplet-skip-5.svg").read_text()
+    assert chart.count("<!-- instant -->") == 1 and "psnr" not in chart
+    rows = list(csv.DictReader((peer / "out" / "results.csv").open()))
+    assert [row["time"] for row in rows if row["label"] == "flow"] == instants
+    assert "5/6" in (peer / "out" / "index.html").read_text()
+    # Without --skip, as before: one instant, which is not named.
+    assert main([*options, "--method", "flow"]) == 0
+    printed = capsys.readouterr().out
+    assert "### vimeo-septuplet (1 triplets)" in printed and "instant" not in printed
+    assert main([*options, "--skip", "5", "--method", "peers:blend"]) == 2
+    assert "`method` 'peers:blend' must take (prev, next, time) for other instants than the middle" in capsys.readouterr().err
+
+
+def test_motion_in_steps_of_one_length(pipeline, root, peer, monkeypatch, capsys):
+    assert steps([pan(time_) for time_ in (0, 1 / 3, 1)]) == pytest.approx([4, 8], rel=0.02)
+    assert step_ratio(Baseline("flow")) < 1.02
+    monkeypatch.chdir(peer)
+    for name, ratio in (("peers:truth", 1.0), ("peers:nearest", 1200.0)):  # the latter stands still, then jumps by a whole step
+        assert step_ratio(FunctionMethod(name)) == pytest.approx(ratio, rel=0.02)
+    options = ["evaluate", "--benchmark", "ucf101", "--root", str(root), "-o", "out", "--gallery", "0", "--metrics", "psnr"]
+    assert main([*options, "step_ratio", "--method", "peers:truth", "peers:nearest"]) == 0
+    printed = capsys.readouterr().out
+    assert "| step ratio ↓ |" in printed and "pan of 12 pixels a frame" in printed
+    assert re.search(r"\| peers:truth \| [^|]+ \| 1\.0\d \|", printed)
+    calls = (peer / "pans").read_text()
+    assert main([*options, "--method", "peers:truth"]) == 0
+    assert "| step ratio ↓ |" in capsys.readouterr().out and (peer / "pans").read_text() == calls, "known, and not measured again"
+    assert main([*options, "step_ratio", "--method", "peers:blend"]) == 2
+    assert "must take (prev, next, time)" in capsys.readouterr().err
+
+
 # Published beside the sets; measured by a program that knows nothing of this one.
 REFERENCES = {
     "middlebury": {"average": (28.00, 0.799, 0.0909), "flow": (34.16, 0.947, 0.0397)},
@@ -159,13 +240,13 @@ def test_an_independent_scorer_agrees(shared_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", REFERENCES)
-def test_reference_values_come_out(benchmark, shared_data, tmp_path):
-    scores = compare_with_independent_scorer(benchmark, shared_data, tmp_path)
-    for label, expected in REFERENCES[benchmark].items():
+@pytest.mark.parametrize("name", REFERENCES)
+def test_reference_values_come_out(name, shared_data, tmp_path):
+    scores = compare_with_independent_scorer(name, shared_data, tmp_path)
+    for label, expected in REFERENCES[name].items():
         # Half of the last digit given, and what two programs may differ by.
-        for name, value, tolerance in zip(("psnr", "ssim", "lpips"), expected, (0.005 + 1e-3, 0.0005 + 1e-4, 0.00005 + 1e-4)):
-            assert scores[label][name] == pytest.approx(value, abs=tolerance), (label, name)
+        for metric, value, tolerance in zip(("psnr", "ssim", "lpips"), expected, (0.005 + 1e-3, 0.0005 + 1e-4, 0.00005 + 1e-4)):
+            assert scores[label][metric] == pytest.approx(value, abs=tolerance), (label, metric)
 
 
 def test_intervals():
@@ -224,7 +305,7 @@ def test_functions(peer, root, tmp_path, monkeypatch):
     (result,) = FunctionMethod("peers:blend")([(prev, next_)])
     assert np.array_equal(result, next_) and np.array_equal(prev, before)
     for name, message in (
-        ("peers:broken", "failed: RuntimeError: out of ideas .*peers.py, line 11"),
+        ("peers:broken", "failed: RuntimeError: out of ideas .*peers.py, line 25"),
         ("peers:small", r"must give an array \(64, 96, 3\), but gave an array \(63, 96, 3\)"),
         ("peers:bright", r"must give uint8, or floating point in \[0, 1\], but gave float32"),
         ("peers:nothing", "but gave a NoneType"),

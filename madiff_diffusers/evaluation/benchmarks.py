@@ -1,6 +1,8 @@
 """The benchmarks of the field: which frames of which files make a triplet, and how they are read."""
 
 import re
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -22,6 +24,7 @@ class Triplet(NamedTuple):
         prev, truth, next: image files.
         sequence: the clip that it comes from, where scores are averaged over each clip first.
         view: how the files are read, one of `VIEWS`.
+        time: the true frame's instant, between 0 (the previous frame's) and 1 (the next one's).
     """
 
     name: str
@@ -30,6 +33,7 @@ class Triplet(NamedTuple):
     next: Path
     sequence: Optional[str] = None
     view: str = "whole"
+    time: Fraction = Fraction(1, 2)
 
     @property
     def files(self) -> Tuple[Path, Path, Path]:
@@ -51,10 +55,13 @@ class Benchmark(NamedTuple):
     Args:
         layout: what its folder holds, for people.
         find: gives the triplets of a folder, in order; empty if the folder does not hold the layout.
+        skipping: how many frames may be left out between two neighbours, to be made; without it, there is no choice.
+            `find` then takes their number besides.
     """
 
     layout: str
-    find: Callable[[Path], List[Triplet]]
+    find: Callable[..., List[Triplet]]
+    skipping: Optional[range] = None
 
 
 def look(image: np.ndarray, view: str) -> np.ndarray:
@@ -68,13 +75,19 @@ def look(image: np.ndarray, view: str) -> np.ndarray:
     return image
 
 
-def find_triplets(benchmark: str, root: str, limit: Optional[int] = None) -> List[Triplet]:
+def benchmark_title(benchmark: str, skip: Optional[int] = None) -> str:
+    """What a benchmark is called in tables and folders: one with several instants is another than one with middles alone."""
+    return benchmark if skip in (None, 1) else f"{benchmark}-skip-{skip}"
+
+
+def find_triplets(benchmark: str, root: str, limit: Optional[int] = None, skip: Optional[int] = None) -> List[Triplet]:
     """The triplets of a benchmark, their files looked at: all are there, whole, and of one size in each triplet.
 
     Args:
         benchmark: a name in `BENCHMARKS`.
         root: its folder.
         limit: only the first so many.
+        skip: frames left out between two neighbours, which are the true ones; 1 if not given.
 
     Raises:
         ValueError: if an argument is out of range, the folder does not hold the benchmark, or a file of it is not whole.
@@ -84,11 +97,19 @@ def find_triplets(benchmark: str, root: str, limit: Optional[int] = None) -> Lis
         raise ValueError(f"`benchmark` must be one of {', '.join(BENCHMARKS)}, but is {benchmark!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, but is {limit}.")
-    layout, find = BENCHMARKS[benchmark]
-    found = find(Path(root))
+    layout, find, skipping = BENCHMARKS[benchmark]
+    if skip is not None and skipping is None:
+        choices = ", ".join(name for name, each in BENCHMARKS.items() if each.skipping is not None)
+        raise ValueError(f"`skip` is for {choices}, but `benchmark` is {benchmark!r}.")
+    if skip is not None and skip not in skipping:
+        raise ValueError(f"`skip` must be from {skipping[0]} to {skipping[-1]} for {benchmark}, but is {skip}.")
+    found = find(Path(root)) if skipping is None else find(Path(root), skip or 1)
     if not found:
         raise ValueError(f"`root` must hold {benchmark} as {layout}; {root!r} does not.")
     found = found[:limit]
+    name, count = Counter(triplet.name for triplet in found).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"Names must differ in more than their endings, but {count} items of {root!r} are called {name}.")
     checked: Dict[Path, Tuple[int, int]] = {}
     for triplet in found:
         for path in triplet.files:
@@ -196,6 +217,29 @@ def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "w
     return found
 
 
+def _between(name: str, frames: Sequence[Path], view: str = "whole") -> List[Triplet]:
+    """All frames between the first and the last, to be made from these two."""
+    inner, last = frames[1:-1], len(frames) - 1
+    return [
+        Triplet(f"{name}/{truth.stem}", frames[0], truth, frames[last], name, view, Fraction(number, last))
+        for number, truth in enumerate(inner, 1)
+    ]
+
+
+def _frames(root: Path, skip: int) -> List[Triplet]:
+    """Of each folder, frames 0 and `skip` + 1 with what lies between them, then from there on, as far as the frames reach."""
+    if not root.is_dir():
+        return []
+    found = []
+    for folder in [each for each in _folders(root) if _images(each)] or [root]:
+        images = _images(folder)
+        if 0 < len(images) < skip + 2:
+            raise ValueError(f"Each folder of frames must hold at least {skip + 2} images, but {folder} holds {len(images)}.")
+        for first in range(0, len(images) - skip - 1, skip + 1):
+            found += _between(folder.resolve().name, images[first : first + skip + 2])
+    return found
+
+
 def _davis(root: Path) -> List[Triplet]:
     found = _inputs_and_truths(root)
     return found or _every_second_frame(next((path for path in (root / "JPEGImages" / "480p", root) if path.is_dir()), root))
@@ -243,6 +287,17 @@ def _vimeo(list_name: str, frames: Tuple[str, str, str]) -> Callable[[Path], Lis
     return find
 
 
+def _vimeo_septuplet(root: Path, skip: int) -> List[Triplet]:
+    first = (7 - skip) // 2
+    frames = tuple(f"im{number}.png" for number in range(first, first + skip + 2))
+    if skip == 1:
+        return _vimeo("sep_testlist.txt", frames)(root)
+    if not (root / "sep_testlist.txt").is_file():
+        return []
+    names = _lines(root / "sep_testlist.txt")
+    return [triplet for name in names for triplet in _between(name, [root / "sequences" / name / frame for frame in frames])]
+
+
 XIPH_CLIPS = (
     "BoxingPractice", "Crosswalk", "DrivingPOV", "FoodMarket", "FoodMarket2", "RitualDance", "SquareAndTimelapse", "Tango",
 )  # fmt: skip
@@ -279,7 +334,8 @@ BENCHMARKS: Dict[str, Benchmark] = {
     "vimeo-triplet": Benchmark("tri_testlist.txt with sequences/NAME/im1.png … im3.png", _vimeo_triplet),
     "vimeo-septuplet": Benchmark(
         "sep_testlist.txt with sequences/NAME/im1.png … im7.png; im4 is made from im3 and im5",
-        _vimeo("sep_testlist.txt", ("im3.png", "im4.png", "im5.png")),
+        _vimeo_septuplet,
+        range(1, 6),
     ),
     "xiph-2k": Benchmark("CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), made half as large", _xiph("half")),
     "xiph-4k": Benchmark("CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), central quarter", _xiph("centre")),
@@ -288,4 +344,5 @@ BENCHMARKS: Dict[str, Benchmark] = {
         f"{_MIDDLEBURY}, or {_UCF101}, or folders of three images in the order of their names",
         _first_of(_inputs_and_truths, _ucf101, _three_images),
     ),
+    "frames": Benchmark("FRAME.png or .jpg in the order of their names, there or in folders, each a clip", _frames, range(1, 1000)),
 }

@@ -8,8 +8,8 @@ from accelerate import PartialState
 
 from ..outputs import check_outputs
 from ..processes import this_process
-from .benchmarks import find_triplets
-from .methods import Method, Settings
+from .benchmarks import benchmark_title, find_triplets
+from .methods import MIDDLE, Method, Settings
 from .metrics import Scorer
 from .report import REPORT, write_gallery, write_report
 from .runs import BenchmarkRun
@@ -59,6 +59,7 @@ def evaluate(
     *,
     label: Optional[str] = None,
     limit: Optional[int] = None,
+    skip: Optional[int] = None,
     batch_size: int = 1,
     gallery: int = 20,
     state: Optional[PartialState] = None,
@@ -69,7 +70,7 @@ def evaluate(
     stopped is taken up by the same call. Every process of a launch calls this; the first one writes the report.
 
     Args:
-        benchmark, root, limit: see `find_triplets`.
+        benchmark, root, limit, skip: see `find_triplets`.
         output: the folder; made if it is not there.
         methods: what makes the frames.
         scorer: what scores them.
@@ -92,15 +93,20 @@ def evaluate(
     if len(set(labels)) < len(labels):
         raise ValueError(f"`methods` must have different labels, but are {', '.join(labels)}.")
     state = state or this_process(torch.device("cpu"))
-    triplets = find_triplets(benchmark, root, limit)
+    triplets = find_triplets(benchmark, root, limit, skip)
     is_ours = (output / "runs").is_dir()
     check_outputs(
         [(output / name, is_ours) for name in ("runs", "frames", "gallery", *REPORT)],
         [path for triplet in triplets for path in triplet.files],
         ", but from no evaluation: give another `output`",
     )
+    if "step_ratio" in scorer.names or any(triplet.time != MIDDLE for triplet in triplets):
+        for method, name in zip(methods, labels):
+            if not method.any_time:
+                raise ValueError(f"`method` {name!r} must take (prev, next, time) for other instants than the middle, but takes (prev, next) alone.")
+    title = benchmark_title(benchmark, skip)
     for method, name in zip(methods, labels):
-        run = BenchmarkRun(output, benchmark, triplets, method, name, state)
+        run = BenchmarkRun(output, title, triplets, method, name, state)
         run.predict(batch_size)
         run.score(scorer, batch_size)
         if state.is_main_process:
@@ -109,4 +115,4 @@ def evaluate(
                 write_gallery(run, method, summary, output, gallery)
             summaries = write_report(output)
         state.wait_for_everyone()
-    return [summary for summary in summaries if summary["benchmark"] == benchmark] if state.is_main_process else []
+    return [summary for summary in summaries if summary["benchmark"] == title] if state.is_main_process else []

@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib
+import inspect
 import os
 import sys
 import traceback
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
@@ -23,15 +25,19 @@ BASELINES = ("average", "flow")
 
 Pair = Tuple[np.ndarray, np.ndarray]
 
+MIDDLE = Fraction(1, 2)
+
 
 class Method(Protocol):
-    """Makes middle frames. `label` is its row in a table; `identity` tells all that its results depend on."""
+    """Makes frames between two. `label` is its row in a table; `identity` tells all that its results depend on; `any_time`,
+    whether it makes others than the middle one."""
 
     label: str
     identity: Dict[str, Any]
+    any_time: bool
 
-    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
-        """The middle frame of each of several pairs of one size; frames are `(H, W, 3)` uint8."""
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
+        """The frame at an instant between 0 (previous) and 1 (next) of each of several pairs of one size; frames are `(H, W, 3)` uint8."""
         ...
 
 
@@ -42,10 +48,13 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 class Baseline:
     """`average`: the mean of the two frames. `flow`: both frames warped half-way along OpenCV's DIS optical flow, and averaged.
+    At other instants than the middle, the nearer frame counts more and goes less far.
 
     Raises:
         ValueError: for another name.
     """
+
+    any_time = True
 
     def __init__(self, name: str):
         if name not in BASELINES:
@@ -53,31 +62,32 @@ class Baseline:
         self.label, self.identity = name, {"method": name}
         self._make = self._average if name == "average" else self._warp
 
-    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
-        return [self._make(*pair) for pair in pairs]
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
+        return [self._make(*pair, np.float32(time)) for pair in pairs]
 
     @staticmethod
-    def _average(prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
-        return to_uint8((prev / np.float32(255) + next_ / np.float32(255)) / 2)
+    def _average(prev: np.ndarray, next_: np.ndarray, time: np.float32) -> np.ndarray:
+        return to_uint8((1 - time) * (prev / np.float32(255)) + time * (next_ / np.float32(255)))
 
     @staticmethod
-    def _warp(prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
+    def _warp(prev: np.ndarray, next_: np.ndarray, time: np.float32) -> np.ndarray:
         grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (prev, next_)]
         height, width = grey[0].shape
         places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
         warped = []
         with single_threaded_opencv():
-            for image, (here, there) in ((prev, (1, 0)), (next_, (0, 1))):
+            for image, (here, there), way in ((prev, (1, 0), time), (next_, (0, 1), 1 - time)):
                 flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey[here], grey[there], None)
                 frame = image.astype(np.float32) / 255
-                warped.append(cv2.remap(frame, places + flow / 2, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
-        return to_uint8((warped[0] + warped[1]) / 2)
+                warped.append(cv2.remap(frame, places + way * flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
+        return to_uint8((1 - time) * warped[0] + time * warped[1])
 
 
 class FunctionMethod:
     """Any `module:function(prev, next) -> mid`: `(H, W, 3)` uint8 RGB arrays in; out the same, or floating point in [0, 1].
 
-    The module is looked for in the working directory, too.
+    For other instants than the middle, it is called as `function(prev, next, time)`, with a float in (0, 1). The module is
+    looked for in the working directory, too.
 
     Raises:
         ValueError: if there is no such function, or it does not give a frame; the message tells what it did.
@@ -94,16 +104,18 @@ class FunctionMethod:
             raise ValueError(f"`method` {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
         if not callable(self.function):
             raise ValueError(f"`method` {name!r} must be a function, but is a {type(self.function).__name__}.")
+        self.any_time = _takes_three(self.function)
         file = getattr(sys.modules[module], "__file__", None)
         code = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
         self.identity = {"method": name, "module_sha256": code}
 
-    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
-        return [self._one(*pair) for pair in pairs]
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
+        instant = () if time == MIDDLE else (float(time),)
+        return [self._one(*pair, *instant) for pair in pairs]
 
-    def _one(self, prev: np.ndarray, next_: np.ndarray) -> np.ndarray:
+    def _one(self, prev: np.ndarray, next_: np.ndarray, *instant: float) -> np.ndarray:
         try:
-            result = self.function(prev.copy(), next_.copy())
+            result = self.function(prev.copy(), next_.copy(), *instant)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise ValueError(
@@ -120,6 +132,17 @@ class FunctionMethod:
                 f"[{result.min():.4g}, {result.max():.4g}]."
             )
         return to_uint8(result)
+
+
+def _takes_three(function: Callable) -> bool:
+    """Whether a function can be called with a previous frame, a next one and an instant."""
+    try:
+        inspect.signature(function).bind(None, None, 0.5)
+    except TypeError:
+        return False
+    except ValueError:  # of code that is not Python's there is no signature, and its call tells
+        return True
+    return True
 
 
 class Settings(NamedTuple):
@@ -181,6 +204,8 @@ class MADiffMethod:
         ValueError: for a setting out of its range.
     """
 
+    any_time = True
+
     def __init__(
         self, pipeline: MADiffPipeline, name: str, digest: str, settings: Settings = Settings(), seed: int = 0
     ):
@@ -236,11 +261,11 @@ class MADiffMethod:
             # use, by errors of every kind: a refusal, a method that they lack, an argument that nobody gave.
             raise ValueError(f"`scheduler` {name} does not take this checkpoint: {type(error).__name__}: {error}") from error
 
-    def __call__(self, pairs: Sequence[Pair]) -> List[np.ndarray]:
-        frames = self._run(pairs)
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
+        frames = self._run(pairs, time)
         return [np.array(frame) for (frame,) in frames]
 
-    def explain(self, pair: Pair) -> List[Tuple[str, np.ndarray]]:
+    def explain(self, pair: Pair, time: Fraction = MIDDLE) -> List[Tuple[str, np.ndarray]]:
         """What the last decoding of a pair was told and did: named pictures of hints and gate, `(H, W, 3)` uint8 each.
 
         The gate is the finest: white where the previous frame was taken, black where the next one.
@@ -254,7 +279,7 @@ class MADiffMethod:
         hook = self.pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: seen.update(gate=output[2][-1]))
         try:
             names = ["hints_prev", "hints_next"]
-            self._run([pair], callback_on_step_end=note_hints, callback_on_step_end_tensor_inputs=names)
+            self._run([pair], time, callback_on_step_end=note_hints, callback_on_step_end_tensor_inputs=names)
         finally:
             hook.remove()
         height, width = pair[0].shape[:2]
@@ -267,7 +292,7 @@ class MADiffMethod:
         pictures.append(("gate", gate_image(seen["gate"][0], padded)[:height, :width]))
         return pictures
 
-    def _run(self, pairs: Sequence[Pair], **arguments) -> List[List[Image.Image]]:
+    def _run(self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments) -> List[List[Image.Image]]:
         pipeline, settings = self.pipeline, self.settings
         before = pipeline.scheduler, pipeline._hints
         pipeline.scheduler = self.scheduler
@@ -282,6 +307,7 @@ class MADiffMethod:
                 hint_interval=settings.hint_interval,
                 force_not_quantize=settings.quantised is False,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],
+                times=[time],
                 **arguments,
             ).frames
         finally:

@@ -21,6 +21,7 @@ class MetricKind(NamedTuple):
     title: str
     higher_is_better: bool
     digits: int
+    of_items: bool = True  # else of a run alone
 
 
 METRICS: Dict[str, MetricKind] = {
@@ -29,7 +30,8 @@ METRICS: Dict[str, MetricKind] = {
     "lpips": MetricKind("LPIPS", False, 4),
     "lpips_vgg": MetricKind("LPIPS (VGG)", False, 4),
     "flolpips": MetricKind("FloLPIPS", False, 4),
-    "fid": MetricKind("FID", False, 3),
+    "fid": MetricKind("FID", False, 3, of_items=False),
+    "step_ratio": MetricKind("step ratio", False, 2, of_items=False),
 }
 
 # Previous frame, true frame, next frame and result, each `(H, W, 3)` uint8.
@@ -283,7 +285,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, batch: Sequence[ScoredFrames]) -> List[Dict[str, float]]:
-        """The scores of each of several results of one size, but for FID, which a single one has not."""
+        """The scores of each of several results of one size, by the metrics that single ones have."""
         scores: List[Dict[str, float]] = [{} for _ in batch]
         for row, (_, truth, _, result) in zip(scores, batch):
             for name, function in (("psnr", psnr), ("ssim", ssim)):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -18,6 +19,7 @@ from .methods import Method
 from .metrics import METRICS
 from .pictures import ERROR_SCALE, error_image
 from .runs import BenchmarkRun, folder_name, write_text
+from .smoothness import PAN_STEP
 
 REPORT = ("results.json", "results.csv", "results.md", "index.html")  # and a chart for each benchmark
 
@@ -101,7 +103,7 @@ def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
     parts, notes = [], []
     for benchmark in dict.fromkeys(summary["benchmark"] for summary in summaries):
         rows = [summary for summary in summaries if summary["benchmark"] == benchmark]
-        names = [name for name in METRICS if any(name in row["scores"] for row in rows)]
+        names = _metrics_of(rows)
         counts = sorted({row["protocol"]["triplets"] for row in rows})
         lines = [f"### {benchmark} ({' or '.join(map(str, counts))} triplets)", ""]
         lines.append(" | ".join(["| method", *(_heading(name) for name in names), "s/frame |"]))
@@ -110,8 +112,27 @@ def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
             cells = [_cell(row, name) for name in names]
             lines.append(" | ".join(["| " + row["label"].replace("|", "\\|"), *cells, f"{_seconds(row)} |"]))
         parts.append("\n".join(lines))
+        headings, instants = _instants(rows)
+        if instants:
+            lines = [" | ".join(["| method | instant", *headings]) + " |", "|---" * (len(headings) + 2) + "|"]
+            lines += [" | ".join(["| " + label.replace("|", "\\|"), instant, *cells]) + " |" for label, instant, *cells in instants]
+            parts.append("\n".join(lines))
         notes += _notes(rows)
     return "\n\n".join([*parts, *dict.fromkeys(notes)]) + "\n"
+
+
+def _metrics_of(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    return [name for name in METRICS if any(name in row["scores"] for row in rows)]
+
+
+def _instants(rows: Sequence[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
+    """Headings of metrics, and rows of method, instant and scores; no rows where there is but one instant."""
+    names = [name for name in _metrics_of(rows) if METRICS[name].of_items]
+    table = []
+    for row in rows:
+        for instant, scores in row.get("instants", {}).items():
+            table.append([row["label"], instant, *(_cell({"scores": scores}, name) for name in names)])
+    return [_heading(name) for name in names], table
 
 
 def _heading(name: str) -> str:
@@ -138,6 +159,11 @@ def _notes(rows: Sequence[Dict[str, Any]]) -> List[str]:
         f"Means of 8-bit frames with 95 % bootstrap intervals over {unit}; s/frame is the median, without the first call of each "
         f"size, on {' and '.join(sorted(machines))}."
     ]
+    if any("step_ratio" in row["scores"] for row in rows):
+        lines.append(
+            f"Step ratio: the largest over the smallest displacement between consecutive frames of a pan of {PAN_STEP} pixels a frame, with "
+            f"frames made at thirds and at fifths; 1 is even motion."
+        )
     reasons = {(METRICS[name].title, reason) for row in rows for name, reason in row["left_out"].items()}
     lines += [f"{title} is left out: {reason}." for title, reason in sorted(reasons)]
     return lines
@@ -153,8 +179,8 @@ def _machine(row: Dict[str, Any], hardware: Dict[str, Any]) -> str:
 def table_of_items(summaries: Sequence[Dict[str, Any]]) -> str:
     """CSV with a line for each item of each run."""
     text = io.StringIO()
-    metrics = [name for name in METRICS if name != "fid"]
-    writer = csv.DictWriter(text, ["benchmark", "label", "name", "sequence", *metrics, "seconds"], lineterminator="\n")
+    metrics = [name for name in METRICS if METRICS[name].of_items]
+    writer = csv.DictWriter(text, ["benchmark", "label", "name", "sequence", "time", *metrics, "seconds"], lineterminator="\n")
     writer.writeheader()
     for summary in summaries:
         for item in summary["items"]:
@@ -163,20 +189,22 @@ def table_of_items(summaries: Sequence[Dict[str, Any]]) -> str:
 
 
 def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
-    """Quality of one benchmark's runs against steps and against seconds, as an SVG file. Runs that differ in steps alone are one line."""
+    """Quality of one benchmark's runs against steps, against seconds and, where there are several, against instants, as an SVG file.
+    Runs that differ in steps alone are one line, but for the last."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     names = [name for name in ("psnr", "lpips") if any(name in summary["scores"] for summary in summaries)]
-    names = names or [name for name in METRICS if any(name in summary["scores"] for summary in summaries)][:1]
+    names = names or _metrics_of(summaries)[:1]
     lines: Dict[str, List[Dict[str, Any]]] = {}
     for summary in summaries:
         protocol = summary["protocol"]
         title = " ".join(part for part in summary["label"].split(" ") if not part.startswith("steps="))
         key = json.dumps([title, {name: value for name, value in protocol.items() if name not in ("label", "steps")}])
         lines.setdefault(key, []).append(summary)
-    figure = Figure(figsize=(11, 3.6 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), 2, squeeze=False)
+    columns = 3 if any(summary.get("instants") for summary in summaries) else 2
+    figure = Figure(figsize=(1 + 5 * columns, 3.6 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), columns, squeeze=False)
     for row, name in zip(axes, names):
         for number, (key, runs) in enumerate(lines.items()):
             runs = sorted((run for run in runs if name in run["scores"]), key=lambda run: run["protocol"].get("steps", 0))
@@ -196,10 +224,17 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
         row[0].set_xticks([1, 2, 5, 10, 20, 50])
         low, high = row[1].get_xlim()
         row[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-        for axis in row:
+        for axis in row[:2]:
             axis.xaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
-    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        if columns == 3:
+            for number, summary in enumerate(summaries):
+                instants = [(float(Fraction(text)), scores[name]["mean"]) for text, scores in summary.get("instants", {}).items() if name in scores]
+                if instants:
+                    row[2].plot(*zip(*instants), marker="o", color=f"C{number % 10}", label=summary["label"])
+            row[2].set(xlim=(0, 1), xlabel="instant", ylabel=_heading(name))
+            row[2].grid(alpha=0.3)
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     text = io.StringIO()
     figure.savefig(text, format="svg")
     write_text(path, text.getvalue())
@@ -230,7 +265,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], ou
             result = run.read_result(triplet)
             pictures = [("previous", prev), ("next", next_), ("truth", truth), ("result", result), ("error", error_image(result, truth))]
             if hasattr(method, "explain"):
-                pictures += method.explain((prev, next_))
+                pictures += method.explain((prev, next_), triplet.time)
             shown = []
             for title, image in pictures:
                 name = f"{number:03d}-{title.replace(' ', '-')}.jpg"
@@ -267,13 +302,13 @@ def write_report(output: Path) -> List[Dict[str, Any]]:
     for benchmark in dict.fromkeys(summary["benchmark"] for summary in summaries):
         rows = [summary for summary in summaries if summary["benchmark"] == benchmark]
         chart(rows, output / f"chart-{benchmark}.svg")
-        names = [name for name in METRICS if any(name in row["scores"] for row in rows)]
+        names = _metrics_of(rows)
         table = []
         for row in rows:
             page = Path("gallery") / folder_name(row["label"]) / benchmark / "index.html"
             page = page.as_posix() if (output / page).is_file() else None
             table.append({"label": row["label"], "page": page, "cells": [_cell(row, name) for name in names], "seconds": _seconds(row)})
         headings = [_heading(name) for name in names]
-        benchmarks.append({"name": benchmark, "headings": headings, "rows": table, "notes": _notes(rows), "chart": f"chart-{benchmark}.svg"})
+        benchmarks.append({"name": benchmark, "headings": headings, "rows": table, "instants": _instants(rows), "notes": _notes(rows), "chart": f"chart-{benchmark}.svg"})
     write_text(output / "index.html", _pages.get_template("index.html").render(benchmarks=benchmarks))
     return summaries

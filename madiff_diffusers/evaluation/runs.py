@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 from ..image_io import read_image, write_image
 from .benchmarks import Triplet
-from .methods import Method
+from .methods import MIDDLE, Method
 from .metrics import METRICS, Scorer
+from .smoothness import step_ratio
 
 _LIBRARIES = ("madiff_diffusers", "torch", "torchvision", "diffusers", "accelerate", "numpy", "opencv-python-headless",
               "scikit-image", "lpips", "torch-fidelity")  # fmt: skip
@@ -121,16 +123,16 @@ class BenchmarkRun:
         warm: set = set()
         with self._progress_file() as progress:
             for batch in self._share(batch_size, lambda triplet: triplet.name not in self.records, "frames"):
-                for group in _by_size([(triplet, *triplet.read()) for triplet in batch]):
+                for group in _by_size_and_time([(triplet, *triplet.read()) for triplet in batch]):
                     pairs = [(prev, next_) for _, prev, _, next_ in group]
-                    shape = (len(pairs), *pairs[0][0].shape)
+                    shape, instant = (len(pairs), *pairs[0][0].shape), group[0][0].time
                     try:
                         if shape not in warm:
-                            self.method(pairs)
+                            self.method(pairs, instant)
                             warm.add(shape)
                         _synchronise()
                         start = time.perf_counter()
-                        results = self.method(pairs)
+                        results = self.method(pairs, instant)
                     except ValueError as error:
                         names = ", ".join(triplet.name for triplet, *_ in group)
                         raise ValueError(f"{self.benchmark}, {names}: {error}") from error
@@ -151,7 +153,7 @@ class BenchmarkRun:
         Raises:
             OSError, ValueError: if a file cannot be read.
         """
-        names = [name for name in scorer.names if name != "fid"]
+        names = [name for name in scorer.names if METRICS[name].of_items]
         networks = {name: scorer.networks[name] for name in names if name in scorer.networks}
 
         def lacks(triplet: Triplet) -> bool:
@@ -164,7 +166,7 @@ class BenchmarkRun:
                 for triplet in batch:
                     prev, truth, next_ = triplet.read()
                     rows.append((triplet, prev, truth, next_, self.read_result(triplet)))
-                for group in _by_size(rows):
+                for group in _by_size_and_time(rows):
                     for (triplet, *_), scores in zip(group, scorer.score([row[1:] for row in group])):
                         frame = self.records[triplet.name].frame
                         progress.write({"item": triplet.name, "frame": frame, "scores": scores, "networks": networks})
@@ -172,7 +174,8 @@ class BenchmarkRun:
         self.records = self._read_records()
 
     def summarise(self, scorer: Scorer) -> Dict[str, Any]:
-        """Means, their bootstrap intervals and the time per frame; written to `summary.json` when all is done."""
+        """Means, their bootstrap intervals and the time per frame, and where there are several instants, the means of each; written
+        to `summary.json` when all is done."""
         records = [self.records[triplet.name] for triplet in self.triplets]
         sequences = [triplet.sequence or triplet.name for triplet in self.triplets]
         scores, networks = {}, {}
@@ -181,12 +184,18 @@ class BenchmarkRun:
             if all(name in record.scores for record in records) and len(used) == 1:
                 scores[name] = mean_and_interval([record.scores[name] for record in records], sequences)
                 networks[name] = used.pop()
+        instants = sorted({triplet.time for triplet in self.triplets})
+        by_instant = {str(instant): self._scores_at(instant, list(scores)) for instant in instants if len(instants) > 1}
         previous = _read_json(self.folder / "summary.json")
         if "fid" in scorer.names:
             value = scorer.fid(map(self.read_result, self.triplets), (triplet.read()[1] for triplet in self.triplets))
             scores["fid"], networks["fid"] = {"mean": value}, scorer.networks["fid"]
         elif self.was_complete and "fid" in previous.get("scores", {}):
             scores["fid"], networks["fid"] = previous["scores"]["fid"], previous["networks"]["fid"]
+        if "step_ratio" in previous.get("scores", {}):
+            scores["step_ratio"] = previous["scores"]["step_ratio"]
+        elif "step_ratio" in scorer.names:
+            scores["step_ratio"] = {"mean": step_ratio(self.method)}
         seconds = [record.seconds for record in records]
         summary = {
             "benchmark": self.benchmark,
@@ -194,18 +203,25 @@ class BenchmarkRun:
             "protocol": self.protocol["identity"],
             "sequences": len(set(sequences)) if any(triplet.sequence for triplet in self.triplets) else None,
             "scores": scores,
+            "instants": by_instant,
             "networks": {name: network for name, network in networks.items() if network},
             "left_out": {name: reason for name, reason in scorer.left_out.items() if name not in scores},
             "seconds_per_frame": {"median": float(np.median(seconds)), "mean": float(np.mean(seconds))},
             "environments": self.protocol["environments"],
             "items": [
-                {"name": triplet.name, "sequence": triplet.sequence, "seconds": record.seconds, **record.scores}
+                {"name": triplet.name, "sequence": triplet.sequence, "time": str(triplet.time), "seconds": record.seconds, **record.scores}
                 for triplet, record in zip(self.triplets, records)
             ],
         }
         self._write_protocol()
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
+
+    def _scores_at(self, time: Fraction, names: Sequence[str]) -> Dict[str, Dict[str, float]]:
+        """Each metric's mean and interval over the items of one instant."""
+        chosen = [triplet for triplet in self.triplets if triplet.time == time]
+        sequences = [triplet.sequence or triplet.name for triplet in chosen]
+        return {name: mean_and_interval([self.records[triplet.name].scores[name] for triplet in chosen], sequences) for name in names}
 
     def _share(self, batch_size: int, wanted, what: str) -> Iterable[List[Triplet]]:
         """This process's batches of those with a wanted item. Batches are cut from the whole list, so that what is computed
@@ -339,17 +355,17 @@ def _read_json(path: Path) -> Dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _by_size(rows: Sequence[Tuple]) -> List[List[Tuple]]:
-    """Rows `(triplet, image, …)` in groups whose images have one size."""
-    groups: Dict[Tuple[int, ...], List[Tuple]] = {}
+def _by_size_and_time(rows: Sequence[Tuple]) -> List[List[Tuple]]:
+    """Rows `(triplet, image, …)` in groups of one size and one instant."""
+    groups: Dict[Tuple, List[Tuple]] = {}
     for row in rows:
-        groups.setdefault(row[1].shape, []).append(row)
+        groups.setdefault((row[1].shape, row[0].time), []).append(row)
     return list(groups.values())
 
 
 def _triplets_digest(triplets: Sequence[Triplet]) -> str:
-    """SHA-256 of the items' names and views and their files' sizes in bytes, wherever they lie."""
-    lines = [json.dumps([each.name, each.view, *(path.stat().st_size for path in each.files)]) for each in triplets]
+    """SHA-256 of the items' names, views and instants (middles aside) and their files' sizes in bytes, wherever they lie."""
+    lines = [json.dumps([each.name, each.view, *([] if each.time == MIDDLE else [str(each.time)]), *(path.stat().st_size for path in each.files)]) for each in triplets]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
