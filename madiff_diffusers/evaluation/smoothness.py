@@ -1,6 +1,7 @@
 """Whether motion stays even: a pan of known speed, frames made between its frames, and how far each is from the one before."""
 
 from fractions import Fraction
+from functools import lru_cache
 from typing import List, Sequence
 
 import cv2
@@ -11,11 +12,12 @@ from .methods import Method, to_uint8
 
 PAN_STEP = 12  # pixels a frame, to the left
 _SIZE = 192, 320
-_WAVES = 120
+_WAVES = 60
 # A step that goes nowhere, or back, counts as one of this many pixels: a ratio is a number.
 _LEAST_STEP = 0.01
 
 
+@lru_cache(maxsize=32)
 def pan(time: float) -> np.ndarray:
     """Frame `(192, 320, 3)` uint8 of a texture that moves by `PAN_STEP` pixels a unit of time: waves of 9 to 90 pixels, seen where
     they are then, between pixels too."""
