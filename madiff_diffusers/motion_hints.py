@@ -265,6 +265,9 @@ def damp_hints(hints: HintPair, refined: HintPair, number: int) -> HintPair:
     return hints_prev, hints_next
 
 
+# Files of this package that a checkpoint holds, by their stems.
+TRAVELLING = ("eventgan", "hub_repository", "image_processor", "motion_hints", "pipeline_madiff", "tiling", "vq_magan")
+
 # What the parts of a hint source's name stand for; `events` needs the pipeline's `i2e`.
 _SOURCES: Dict[str, Callable[..., HintSource]] = {"flow": FlowHints, "fine_flow": partial(FlowHints, fine=True)}
 _METHODS = ("start", "from_guess", "from_neighbours")
@@ -399,14 +402,13 @@ def saved_name(kind: type) -> str:
     """
     module = sys.modules.get(kind.__module__)
     file = Path(getattr(module, "__file__", None) or "")
-    own = {path.stem for path in Path(__file__).parent.glob("*.py")} if file.parent != Path(__file__).parent or file.stem == Path(__file__).stem else set()
     reason = None
     if kind.__module__ == "__main__" or not file.is_file() or file.suffix != ".py":
         reason = "is not in a module of its own"
     elif kind.__qualname__ != kind.__name__ or not file.stem.isidentifier():
         reason = "is not at the top level of its module"
-    elif file.stem in own:
-        reason = f"is in {file.name}, a name of this package's own files"
+    elif file.stem in TRAVELLING:
+        reason = f"is in {file.name}, as a file of this package is called"
     elif get_relative_imports(file):
         reason = f"is in {file.name}, which imports from beside itself"
     if reason is not None:

@@ -316,7 +316,8 @@ class MADiffPipeline(DiffusionPipeline):
         index = json.loads(path.read_text(encoding="utf-8"))
         index["_class_name"] = [Path(__file__).stem, "MADiffPipeline"]
         index.pop("_name_or_path", None)  # a place on this machine
-        index["hint_source"], index["hint_settings"], _ = self._describe_hints()
+        index["hint_source"], settings, _ = self._describe_hints()
+        index["hint_settings"] = settings or None
         for name, entry in index.items():
             if name in self.components and entry[0] is not None:
                 origin, _, module = entry[0].rpartition(".")
