@@ -717,7 +717,7 @@ class MADiffPipeline(DiffusionPipeline):
                         callback_on_step_end,
                         callback_on_step_end_tensor_inputs,
                         progress_bar,
-                        decoded=output_type != "latent" or any(time in pair for time in chosen for pair in plan.values()),
+                        with_frames=output_type != "latent" or any(time in pair for time in chosen for pair in plan.values()),
                     )
                     final_latents.update(zip(chosen, latents_made.split(batch_size)))
                     if made is not None:
@@ -796,10 +796,10 @@ class MADiffPipeline(DiffusionPipeline):
         callback: Optional[Callable],
         callback_inputs: Sequence[str],
         progress_bar: Any,
-        decoded: bool,
+        with_frames: bool,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """MA-Sampling of frames at some instants between each of B pairs: their latents `(T * B, C, h, w)`, instant by instant, and where
-        `decoded` they themselves, `(T * B, 3, H, W)` in [-1, 1]."""
+        `with_frames` they themselves, `(T * B, 3, H, W)` in [-1, 1]."""
         batch_size, device, dtype = prev.frames.shape[0], prev.frames.device, self.vqvae.dtype
         hint_source, count = self.hints, len(times)
         instants = torch.tensor(times, dtype=torch.float32).repeat_interleave(batch_size).to(device)  # [TB]
@@ -895,7 +895,7 @@ class MADiffPipeline(DiffusionPipeline):
             progress_bar.update(count)
 
         # 5. The frames.
-        return clean_latents, decode(prev, next_, clean_latents, hints) if decoded else None
+        return clean_latents, decode(prev, next_, clean_latents, hints) if with_frames else None
 
     def _clean_latents(
         self, step: BaseOutput, model_output: torch.Tensor, model_input: torch.Tensor, t: torch.Tensor
