@@ -11,6 +11,7 @@ _LOCATIONS = {
     "EventHints": "motion_hints",
     "FlowHints": "motion_hints",
     "FrameProcessor": "image_processor",
+    "HintSource": "motion_hints",
     "MADiffPipeline": "pipeline_madiff",
     "MADiffPipelineOutput": "pipeline_madiff",
     "StackedHints": "motion_hints",
@@ -19,6 +20,7 @@ _LOCATIONS = {
     "convert_eventgan_checkpoint": "convert_eventgan",
     "interpolate_frames": "video.middles",
     "interpolate_video": "video.jobs",
+    "register_hint_source": "motion_hints",
 }
 
 __all__ = sorted(_LOCATIONS)
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from .convert_eventgan import convert_eventgan_checkpoint
     from .eventgan import EventGANModel
     from .image_processor import FrameProcessor
-    from .motion_hints import EventHints, FlowHints, StackedHints, build_hint_source
+    from .motion_hints import EventHints, FlowHints, HintSource, StackedHints, build_hint_source, register_hint_source
     from .pipeline_madiff import MADiffPipeline, MADiffPipelineOutput
     from .video.jobs import interpolate_video
     from .video.middles import interpolate_frames

@@ -202,6 +202,10 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="CHECKPOINT", help="the original's .pt or .pth file")
     convert.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write; must not exist")
     convert.set_defaults(run=run_convert)
+    for command in (interpolate, video, evaluate, ablate, export):
+        command.add_argument(
+            "--trust-remote-code", action="store_true", help="run code of the checkpoint that is not this package's: its own source of motion hints"
+        )
     return parser
 
 
@@ -246,7 +250,7 @@ def run_interpolate(args: argparse.Namespace) -> None:
 
     import torch
 
-    pipeline = load_pipeline(checkpoint_folder(args.checkpoint), args.device, chosen_dtype(args))
+    pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), args.device, chosen_dtype(args), args.trust_remote_code)
     pipeline.set_progress_bar_config(disable=None)  # but on a terminal
     try:
         frames = pipeline(
@@ -293,7 +297,8 @@ def run_video(args: argparse.Namespace) -> None:
             check_outputs(written, [path for path in Path(args.input).iterdir() if path.is_file()], "; --overwrite replaces it, --resume leaves it")
             state.wait_for_everyone()  # one that looks later would find what others have made
             Path(args.output).mkdir(parents=True, exist_ok=True)
-        pipeline = load_pipeline(checkpoint_folder(args.checkpoint), str(own_device(state, usable_device(args.device))), chosen_dtype(args))
+        device = str(own_device(state, usable_device(args.device)))
+        pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), device, chosen_dtype(args), args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -352,7 +357,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the checkpoint's own)")
     command.add_argument("--hint-policy", metavar="P", help="sampling, damped, start, neighbours or none (default: the checkpoint's own)")
     command.add_argument("--hint-interval", type=int, metavar="N", help="steps between re-extractions (default: the checkpoint's)")
-    command.add_argument("--hint-source", metavar="S", help="use only this part of the checkpoint's hints: events, flow or fine_flow")
+    command.add_argument("--hint-source", metavar="S", help="use only this part of the checkpoint's hints: events, flow, fine_flow or one of its own")
     command.add_argument("--scheduler", metavar="CLASS", help="a scheduler class of Diffusers (default: the checkpoint's own)")
     command.add_argument("--no-quantise", action="store_true", help="decode latents as they are, not as their nearest codes")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every item (default: 0)")
@@ -414,12 +419,12 @@ class EvaluationCommand:
 
     @cached_property
     def folder(self) -> Path:
-        return checkpoint_folder(self.args.checkpoint)
+        return checkpoint_folder(self.args.checkpoint, self.args.trust_remote_code)
 
     @property
     def pipeline(self) -> "MADiffPipeline":  # noqa: F821
         if self._pipeline is None:
-            self._pipeline = load_pipeline(self.folder, str(self.device), self.dtype)
+            self._pipeline = load_pipeline(self.folder, str(self.device), self.dtype, self.args.trust_remote_code)
             self._pipeline.set_progress_bar_config(disable=True)
         return self._pipeline
 
@@ -506,7 +511,7 @@ def parse_setting(name: str, text: str) -> "Union[int, bool, str]":  # noqa: F82
         raise CommandError(f"--values must be {kind}, but has {text!r}") from error
 
 
-def checkpoint_folder(checkpoint: str) -> Path:
+def checkpoint_folder(checkpoint: str, with_code: bool = False) -> Path:
     """Where a checkpoint lies on this machine, after it was fetched from the Hub if that is where it is from.
 
     Raises:
@@ -525,7 +530,7 @@ def checkpoint_folder(checkpoint: str) -> Path:
             f"{', '.join(bundled_checkpoints())}, but is {checkpoint!r}"
         )
     try:
-        return Path(download_repository(checkpoint))
+        return Path(download_repository(checkpoint, code=["*.py"] if with_code else []))
     except (OSError, ValueError) as error:
         raise CommandError(f"--checkpoint {checkpoint!r} is no folder, and no repository of the Hub that can be had: {error}") from error
 
@@ -538,7 +543,7 @@ def chosen_dtype(args: argparse.Namespace) -> "torch.dtype":  # noqa: F821
     return fastest_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
-def load_pipeline(folder: Path, device: str, dtype: "torch.dtype") -> "MADiffPipeline":  # noqa: F821
+def load_pipeline(folder: Path, device: str, dtype: "torch.dtype", trust_remote_code: bool = False) -> "MADiffPipeline":  # noqa: F821
     """A pipeline on a device.
 
     Raises:
@@ -553,7 +558,7 @@ def load_pipeline(folder: Path, device: str, dtype: "torch.dtype") -> "MADiffPip
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what Diffusers logs on the way is in the error
     try:
-        pipeline = MADiffPipeline.from_pretrained(folder, dtype=dtype)
+        pipeline = MADiffPipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged checkpoint shows in errors of every kind
         raise CommandError(f"--checkpoint {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
@@ -583,14 +588,17 @@ def run_export(args: argparse.Namespace) -> None:
     if size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size):
         raise CommandError(f"--max-shard-size must be a number with KB, MB, GB or TB, such as 5GB, but is {size!r}")
     with new_folder(args.output, "DIR") as folder:
-        source = checkpoint_folder(args.checkpoint)
-        pipeline = load_pipeline(source, "cpu", torch.float32)
+        source = checkpoint_folder(args.checkpoint, args.trust_remote_code)
+        pipeline = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
         metadata = {"license": args.license} if args.license else {}
         if args.results is not None:
             metadata.update(results_metadata(args.results, source, pipeline))
         pipeline.save_pretrained(folder, max_shard_size=size)
         for variant in args.variant:
-            half = load_pipeline(source, "cpu", getattr(torch, VARIANTS[variant]))
+            half = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
+            for part in half.components.values():  # not the pipeline, which would warn of half precision on a CPU
+                if isinstance(part, torch.nn.Module):
+                    part.to(getattr(torch, VARIANTS[variant]))
             half.save_pretrained(folder, variant=variant, max_shard_size=size)
         if metadata:
             add_to_card(folder / "README.md", metadata)

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Dict, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -107,7 +107,7 @@ class EventGANModel(ModelMixin, ConfigMixin):
         """As [`~ModelMixin.from_pretrained`], from safetensors alone.
 
         Raises:
-            ValueError: for `use_safetensors=False`, or an index that names other files.
+            ValueError: for `use_safetensors=False`, an index that names other files, or a folder that lacks weights of this class.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
@@ -120,10 +120,26 @@ class EventGANModel(ModelMixin, ConfigMixin):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             if not all(str(shard).endswith(".safetensors") for shard in shards):
                 raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        asked = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:  # which would be left as they were drawn
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} does not hold the weights of this {cls.__name__}: it lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more." if missing[1:] else ".")
+            )
+        return (model, info) if asked else model
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
-    def save_pretrained(self, save_directory: Union[str, os.PathLike], safe_serialization: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: Union[str, os.PathLike],
+        is_main_process: bool = True,
+        save_function: Optional[Callable] = None,
+        safe_serialization: bool = True,
+        *others,
+        **kwargs,
+    ) -> None:
         """As [`~ModelMixin.save_pretrained`], with this class's code beside the weights: `AutoModel` loads the folder, with
         `trust_remote_code=True`, where the package is not installed.
 
@@ -132,7 +148,7 @@ class EventGANModel(ModelMixin, ConfigMixin):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, save_function, True, *others, **kwargs)
 
     def save_config(self, save_directory: Union[str, os.PathLike], **kwargs) -> None:
         if self._auto_class is not None:

@@ -200,14 +200,15 @@ def repository_files(folder: Path) -> List[str]:
     return names
 
 
-def download_repository(repo_id: str, variant: Optional[str] = None, **hub) -> str:
+def download_repository(repo_id: str, variant: Optional[str] = None, code: Sequence[str] = (), **hub) -> str:
     """
-    Fetch a repository's configurations, weights and model card, and none of its code, into the Hub's cache. What is cached is not fetched again,
+    Fetch a repository's configurations, weights and model card, and none of its code but what is asked for, into the Hub's cache. What is cached is not fetched again,
     and where the Hub cannot be reached, it is enough.
 
     Args:
         repo_id: `user/name`.
         variant: of the weights, for the parts that have it.
+        code: names of files at its root that are fetched, too.
         hub: arguments of [`~huggingface_hub.snapshot_download`]: `cache_dir`, `force_download`, `local_files_only`, `token`, `revision`.
 
     Returns:
@@ -223,7 +224,7 @@ def download_repository(repo_id: str, variant: Optional[str] = None, **hub) -> s
         return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors"]
 
     try:
-        folder = Path(snapshot_download(repo_id, **hub, allow_patterns=["README.md", "*.json", *(f"*/{name}" for name in weights(variant))]))
+        folder = Path(snapshot_download(repo_id, **hub, allow_patterns=["README.md", "*.json", *code, *(f"*/{name}" for name in weights(variant))]))
         parts = [path.parent for path in folder.glob("*/config.json")]
         without = [part.name for part in parts if not any(list(part.glob(name)) for name in weights(variant))]
         if variant and 0 < len(without) < len(parts):  # else none has it, as who loads the folder will say

@@ -7,17 +7,26 @@ A hint source answers three questions, each with a pair `(hints_prev, hints_next
 a time in (0, 1): 0 is the previous frame's, 1 the next one's.
 """
 
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
 import math
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from threading import Lock
-from typing import Iterator, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
 import cv2  # of opencv-python-headless
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from einops import rearrange
 
 from .tiling import Tiling
@@ -31,7 +40,11 @@ MOST_FLOW_BYTES = 2**30  # of all flows at once
 
 
 class HintSource(Protocol):
-    """What the pipeline and the training scripts ask of a hint source."""
+    """
+    What the pipeline and the training scripts ask of a hint source. Any class that has this can be one, see `docs/hint-sources.md`:
+    no base class is needed. A source that takes arguments has them in a `config`, a dictionary that JSON can hold, which a
+    checkpoint keeps.
+    """
 
     hint_channels: int
 
@@ -229,6 +242,24 @@ class StackedHints:
         return self._stack([source.from_neighbours(frame_prev, frame_next) for source in self.sources])
 
 
+class NullHints:
+    """Zeros, whatever is asked."""
+
+    def __init__(self, hint_channels: int):
+        self.hint_channels = hint_channels
+
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
+        batch, _, height, width = frame_prev.shape
+        null = frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32)
+        return null, null.clone()
+
+    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self.start(frame_prev, frame_next)
+
+    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self.start(frame_prev, frame_next)
+
+
 def damp_hints(hints: HintPair, refined: HintPair, number: int) -> HintPair:
     """Hints moved by the `number`-th extraction, counted from 1: by 1 / `number`! of the way to it.
 
@@ -241,19 +272,221 @@ def damp_hints(hints: HintPair, refined: HintPair, number: int) -> HintPair:
     return hints_prev, hints_next
 
 
-def build_hint_source(
-    name: str, i2e: Optional[torch.nn.Module] = None, tiling: Optional[Tiling] = None, event_scale: int = 1
-) -> HintSource:
-    """The hint source of a name in `HINT_SOURCES`; flow stands last in a stack, where decoders look for offsets. `tiling` and
-    `event_scale` are for `i2e`; see `EventHints`.
+# Files of this package that a checkpoint holds, by their stems.
+TRAVELLING = ("eventgan", "hub_repository", "image_processor", "motion_hints", "pipeline_madiff", "precision", "tiling", "vq_magan")
+
+# What the parts of a hint source's name stand for; `events` needs the pipeline's `i2e`.
+_SOURCES: Dict[str, Callable[..., HintSource]] = {"flow": FlowHints, "fine_flow": partial(FlowHints, fine=True)}
+_METHODS = ("start", "from_guess", "from_neighbours")
+
+
+def register_hint_source(name: str, kind: type) -> None:
+    """
+    Make a class known as a hint source: by a name for `hint_source`, and by `FILE:CLASS`, which a checkpoint says.
+
+    Args:
+        name: letters, digits and underscores; or `MODULE:CLASS`.
+        kind: a class that has what [`HintSource`] has. A class of the same name before it gives way.
 
     Raises:
-        ValueError: if the name is unknown, or events are asked for without an `i2e` model.
+        ValueError: for a name that is taken by this package, or has other characters.
+        TypeError: if it is no such class.
     """
-    if name not in HINT_SOURCES:
-        raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, but is {name!r}.")
-    if "events" in name and i2e is None:
-        raise ValueError(f"`hint_source={name!r}` needs an `i2e` model, but `i2e` is None.")
-    sources = {"events": lambda: EventHints(i2e, tiling, event_scale), "flow": FlowHints, "fine_flow": lambda: FlowHints(fine=True)}
-    stack = [sources[part]() for part in name.split("+")]
-    return stack[0] if len(stack) == 1 else StackedHints(stack)
+    if name in ("events", "flow", "fine_flow") or not all(each.isidentifier() for each in name.replace(":", ".", 1).split(".")):
+        raise ValueError(f"`name` must be letters, digits and underscores, and none of events, flow and fine_flow, but is {name!r}.")
+    _check_kind(kind, "`kind`")
+    _SOURCES[name] = kind
+    try:
+        _SOURCES[saved_name(kind)] = kind
+    except ValueError:
+        pass  # it cannot be saved, as is said where somebody tries
+
+
+def is_registered(name: str) -> bool:
+    """Whether each part of a hint source's name is known without importing anything."""
+    return all(part == "events" or part in _SOURCES for part in name.split("+"))
+
+
+def _check_kind(kind: Any, what: str) -> None:
+    missing = [each for each in _METHODS if not callable(getattr(kind, each, None))]
+    if not isinstance(kind, type) or missing:
+        raise TypeError(f"{what} must be a class with the methods {', '.join(_METHODS)}, but {kind!r} lacks {', '.join(missing) or 'a constructor'}.")
+
+
+def _kind_of(part: str) -> Callable[..., HintSource]:
+    """What a part of a hint source's name other than `events` stands for; `MODULE:CLASS` is imported if need be."""
+    if part not in _SOURCES and ":" in part:
+        module, _, attribute = part.partition(":")
+        try:
+            kind = getattr(importlib.import_module(module), attribute)
+            _check_kind(kind, "it")
+        except Exception as error:  # whatever somebody else's module does when it is imported
+            raise ValueError(f"`hint_source` {part!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        register_hint_source(part, kind)
+    if part not in _SOURCES:
+        own = sorted(set(_SOURCES) - {"flow", "fine_flow"})
+        known = ", ".join([*HINT_SOURCES, *own])
+        raise ValueError(f"`hint_source` must be one of {known}, MODULE:CLASS, or several of these joined by +, but is {part!r}.")
+    return _SOURCES[part]
+
+
+def hint_parts(name: str) -> List[str]:
+    """The parts of a hint source's name, in the order of their channels.
+
+    Raises:
+        ValueError: if it is unknown.
+    """
+    parts = name.split("+") if isinstance(name, str) else []
+    own = {"events", "flow", "fine_flow"}
+    if not parts or len(set(parts)) < len(parts) or set(parts) <= own and name not in HINT_SOURCES:
+        raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, a registered name or MODULE:CLASS, but is {name!r}.")
+    for part in parts:
+        if part != "events":
+            _kind_of(part)
+    return parts
+
+
+def build_hint_source(
+    name: str,
+    i2e: Optional[torch.nn.Module] = None,
+    tiling: Optional[Tiling] = None,
+    settings: Optional[Dict[str, Dict[str, Any]]] = None,
+    hint_channels: Optional[int] = None,
+    event_scale: int = 1,
+) -> HintSource:
+    """
+    The hint source of a name: one of `HINT_SOURCES`, a registered one, `MODULE:CLASS`, or several joined by `+`. Flow stands last in a
+    stack, where decoders look for offsets.
+
+    Args:
+        name: of the source.
+        i2e: makes event hints.
+        tiling: for `i2e`.
+        settings: arguments of the parts' constructors, by the parts' names.
+        hint_channels: of all parts together. Where it is given and `i2e` is None, event hints are zeros, unless there would be nothing else.
+        event_scale: see [`EventHints`].
+
+    Raises:
+        ValueError: if the name is unknown, a part cannot be built, or events are asked for without an `i2e` model.
+    """
+    parts, settings = hint_parts(name), settings or {}
+    surplus = sorted(set(settings) - set(parts))
+    if surplus:
+        raise ValueError(f"`hint_settings` must be for parts of `hint_source` {name!r}, but has {', '.join(surplus)}.")
+    stack: Dict[str, HintSource] = {}
+    for part in parts:
+        if part == "events":
+            continue
+        try:
+            stack[part] = _kind_of(part)(**settings.get(part, {}))
+        except Exception as error:  # whatever somebody else's class does
+            raise ValueError(f"`hint_source` {part!r} cannot be built: {type(error).__name__}: {error}") from error
+        check_hint_source(stack[part], f"`hint_source` {part!r}")
+    if "events" in parts:
+        left = (hint_channels or 0) - sum(source.hint_channels for source in stack.values())
+        if i2e is None and (not stack or left < 1):
+            raise ValueError(f"`hint_source={name!r}` needs an `i2e` model, but `i2e` is None.")
+        stack["events"] = NullHints(left) if i2e is None else EventHints(i2e, tiling, event_scale)
+    sources = [stack[part] for part in parts]
+    return sources[0] if len(sources) == 1 else StackedHints(sources)
+
+
+def check_hint_source(source: Any, what: str) -> None:
+    """
+    Raises:
+        ValueError: if an object is no hint source.
+    """
+    missing = [each for each in _METHODS if not callable(getattr(source, each, None))]
+    channels = getattr(source, "hint_channels", None)
+    if missing or not isinstance(channels, int) or channels < 1:
+        lacks = ", ".join([*missing, *([] if isinstance(channels, int) and channels > 0 else ["a positive `hint_channels`"])])
+        raise ValueError(f"{what} must be a hint source, but {type(source).__name__} lacks {lacks}.")
+
+
+def saved_name(kind: type) -> str:
+    """`FILE:CLASS` of a class whose file can travel with a checkpoint.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    module = sys.modules.get(kind.__module__)
+    file = Path(getattr(module, "__file__", None) or "")
+    reason = None
+    if kind.__module__ == "__main__" or not file.is_file() or file.suffix != ".py":
+        reason = "is not in a module of its own"
+    elif kind.__qualname__ != kind.__name__ or not file.stem.isidentifier():
+        reason = "is not at the top level of its module"
+    elif file.stem in TRAVELLING:
+        reason = f"is in {file.name}, as a file of this package is called"
+    elif get_relative_imports(file):
+        reason = f"is in {file.name}, which imports from beside itself"
+    if reason is not None:
+        raise ValueError(f"A checkpoint cannot hold the hint source {kind.__qualname__}: the class {reason}.")
+    return f"{file.stem}:{kind.__name__}"
+
+
+def describe_hint_source(
+    source: HintSource, i2e: Optional[torch.nn.Module], known: Optional[Sequence[Dict[str, Any]]] = None
+) -> Tuple[str, Dict[str, Dict[str, Any]], List[type]]:
+    """
+    What a checkpoint keeps of a hint source: its name, its parts' settings, and the classes whose code must travel.
+
+    Args:
+        source: to be kept.
+        i2e: the pipeline's.
+        known: settings of each part; each part's own `config` if not given.
+
+    Raises:
+        ValueError: if it could not be built again from that.
+    """
+    names, settings, kinds = [], {}, []
+    for number, part in enumerate(source.sources if type(source) is StackedHints else [source]):
+        kind = type(part)
+        if kind is EventHints and part.i2e is i2e or kind is NullHints and i2e is None:
+            names.append("events")
+        elif kind is FlowHints:
+            names.append("fine_flow" if part.fine else "flow")
+        else:
+            name = saved_name(kind)
+            config = dict(getattr(part, "config", None) or {}) if known is None else known[number]
+            config = {key: value for key, value in config.items() if not key.startswith("_")}
+            try:
+                inspect.signature(kind).bind(**config)
+                json.dumps(config)
+            except TypeError as error:
+                raise ValueError(f"A checkpoint cannot hold the hint source {kind.__name__} with the `config` {config!r}: {error}.") from error
+            names.append(name)
+            kinds.append(kind)
+            if config:
+                settings[name] = config
+    if len(set(names)) < len(names):
+        raise ValueError(f"A checkpoint cannot hold the same hint source twice: {', '.join(names)}.")
+    return "+".join(names), settings, kinds
+
+
+def load_hint_code(folder: Path, part: str) -> None:
+    """Run the file of a checkpoint that has the class of a hint source `FILE:CLASS`, and register that.
+
+    Raises:
+        ValueError: if there is none, or another one of its name is registered already.
+    """
+    stem, _, attribute = part.partition(":")
+    path = folder / f"{stem}.py"
+    if not (stem.isidentifier() and attribute.isidentifier() and path.is_file()):
+        raise ValueError(f"The checkpoint's hint source is {part!r}, but {folder} has no file {stem}.py.")
+    name = f"{stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ValueError(f"The checkpoint's hint source {part!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    kind = getattr(sys.modules[name], attribute, None)
+    if part in _SOURCES and _SOURCES[part] is not kind:
+        raise ValueError(f"Another hint source {part!r} is registered in this process already: the checkpoint's own code cannot take its place.")
+    try:
+        register_hint_source(part, kind)
+    except TypeError as error:
+        raise ValueError(f"The checkpoint's hint source {part!r} cannot be loaded: {error}") from error

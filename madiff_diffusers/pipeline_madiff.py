@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -34,7 +34,18 @@ if _missing:
 
 from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
-from .motion_hints import HintPair, HintSource, build_hint_source, damp_hints  # noqa: E402
+from .motion_hints import (  # noqa: E402
+    HintPair,
+    HintSource,
+    build_hint_source,
+    check_hint_source,
+    damp_hints,
+    describe_hint_source,
+    hint_parts,
+    is_registered,
+    load_hint_code,
+    register_hint_source,
+)
 from .precision import fastest_dtype  # noqa: E402
 from .tiling import Tiling  # noqa: E402
 
@@ -54,13 +65,28 @@ def bundled_checkpoints() -> List[str]:
     return sorted(path.parent.name for path in CHECKPOINT_FOLDER.glob("*/model_index.json"))
 
 
+def _check_count(value: Any, name: str) -> None:
+    """NumPy's integers count, too."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, but is {value!r}.")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    needed = ("scale_model_input", "init_noise_sigma", "alphas_cumprod")
+    if not all(hasattr(scheduler, name) for name in needed) or "prediction_type" not in scheduler.config:
+        raise ValueError(
+            "`scheduler` must be one of Diffusers' with a noise schedule in `alphas_cumprod` and a `prediction_type`, such as DDIMScheduler, "
+            f"but is {type(scheduler).__name__}; flow matching needs a network trained for it."
+        )
+
+
 @dataclass
 class MADiffPipelineOutput(BaseOutput):
     """
     Args:
         frames: the frames between the neighbours, in the order of time. For `output_type="pil"` a list of PIL images
             for each pair; for `"np"` an array `(B, F, H, W, 3)` and for `"pt"` a tensor `(B, F, 3, H, W)`, float32 in
-            [0, 1].
+            [0, 1]; for `"latent"` a tensor `(B, F, C, h, w)`.
     """
 
     frames: Union[List[List[PIL.Image.Image]], np.ndarray, torch.Tensor]
@@ -118,7 +144,8 @@ class MADiffPipeline(DiffusionPipeline):
             `class_embed_type="timestep"` it is told the instant, times 1000.
         scheduler ([`SchedulerMixin`]): any of Diffusers' that takes the checkpoint's `prediction_type`.
         i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is flow alone.
-        hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, `"events+flow"` or `"events+fine_flow"`.
+        hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, a registered name, `"MODULE:CLASS"`, or several of these joined
+            by `+`, see [`build_hint_source`]. With events among others and no `i2e`, event hints are zeros.
         default_num_inference_steps (`int`): what `num_inference_steps=None` stands for.
         default_hint_interval (`int`): what `hint_interval=None` stands for.
         default_hint_policy (`str`): what `hint_policy=None` stands for; `"sampling"` is the paper's.
@@ -126,6 +153,11 @@ class MADiffPipeline(DiffusionPipeline):
             only the result is decoded at full size. 1 is the paper's.
         event_scale (`int`): event hints are extracted from frames this many times smaller (1, 2, 4 or 8); 1 is the paper's.
         default_recursive (`bool`): what `recursive=None` stands for.
+        hint_settings (`dict`, *optional*): arguments of the constructors of hint sources that are not this package's, by their names in
+            `hint_source`.
+
+    Raises:
+        ValueError: for a setting out of its range, or parts that do not fit together.
     """
 
     model_cpu_offload_seq = "vqvae->unet->i2e"
@@ -149,11 +181,17 @@ class MADiffPipeline(DiffusionPipeline):
         guess_scale: int = 1,
         event_scale: int = 1,
         default_recursive: bool = False,
+        hint_settings: Optional[Dict[str, Dict[str, Any]]] = None,
     ):
         super().__init__()
         for name, scale in (("guess_scale", guess_scale), ("event_scale", event_scale)):
             if scale not in (1, 2, 4, 8):
                 raise ValueError(f"`{name}` must be 1, 2, 4 or 8, but is {scale!r}.")
+        for name, value in (("default_num_inference_steps", default_num_inference_steps), ("default_hint_interval", default_hint_interval)):
+            _check_count(value, name)
+        if default_hint_policy not in HINT_POLICIES:
+            raise ValueError(f"`default_hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {default_hint_policy!r}.")
+        _check_scheduler(scheduler)
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e)
         self.register_to_config(
             hint_source=hint_source,
@@ -163,6 +201,7 @@ class MADiffPipeline(DiffusionPipeline):
             guess_scale=guess_scale,
             event_scale=event_scale,
             default_recursive=default_recursive,
+            hint_settings=hint_settings,
         )
         for network in (vqvae, unet, i2e):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
@@ -202,17 +241,23 @@ class MADiffPipeline(DiffusionPipeline):
         for name in ("torch_dtype", "dtype"):
             if kwargs.get(name) == "auto":
                 kwargs[name] = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        if kwargs.get("i2e", False) is None:
+            logger.warning("`i2e` is None: event hints are zeros.")
         name, repository = str(pretrained_model_name_or_path), None
         folder = Path(name)
         if not folder.is_dir():
             if isinstance(pretrained_model_name_or_path, str) and name in bundled_checkpoints():
                 folder = CHECKPOINT_FOLDER / name
+                if kwargs.get("variant") == "fp16":  # which is what their one set of weights is
+                    del kwargs["variant"]
             else:
                 folder, repository = Path(cls.download(name, **kwargs)), name
         if __package__ == "madiff_diffusers":
             # Diffusers loads components only from modules imported before.
             for module in _COMPONENT_MODULES:
                 importlib.import_module(f".{module}", __package__)
+            if "hint_source" not in kwargs:
+                cls._take_hint_code(folder, repository, **kwargs)
         for index in folder.glob("*/*.index*.json"):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             if not all(str(shard).endswith(".safetensors") for shard in shards):
@@ -223,11 +268,35 @@ class MADiffPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
+    def _take_hint_code(cls, folder: Path, repository: Optional[str], trust_remote_code: bool = False, **kwargs) -> None:
+        """Make the hint sources known whose code lies beside a checkpoint's weights.
+
+        Raises:
+            ValueError: if there are any, and they are neither registered nor trusted.
+        """
+        path = folder / cls.config_name
+        name = json.loads(path.read_text(encoding="utf-8")).get("hint_source") if path.is_file() else None
+        if not isinstance(name, str) or ":" not in name or is_registered(name):
+            return
+        if not trust_remote_code:
+            raise ValueError(
+                f"The checkpoint's hint source is {name!r}, code that is not this package's. `trust_remote_code=True` runs what lies "
+                "beside the weights; `register_hint_source` takes a class of yours in its place."
+            )
+        parts = [part for part in name.split("+") if not is_registered(part)]
+        if repository is not None:
+            folder = Path(cls.download(repository, code=[f"{part.partition(':')[0]}.py" for part in parts], **kwargs))
+        for part in parts:
+            load_hint_code(folder, part)
+
+    @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MADiffPipeline":
         """As [`~DiffusionPipeline.from_pipe`]."""
         # Diffusers hands on only parts of the very class that a constructor names; ours must take them wherever their code lies.
         parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_keys(cls)[0]}
-        return super().from_pipe(pipeline, **{**parts, **kwargs})
+        made = super().from_pipe(pipeline, **{**parts, **kwargs})
+        made._hints = getattr(pipeline, "_hints", None)
+        return made
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Union[str, Path]) -> Dict[str, Any]:
@@ -249,7 +318,7 @@ class MADiffPipeline(DiffusionPipeline):
             return super().download(pretrained_model_name, **kwargs)
         names = ("variant", "cache_dir", "force_download", "local_files_only", "token", "revision")
         given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        return download_repository(pretrained_model_name, **given)
+        return download_repository(pretrained_model_name, code=kwargs.get("code", ()), **given)
 
     def save_config(self, save_directory: Union[str, Path], **kwargs) -> None:
         """Write `model_index.json`, which names code by the files that `save_pretrained` puts beside the weights."""
@@ -258,6 +327,8 @@ class MADiffPipeline(DiffusionPipeline):
         index = json.loads(path.read_text(encoding="utf-8"))
         index["_class_name"] = [Path(__file__).stem, "MADiffPipeline"]
         index.pop("_name_or_path", None)  # a place on this machine
+        index["hint_source"], settings, _ = self._describe_hints()
+        index["hint_settings"] = settings or None
         for name, entry in index.items():
             if name in self.components and entry[0] is not None:
                 origin, _, module = entry[0].rpartition(".")
@@ -274,6 +345,7 @@ class MADiffPipeline(DiffusionPipeline):
         variant: Optional[str] = None,
         max_shard_size: Union[int, str, None] = None,
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
         repo_id: Optional[str] = None,
         **hub,
     ) -> None:
@@ -290,19 +362,21 @@ class MADiffPipeline(DiffusionPipeline):
         Args:
             save_directory: folder to write into; made if there is none. What is there stays until all is written, variants of other
                 names and other files beyond that.
-            safe_serialization: True; weights are never written as pickles.
+            safe_serialization: True; weights are written as safetensors alone.
             variant: name of this precision or kind of weights, such as `"fp16"`, in their files' names.
             max_shard_size: bytes (or a text like `"5GB"`) above which a component's weights become several files.
             push_to_hub: upload the folder afterwards.
+            use_flashpack: False; see `safe_serialization`.
             repo_id: repository for that; the folder's name if not given.
             hub: further arguments of `push_to_hub`.
 
         Raises:
-            ValueError: for `safe_serialization=False`.
+            ValueError: for `safe_serialization=False`, or a source on `hints` that could not be built again.
             OSError: if the folder cannot be written, or the upload fails.
         """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
+        if not safe_serialization or use_flashpack:
+            raise ValueError("`safe_serialization` must be True and `use_flashpack` False: weights are written as safetensors alone.")
+        self._describe_hints()
         if hub and not push_to_hub:
             raise TypeError(f"`save_pretrained` takes {', '.join(hub)} with `push_to_hub=True` alone.")
         folder = Path(save_directory)
@@ -316,6 +390,7 @@ class MADiffPipeline(DiffusionPipeline):
                     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for code in (__file__, *get_relative_import_files(__file__)):
                 shutil.copyfile(code, saved / Path(code).name)
+            self._add_hint_code(saved)
             licence = Path(__file__).with_name("LICENSE")
             if licence.is_file() and not (folder / "LICENSE").exists():
                 shutil.copyfile(licence, saved / "LICENSE")
@@ -330,6 +405,28 @@ class MADiffPipeline(DiffusionPipeline):
                 (folder / name).unlink()
         if push_to_hub:
             upload_repository(folder, repo_id or folder.resolve().name, **hub)
+
+    def _describe_hints(self) -> Tuple[str, Dict[str, Dict[str, Any]], List[type]]:
+        known = None
+        if self._hints is None:
+            settings = self.config.hint_settings or {}
+            known = [settings.get(part, {}) for part in hint_parts(self.config.hint_source)]
+        return describe_hint_source(self.hints, self.i2e, known)
+
+    def _add_hint_code(self, saved: Path) -> None:
+        """Put the files of hint sources that are not this package's beside the pipeline's, which imports them there."""
+        mark = "\n\n# What this checkpoint's hints come from.\n"
+        pipeline_code = saved / Path(__file__).name
+        code = pipeline_code.read_text(encoding="utf-8").partition(mark)[0]
+        lines, files = [], {}
+        for kind in self._describe_hints()[2]:
+            file = Path(inspect.getfile(kind))
+            if files.setdefault(file.name, file.read_bytes()) != file.read_bytes():
+                raise ValueError(f"A checkpoint cannot hold two hint sources from different files of the name {file.name}.")
+            (saved / file.name).write_bytes(files[file.name])
+            lines.append(f"from .{file.stem} import {kind.__name__}  # noqa: E402\n")
+            lines.append(f'register_hint_source("{file.stem}:{kind.__name__}", {kind.__name__})\n')
+        pipeline_code.write_text(code + (mark + "".join(lines) if lines else ""), encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -386,7 +483,7 @@ class MADiffPipeline(DiffusionPipeline):
 
     def _equals(self, checkpoint: Path) -> bool:
         """Whether this is, value by value, what a folder holds."""
-        if __package__ != "madiff_diffusers" or type(self) is not MADiffPipeline:
+        if __package__ != "madiff_diffusers" or type(self) is not MADiffPipeline or self._hints is not None:
             return False
         try:
             other = MADiffPipeline.from_pretrained(checkpoint)
@@ -410,16 +507,27 @@ class MADiffPipeline(DiffusionPipeline):
 
     @property
     def hints(self) -> HintSource:
-        """Where motion hints come from: `hint_source` with the current `i2e`, unless another source was assigned here."""
+        """
+        Where motion hints come from: `hint_source` with the current `i2e`, unless another source was assigned here. Such a one is
+        saved, too, with its `config` and its class's file; None takes it away again.
+
+        Raises:
+            ValueError: on assignment, for what is no hint source, or has other channels than the decoder takes.
+        """
         if self._hints is not None:
             return self._hints
         parts = (self.config.hint_source, self.i2e, self.tiling, self.config.event_scale)
         if self._built_hints is None or any(old is not new for old, new in zip(self._built_hints[0], parts)):
-            self._built_hints = parts, build_hint_source(*parts)
+            self._built_hints = parts, build_hint_source(*parts[:3], self.config.hint_settings, self.vqvae.config.hint_channels, parts[3])
         return self._built_hints[1]
 
     @hints.setter
-    def hints(self, source: HintSource) -> None:
+    def hints(self, source: Optional[HintSource]) -> None:
+        if source is not None:
+            check_hint_source(source, "`hints`")
+            expected = self.vqvae.config.hint_channels
+            if source.hint_channels != expected:
+                raise ValueError(f"`hints` must have {expected} `hint_channels`, as many as `vqvae` takes, but has {source.hint_channels}.")
         self._hints = source
 
     def enable_tiling(self, tile_pixels: int = 1024 * 1024) -> None:
@@ -470,8 +578,7 @@ class MADiffPipeline(DiffusionPipeline):
             ("num_frames", num_frames),
             ("frames_per_batch", frames_per_batch),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but is {value!r}.")
+            _check_count(value, name)
         if times is not None:
             if num_frames != 1:
                 raise ValueError(f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}.")
@@ -482,8 +589,8 @@ class MADiffPipeline(DiffusionPipeline):
                 raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
         if hint_policy not in HINT_POLICIES:
             raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {hint_policy!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
+        if output_type not in (*OUTPUT_TYPES, "latent"):
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, latent, but is {output_type!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` as a list must hold one generator per pair ({batch_size}), but holds {len(generator)}."
@@ -508,7 +615,7 @@ class MADiffPipeline(DiffusionPipeline):
         force_not_quantize: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, Dict], Dict]] = None,
+        callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, Dict], Optional[Dict]]] = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         times: Optional[Sequence[Union[float, Fraction]]] = None,
         frames_per_batch: int = 1,
@@ -537,10 +644,11 @@ class MADiffPipeline(DiffusionPipeline):
                 padded frames' latents. Drawn from `generator` if not given.
             force_not_quantize (`bool`, defaults to `False`): decode latents as they are, not moved to their nearest codes;
                 for ablations.
-            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the final latents `(B, F, C, h, w)` of the padded frames,
+                before quantisation and times the autoencoder's `scaling_factor`; the last decoding is left out then.
             return_dict (`bool`): whether to return a [`MADiffPipelineOutput`] or a plain tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
-                step of each frame; returns a dict whose tensors replace the pipeline's.
+                step of each frame; returns a dict whose tensors replace the pipeline's, or None.
             callback_on_step_end_tensor_inputs: tensors to hand to it: `"latents"`, `"hints_prev"`, `"hints_next"`.
             times (list of `float` or `Fraction`, *optional*): instants of the frames to make, in place of `num_frames`: each between
                 0 (the previous frame's) and 1 (the next one's), both excluded; frames come in the order given.
@@ -570,6 +678,7 @@ class MADiffPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs.
+        _check_scheduler(self.scheduler)
         prev = self._as_neighbours(image_prev, "image_prev")
         next_ = self._as_neighbours(image_next, "image_next")
         batch_size = len(prev.frames)
@@ -586,6 +695,7 @@ class MADiffPipeline(DiffusionPipeline):
             batch_size,
             callback_on_step_end_tensor_inputs,
         )
+        num_inference_steps, num_frames = int(num_inference_steps), int(num_frames)
         if times is None:
             times = [Fraction(number, num_frames + 1) for number in range(1, num_frames + 1)]
         times = [Fraction(time) for time in times]
@@ -598,13 +708,14 @@ class MADiffPipeline(DiffusionPipeline):
         # Some schedulers (Heun's) call the network more than once a step.
         self._num_timesteps = len(self.scheduler.timesteps) * len(plan)
         frames: Dict[Fraction, EncodedFrames] = {Fraction(0): prev, Fraction(1): next_}
+        final_latents: Dict[Fraction, torch.Tensor] = {}
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for (low, high), between in itertools.groupby(plan, key=plan.get):
                 between = list(between)
                 for first in range(0, len(between), frames_per_batch):
                     chosen = between[first : first + frames_per_batch]
                     given = [None if noise is None or time not in times else noise[:, times.index(time)] for time in chosen]
-                    made = self._interpolate(
+                    latents_made, made = self._interpolate(
                         frames[low],
                         frames[high],
                         [float((time - low) / (high - low)) for time in chosen],
@@ -617,13 +728,19 @@ class MADiffPipeline(DiffusionPipeline):
                         callback_on_step_end,
                         callback_on_step_end_tensor_inputs,
                         progress_bar,
+                        with_frames=output_type != "latent" or any(time in pair for time in chosen for pair in plan.values()),
                     )
-                    frames.update((time, EncodedFrames(each, prev.size)) for time, each in zip(chosen, made.split(batch_size)))
+                    final_latents.update(zip(chosen, latents_made.split(batch_size)))
+                    if made is not None:
+                        frames.update((time, EncodedFrames(each, prev.size)) for time, each in zip(chosen, made.split(batch_size)))
 
         # 3. Crop and convert.
-        result = torch.stack([frames[time].frames for time in times], dim=1)
-        result = self.frame_processor.crop(result, prev.size)  # [B,F,3,H,W]
-        result = self.frame_processor.postprocess(result, output_type)
+        if output_type == "latent":
+            result = torch.stack([final_latents[time] for time in times], dim=1)  # [B,F,C,h,w]
+        else:
+            result = torch.stack([frames[time].frames for time in times], dim=1)
+            result = self.frame_processor.crop(result, prev.size)  # [B,F,3,H,W]
+            result = self.frame_processor.postprocess(result, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (result,)
@@ -690,8 +807,10 @@ class MADiffPipeline(DiffusionPipeline):
         callback: Optional[Callable],
         callback_inputs: Sequence[str],
         progress_bar: Any,
-    ) -> torch.Tensor:
-        """MA-Sampling of frames at some instants between each of B pairs: `(T * B, 3, H, W)` in [-1, 1], instant by instant."""
+        with_frames: bool,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """MA-Sampling of frames at some instants between each of B pairs: their latents `(T * B, C, h, w)`, instant by instant, and where
+        `with_frames` they themselves, `(T * B, 3, H, W)` in [-1, 1]."""
         batch_size, device, dtype = prev.frames.shape[0], prev.frames.device, self.vqvae.dtype
         hint_source, count = self.hints, len(times)
         instants = torch.tensor(times, dtype=torch.float32).repeat_interleave(batch_size).to(device)  # [TB]
@@ -779,7 +898,10 @@ class MADiffPipeline(DiffusionPipeline):
                 parts = {name: list(tensor.split(batch_size)) for name, tensor in available.items()}
                 replaced = set()
                 for number in range(count):
-                    for name, tensor in callback(self, i, t, {name: parts[name][number] for name in callback_inputs}).items():
+                    returned = callback(self, i, t, {name: parts[name][number] for name in callback_inputs})
+                    if not isinstance(returned, (dict, type(None))):
+                        raise TypeError(f"`callback_on_step_end` must return a dict of tensors, or None, but gave a {type(returned).__name__}.")
+                    for name, tensor in (returned or {}).items():
                         if name in parts and tensor is not parts[name][number]:
                             parts[name][number] = tensor
                             replaced.add(name)
@@ -790,7 +912,7 @@ class MADiffPipeline(DiffusionPipeline):
             progress_bar.update(count)
 
         # 5. The frames.
-        return decode(prev, next_, clean_latents, hints)
+        return clean_latents, decode(prev, next_, clean_latents, hints) if with_frames else None
 
     def _clean_latents(
         self, step: BaseOutput, model_output: torch.Tensor, model_input: torch.Tensor, t: torch.Tensor

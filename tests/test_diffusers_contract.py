@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -76,6 +78,36 @@ def test_ways_of_loading(options, pipeline, pair, tmp_path):
     loaded = MADiffPipeline.from_pretrained(tmp_path, **options)
     assert torch.equal(make(loaded, pair), expected)
     assert not any(part.training for part in (loaded.vqvae, loaded.unet, loaded.i2e))
+
+
+def test_the_package_s_checkpoint_is_in_half_precision_already():
+    loaded = MADiffPipeline.from_pretrained("madiff-compact", variant="fp16", dtype=torch.float16)
+    assert loaded.dtype == torch.float16
+    with pytest.raises(ValueError, match="variant=bf16"):
+        MADiffPipeline.from_pretrained("madiff-compact", variant="bf16")
+
+
+@pytest.mark.parametrize("part", ["vqvae", "i2e"])
+def test_arguments_of_saving_are_in_diffusers_order(part, pipeline, tmp_path):
+    model = getattr(pipeline, part)
+    model.save_pretrained(tmp_path / "other process", False)
+    assert not (tmp_path / "other process" / "config.json").exists(), "which the main process alone writes"
+    model.save_pretrained(tmp_path / "named", True, None, True, "fp16", "8KB", False)
+    assert len(list((tmp_path / "named").glob("*.fp16-*.safetensors"))) > 2
+    pipeline.save_pretrained(tmp_path / "pipeline", True, None, None, False, False)
+    pipeline.save_pretrained(tmp_path / "pipeline", use_flashpack=False)
+    with pytest.raises(ValueError, match="`use_flashpack` False"):
+        pipeline.save_pretrained(tmp_path / "pipeline", use_flashpack=True)
+
+
+def test_losses_can_be_added_to(pipeline):
+    model, hints = pipeline.vqvae, torch.zeros(2, pipeline.vqvae.config.hint_channels, 32, 32)
+    frames = torch.rand(3, 2, 3, 32, 32)
+    with torch.no_grad():
+        out = model(*frames, hints, hints)
+    before = out.commit_loss.clone()
+    out.commit_loss += torch.tensor([1.0, 2.0])
+    assert torch.equal(out.commit_loss, before + torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("part, kind", [("vqvae", VQMAGANModel), ("i2e", EventGANModel)])
@@ -201,6 +233,58 @@ def test_every_documented_callback_tensor_can_be_asked_for(pipeline, pair):
     frames = make(pipeline, pair, num_inference_steps=3, callback_on_step_end=note, callback_on_step_end_tensor_inputs=names)
     assert torch.equal(frames, expected), "what is handed back unchanged changes nothing"
     assert [step for step, *_ in seen] == [0, 1, 2] and all(sizes == dict.fromkeys(names, 2) for *_, sizes in seen)
+
+
+def test_a_callback_may_return_nothing(pipeline, pair):
+    expected = make(pipeline, pair, num_inference_steps=2)
+    assert torch.equal(make(pipeline, pair, num_inference_steps=2, callback_on_step_end=lambda *arguments: None), expected)
+    with pytest.raises(TypeError, match="`callback_on_step_end` must return a dict of tensors, or None, but gave a int"):
+        make(pipeline, pair, callback_on_step_end=lambda *arguments: 3)
+
+
+def test_numpy_s_integers_are_integers(pipeline, pair):
+    expected = make(pipeline, pair, num_inference_steps=3, hint_interval=2, num_frames=2)
+    counts = {"num_inference_steps": np.int64(3), "hint_interval": np.int32(2), "num_frames": np.uint8(2)}
+    assert torch.equal(make(pipeline, pair, **counts), expected)
+    for name in counts:
+        with pytest.raises(ValueError, match=f"`{name}` must be a positive integer, but is True"):
+            make(pipeline, pair, **{name: True})
+
+
+def test_final_latents(pipeline, pair):
+    """What the result is decoded from."""
+    arguments = {"num_inference_steps": 2, "hint_policy": "start", "generator": [torch.Generator().manual_seed(seed) for seed in (0, 1)]}
+    latents = pipeline(*pair, num_frames=3, output_type="latent", **arguments).frames
+    factor, multiple = pipeline.vqvae.downsample_factor, pipeline.frame_processor.multiple
+    sides = [(side + -side % multiple) // factor for side in pair[0].shape[-2:]]
+    assert latents.shape == (2, 3, pipeline.vqvae.config.latent_channels, *sides)
+    kept = []
+    hook = pipeline.vqvae.post_quant_conv.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
+    make(pipeline, pair, num_frames=3, num_inference_steps=2, hint_policy="start", force_not_quantize=True)
+    hook.remove()
+    recursive = {**arguments, "generator": [torch.Generator().manual_seed(seed) for seed in (0, 1)], "recursive": True}
+    assert pipeline(*pair, num_frames=3, output_type="latent", **recursive).frames.shape == latents.shape
+    assert torch.equal(torch.stack(kept, dim=1) * pipeline.vqvae.config.scaling_factor, latents)
+
+
+def test_schedulers_that_do_not_fit_are_named(pipeline, pair):
+    """Whatever Diffusers has is taken, or refused by name: at once, where it cannot have a schedule of noise."""
+    kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler") and name.startswith(("Flow", "EDM"))]
+    assert diffusers.FlowMatchEulerDiscreteScheduler in kinds
+    for kind in kinds:
+        pipeline.scheduler = kind()
+        with pytest.raises(ValueError, match=f"`scheduler` must be one of Diffusers' with a noise schedule .* but is {kind.__name__}"):
+            make(pipeline, pair)
+        with pytest.raises(ValueError, match=kind.__name__):
+            MADiffPipeline(**pipeline.components, hint_source=pipeline.config.hint_source)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("default_num_inference_steps", 0), ("default_hint_interval", 1.5), ("default_hint_policy", "magic")]
+)
+def test_wrong_defaults_are_named(name, value, pipeline):
+    with pytest.raises(ValueError, match=f"`{name}` must be .* but is {value!r}"):
+        MADiffPipeline(**pipeline.components, **{"hint_source": pipeline.config.hint_source, name: value})
 
 
 def test_no_file_is_left_where_saving_failed(pipeline, tmp_path):

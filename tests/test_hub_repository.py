@@ -144,6 +144,11 @@ def test_code_that_travels_needs_no_file_that_stays():
     assert not get_relative_imports(PACKAGE / "vq_magan.py") and not get_relative_imports(PACKAGE / "eventgan.py")
 
 
+def test_export_warns_of_nothing(tiny_folder, tmp_path, capfd, diffusers_log):
+    assert main(["export", str(tmp_path / "out"), "--checkpoint", str(tiny_folder), "--variant", "fp16", "bf16"]) == 0
+    assert diffusers_log.text == "" and capfd.readouterr().err == ""
+
+
 def test_export_is_complete(exported):
     assert (exported / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
     assert (exported / "README.md").read_bytes() == (REPOSITORY / "model_card.md").read_bytes()

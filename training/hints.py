@@ -1,6 +1,6 @@
 """Motion hints as training draws them: from the true middle frame, from a guess of it, or none yet."""
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
@@ -9,19 +9,20 @@ from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_sourc
 from madiff_diffusers.vq_magan import VQMAGANModel
 
 
-def load_hint_source(name: str, i2e: str, device: torch.device) -> Tuple[HintSource, Optional[EventGANModel]]:
+def load_hint_source(config: Dict[str, Any], i2e: str, device: torch.device) -> Tuple[HintSource, Optional[EventGANModel]]:
     """The hint source of a configuration, and its frozen image-to-event generator if it has one.
 
     Raises:
-        ValueError: if the source needs a generator and `i2e` is empty.
+        ValueError: if the source needs a generator and `i2e` is empty, or lacks weights of one.
     """
-    if "events" not in name:
-        return build_hint_source(name), None
+    name, settings = config["hint_source"], config["pipeline"].get("hint_settings")
+    if "events" not in name.split("+"):
+        return build_hint_source(name, settings=settings), None
     if not i2e:
         raise ValueError(f"`i2e` is needed with `hint_source` {name}: the folder of a trained EventGANModel.")
     model = EventGANModel.from_pretrained(i2e).to(device, memory_format=torch.channels_last)
     model = model.requires_grad_(False).eval()
-    return build_hint_source(name, model), model
+    return build_hint_source(name, model, settings=settings), model
 
 
 def draw_hints(

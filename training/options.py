@@ -17,7 +17,7 @@ from diffusers import SchedulerMixin, UNet2DModel
 
 import madiff_diffusers
 from madiff_diffusers.eventgan import EventGANModel
-from madiff_diffusers.motion_hints import HINT_SOURCES
+from madiff_diffusers.motion_hints import hint_parts
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 
@@ -186,6 +186,9 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
             parser.error(f"--{name} is required")
     options = options_class(**section)
     try:
+        if getattr(options, "hint_source", ""):
+            hint_parts(options.hint_source)
+            config["hint_source"] = options.hint_source
         _check_values(options)
     except ValueError as error:
         parser.error(str(error))
@@ -231,8 +234,7 @@ def check_config(config: Any) -> None:
     for section in {*MODEL_SECTIONS, *STAGES, "scheduler"} & set(config):
         if not isinstance(config[section], dict):
             raise ValueError(f"section {section} must be a mapping of keys to values, but is {config[section]!r}")
-    if config["hint_source"] not in HINT_SOURCES:
-        raise ValueError(f"hint_source must be one of {', '.join(HINT_SOURCES)}, but is {config['hint_source']!r}")
+    hint_parts(config["hint_source"])
     classes = dict(MODEL_SECTIONS)
     name = config["scheduler"].get("class")
     classes["scheduler"] = getattr(diffusers, str(name), None)

@@ -34,6 +34,7 @@ from training.validation import decoded_panel, image_scores, to_frames, validati
 class DenoiserOptions(RunOptions):
     i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
     vqvae: str = option("", "folder of the trained VQMAGANModel")
+    hint_source: str = option("", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's")
     init: str = option("", "folder of a trained UNet2DModel to start from")
     adam_betas: Tuple[float, ...] = option((0.9, 0.999), "of AdamW", least=0, less_than=1, count=2)
     weight_decay: float = option(0.01, "of AdamW", least=0)
@@ -44,6 +45,17 @@ class DenoiserOptions(RunOptions):
     guess_rounds: int = option(1, "such a guess is refined up to this many times", least=1)
 
 
+def load_unet(folder: str) -> UNet2DModel:
+    """
+    Raises:
+        ValueError: if the folder lacks weights of its network.
+    """
+    unet, info = UNet2DModel.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"`init` {folder!r} does not hold the weights of a UNet2DModel: it lacks {sorted(info['missing_keys'])[0]}.")
+    return unet
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     options, config = parse_options(DenoiserOptions, "train_denoiser", argv, __doc__)
     run = Run(options, "unet")
@@ -52,9 +64,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     # 1. models; only the U-Net is trained
     if not options.vqvae:
         raise ValueError("`vqvae` is needed: the folder of a trained VQMAGANModel.")
-    bare_unet = UNet2DModel.from_pretrained(options.init) if options.init else UNet2DModel(**config["unet"])
+    bare_unet = load_unet(options.init) if options.init else UNet2DModel(**config["unet"])
     vqvae = VQMAGANModel.from_pretrained(options.vqvae).to(device).requires_grad_(False).eval()
-    source, i2e = load_hint_source(config["hint_source"], options.i2e, device)
+    source, i2e = load_hint_source(config, options.i2e, device)
     scheduler_config = dict(config["scheduler"])
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
     optimizer = torch.optim.AdamW(
@@ -65,6 +77,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     def build_pipeline(network: UNet2DModel) -> MADiffPipeline:
         parts = {"vqvae": vqvae, "unet": network, "i2e": i2e, "scheduler": scheduler}
         return MADiffPipeline(**parts, hint_source=config["hint_source"], **config["pipeline"])
+
+    pipeline = build_pipeline(bare_unet)  # what does not fit together shows before training, not after it
 
     # 2. data, validation, export
     data = build_samples(options, TripletMaker(options.window, options.any_time))
@@ -80,7 +94,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     if options.validation:
         windows = validation_windows(options, frames=3, multiple=vqvae.downsample_factor)
         lpips = lpips_loss(options, device)
-        pipeline = build_pipeline(bare_unet)
         pipeline.set_progress_bar_config(disable=True)
 
         def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
@@ -94,7 +107,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             if not shown:
                 return scores, None
             hints, decoded = refine_as_sampling(vqvae, source, prev, mid, next_, rounds=1)
-            seen = (hints, config["hint_source"], decoded.offsets[-1], decoded.gates[-1])
+            seen = (hints, config["hint_source"], source, decoded.offsets[-1], decoded.gates[-1])
             return scores, decoded_panel(frames, result, *seen)
 
         run.validates(score, len(windows), "l1" if lpips is None else "lpips")

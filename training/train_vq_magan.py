@@ -32,6 +32,7 @@ from training.validation import decoded_panel, image_scores, to_frames, validati
 @dataclasses.dataclass
 class VQMAGANOptions(RunOptions):
     i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
+    hint_source: str = option("", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's")
     init: str = option("", "folder of a trained VQMAGANModel to start from; where the configuration's takes in more channels, they begin at 0")
     adam_betas: Tuple[float, ...] = option((0.5, 0.9), "of AdamW", least=0, less_than=1, count=2)
     weight_decay: float = option(0.0, "of AdamW", least=0)
@@ -181,8 +182,13 @@ def main(argv: Optional[List[str]] = None) -> None:
     bare_model = VQMAGANModel(**config["vqvae"])
     if options.init:
         start_from(bare_model, VQMAGANModel.from_pretrained(options.init))
-    source, _ = load_hint_source(config["hint_source"], options.i2e, device)
-    flow_source = FlowHints(fine="fine_flow" in config["hint_source"])
+    source, _ = load_hint_source(config, options.i2e, device)
+    if source.hint_channels != bare_model.config.hint_channels:
+        raise ValueError(
+            f"`hint_source` {config['hint_source']} gives {source.hint_channels} channels, but the configuration's vqvae takes "
+            f"`hint_channels` {bare_model.config.hint_channels}."
+        )
+    flow_source = FlowHints(fine="fine_flow" in config["hint_source"].split("+"))
     lpips = lpips_loss(options, device)
     optimizer = torch.optim.AdamW(
         bare_model.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
@@ -220,7 +226,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             scores = image_scores(decoded.sample, mid, lpips)
             if not shown:
                 return scores, None
-            seen = (hints, config["hint_source"], decoded.offsets[-1], decoded.gates[-1])
+            seen = (hints, config["hint_source"], source, decoded.offsets[-1], decoded.gates[-1])
             return scores, decoded_panel(frames, decoded.sample, *seen)
 
         run.validates(score, len(windows), "l1" if lpips is None else "lpips")

@@ -9,6 +9,7 @@ import torch
 
 from madiff_diffusers.evaluation.metrics import psnr, ssim
 from madiff_diffusers.evaluation.pictures import gate_image, hints_images, offsets_image
+from madiff_diffusers.motion_hints import HintSource
 from training.data import Clips, NoWindow, parse_sources, read_source
 from training.options import RunOptions
 
@@ -103,6 +104,7 @@ def decoded_panel(
     result: torch.Tensor,
     hints: Sequence[torch.Tensor],
     hint_source: str,
+    source: HintSource,
     offsets: torch.Tensor,
     gate: torch.Tensor,
 ) -> np.ndarray:
@@ -112,13 +114,14 @@ def decoded_panel(
         frames: previous, middle and next frame, each `(1, 3, H, W)`.
         result: `(1, 3, H, W)`.
         hints: towards the previous and the next frame, each `(1, C, H, W)`.
+        hint_source, source: the name of what made them, and itself.
         offsets (`(1, 4, U, V)`), gate (`(1, 1, U, V)`): of the finest warp; resized to the frames' size for display.
     """
     height, width = result.shape[-2:]
     prev, truth, next_ = frames
     images = [("previous", to_image(prev)), ("next", to_image(next_)), ("truth", to_image(truth)), ("result", to_image(result))]
     for side, each in zip(("previous", "next"), hints):
-        images += [(f"{name} to {side}", image) for name, image in hints_images(each[0], hint_source)]
+        images += [(f"{name} to {side}", image) for name, image in hints_images(each[0], hint_source, source)]
     size = (width, height)
     images.append(("gate", gate_image(gate[0], (height, width))))
     for side, each in zip(("previous", "next"), offsets[0].chunk(2)):

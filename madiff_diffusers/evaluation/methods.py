@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ..hub_repository import weights_kind
-from ..motion_hints import HintPair, HintSource, StackedHints, build_hint_source, single_threaded_opencv
+from ..motion_hints import HintSource, NullHints, StackedHints, single_threaded_opencv
 from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
 from .pictures import gate_image, hints_images
 
@@ -173,23 +173,6 @@ def _plain(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-class NullHints:
-    """Zeros, whatever is asked: takes the place of a hint source to show what it is good for."""
-
-    def __init__(self, hint_channels: int):
-        self.hint_channels = hint_channels
-
-    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
-        batch, _, height, width = frame_prev.shape
-        return tuple(frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32) for _ in range(2))
-
-    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        return self.start(frame_prev, frame_next)
-
-    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        return self.start(frame_prev, frame_next)
-
-
 class MADiffMethod:
     """A checkpoint in given settings.
 
@@ -223,7 +206,7 @@ class MADiffMethod:
         if hint_source != config.hint_source:
             if hint_source not in config.hint_source.split("+"):
                 raise ValueError(f"`hint_source` must be of the checkpoint's {config.hint_source}, but is {hint_source!r}.")
-            parts = [(part, build_hint_source(part, pipeline.i2e)) for part in config.hint_source.split("+")]
+            parts = zip(config.hint_source.split("+"), pipeline.hints.sources)
             self.hints = StackedHints([source if part == hint_source else NullHints(source.hint_channels) for part, source in parts])
         self.scheduler = pipeline.scheduler
         if settings.scheduler is not None:
@@ -288,7 +271,7 @@ class MADiffMethod:
         pictures = []
         for side, name in (("previous", "hints_prev"), ("next", "hints_next")):
             hints = self.pipeline.vqvae.resize_hints(seen[name], padded)[0, :, :height, :width]
-            pictures += [(f"{part} to {side}", image) for part, image in hints_images(hints, self.pipeline.config.hint_source)]
+            pictures += [(f"{part} to {side}", image) for part, image in hints_images(hints, self.pipeline.config.hint_source, self.pipeline.hints)]
         pictures.append(("gate", gate_image(seen["gate"][0], padded)[:height, :width]))
         return pictures
 

@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import torch
 
+from ..motion_hints import HintSource, StackedHints
+
 
 def events_image(events: torch.Tensor) -> np.ndarray:
     """An event volume `(2 * bins, H, W)` on white: increases red, decreases blue, mixed where there are both."""
@@ -23,13 +25,25 @@ def offsets_image(offsets: torch.Tensor) -> np.ndarray:
     return flow_to_image(offsets.float()).permute(1, 2, 0).cpu().numpy()
 
 
-def hints_images(hints: torch.Tensor, hint_source: str) -> List[Tuple[str, np.ndarray]]:
-    """The parts of one side's hints `(C, H, W)`, each with its name."""
+def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> List[Tuple[str, np.ndarray]]:
+    """The parts of one side's hints `(C, H, W)`, each with its name.
+
+    Args:
+        hint_source: the name of the source, whose parts are joined by `+`.
+        source: itself. Of what it makes, two channels are taken for offsets; of more, the mean is shown.
+    """
     images = []
-    if "events" in hint_source:
-        images.append(("events", events_image(hints[: hints.shape[0] - (2 if "flow" in hint_source else 0)])))
-    if "flow" in hint_source:
-        images.append(("flow", offsets_image(hints[-2:])))
+    parts = source.sources if isinstance(source, StackedHints) else [source]
+    channels = hints.split([part.hint_channels for part in parts])
+    for name, each in zip(hint_source.split("+"), channels):
+        if name == "events":
+            images.append((name, events_image(each)))
+        elif len(each) == 2:
+            images.append(("flow" if name == "fine_flow" else name, offsets_image(each)))
+        else:
+            mean = each.float().mean(0).cpu().numpy()
+            levels = (255 * (mean - mean.min()) / max(float(np.ptp(mean)), 1e-6)).astype(np.uint8)
+            images.append((name, cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)))
     return images
 
 
