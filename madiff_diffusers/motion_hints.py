@@ -140,7 +140,7 @@ class FlowHints:
     A backward flow is the very offset that a warp needs. Runs on the CPU wherever the frames are, in threads.
 
     Args:
-        fine: search at full resolution and with patches closer together, some three times the work; and start from the
+        fine: search at full resolution and with patches closer together, some four times the work; and start from the
             flow that passes each pixel at the instant, instead of the flow that begins there in a neighbour.
     """
 
@@ -151,8 +151,10 @@ class FlowHints:
         # The latest neighbours and the flow between them, which serves every instant.
         self._between: Optional[Tuple[weakref.ref, weakref.ref, Tuple[int, int], torch.Tensor]] = None
 
-    def _flows(self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Flow `(B, 2, H, W)` such that `from(p) = to(p + flow(p))`."""
+    def _flows(
+        self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor], patch_stride: int = 2
+    ) -> torch.Tensor:
+        """Flow `(B, 2, H, W)` such that `from(p) = to(p + flow(p))`; fine flow with patches so many pixels apart."""
         reference = frames_from[0]
         from_images = [self._to_uint8(frame) for frame in frames_from]
         to_images = [self._to_uint8(frame) for frame in frames_to]
@@ -162,7 +164,7 @@ class FlowHints:
             dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
             if self.fine:
                 dis.setFinestScale(0)
-                dis.setPatchStride(3)
+                dis.setPatchStride(patch_stride)
             return dis.calc(pair[0], pair[1], None)
 
         # Parallelism comes from the pairs, as many at once as fit; a frame alone may take more.
@@ -213,7 +215,9 @@ class FlowHints:
         return rearrange(torch.from_numpy(seen), "b h w c -> b c h w").contiguous().to(flow.device)
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        hints_prev, hints_next = self._flows([*frame_mid, *frame_mid], [*frame_prev, *frame_next]).chunk(2)
+        # Half of the way is found as well by fewer patches (training/EXPERIMENTS.md).
+        flow = self._flows([*frame_mid, *frame_mid], [*frame_prev, *frame_next], patch_stride=3)
+        hints_prev, hints_next = flow.chunk(2)
         return hints_prev, hints_next
 
     def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:

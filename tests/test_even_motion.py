@@ -85,7 +85,7 @@ def test_flow_between_neighbours_is_found_once_for_all_instants():
     prev, _, next_ = (torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 127.5 - 1 for frame in pan())
     source, calls = FlowHints(), []
     flows = source._flows
-    source._flows = lambda *frames: calls.append(1) or flows(*frames)
+    source._flows = lambda *frames, **settings: calls.append(1) or flows(*frames, **settings)
     first = source.start(prev, next_, 0.25)
     assert torch.equal(source.start(prev, next_, 0.25)[0], first[0]) and source.start(prev, next_, 0.5) and len(calls) == 1
     prev += 0.1 * torch.rand(prev.shape, generator=torch.Generator().manual_seed(0))

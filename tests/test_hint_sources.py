@@ -249,7 +249,8 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
 
 def test_a_foreign_folder_does_not_load_as_drawn_weights(checkpoint):
     for kind, folder in ((EventGANModel, "unet"), (EventGANModel, "vqvae"), (VQMAGANModel, "i2e"), (VQMAGANModel, "unet")):
-        with pytest.raises(ValueError, match=f"does not hold the weights of this {kind.__name__}: it lacks"):
+        # Diffusers' own message comes first where a layer of the same name has another shape.
+        with pytest.raises(ValueError, match=f"does not hold the weights of this {kind.__name__}: it lacks|expected shape"):
             kind.from_pretrained(checkpoint / folder)
 
 
