@@ -1,4 +1,4 @@
-"""How much longer a video takes than the pipeline's own work for its frames: python -m tests.benchmark_video CLIP [--frames N] [--rounds N]
+"""How much longer a video takes than the pipeline's own work for its frames: python -m benchmarks.video CLIP [--frames N] [--rounds N]
 
 Both in one process, turn by turn after a warm-up: the frames between neighbours that lie decoded in memory, each encoded by the network once;
 and the whole of `interpolate_video`, from looking through the file to the finished one. Prints seconds per made frame, medians and their ratio.

@@ -1,6 +1,6 @@
 """How fast the stages train, how fast the loader feeds them, and how much memory they take.
 
-    python -m training.benchmark --config compact --data CLIPS --lpips_backbone FILE
+    python -m benchmarks.training --config compact --data CLIPS --lpips_backbone FILE
 
 Starts the training scripts as a user does, on the networks of `--checkpoint`, for a few steps each, and prints Markdown
 tables: samples per second (the median over the logged steps after a warm-up) and peak memory of the process, plain and
