@@ -596,9 +596,10 @@ def run_export(args: argparse.Namespace) -> None:
         pipeline.save_pretrained(folder, max_shard_size=size)
         for variant in args.variant:
             half = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
-            for part in half.components.values():  # not the pipeline, which would warn of half precision on a CPU
+            for part in half.components.values():
                 if isinstance(part, torch.nn.Module):
-                    part.to(getattr(torch, VARIANTS[variant]))
+                    # Not by the pipeline's or the model's own method, which warn of running in half precision.
+                    torch.nn.Module.to(part, getattr(torch, VARIANTS[variant]))
             half.save_pretrained(folder, variant=variant, max_shard_size=size)
         if metadata:
             add_to_card(folder / "README.md", metadata)

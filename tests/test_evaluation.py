@@ -361,7 +361,7 @@ def test_settings_change_what_they_name_and_nothing_else(pipeline, root):
         ("VQDiffusionScheduler", {}, "TypeError"),
         ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, "NotImplementedError"),
         ("EDMEulerScheduler", {"prediction_type": "sample"}, "ValueError"),
-        ("FlowMatchEulerDiscreteScheduler", {}, "AttributeError"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "ValueError"),
         ("CogVideoXDPMScheduler", {}, "TypeError"),
     ],
 )

@@ -441,7 +441,7 @@ def test_wrong_options_are_named(flags, message, capsys):
 
 @pytest.mark.parametrize("stage", OPTIONS)
 def test_every_option_has_a_range_and_nothing_outside_of_it_is_taken(stage, capsys):
-    free = {"data", "output", "columns", "validation", "lpips_backbone", "push_to_hub", "hub_revision", "hub_message", "init", "i2e", "vqvae"}
+    free = {"data", "output", "columns", "validation", "lpips_backbone", "push_to_hub", "hub_revision", "hub_message", "init", "i2e", "vqvae", "hint_source"}
     for field in dataclasses.fields(OPTIONS[stage]):
         default, allowed = field.default, field.metadata["allowed"]
         if isinstance(default, bool) or field.name in free:
