@@ -96,7 +96,7 @@ def watched(pipeline: MADiffPipeline, flop: Callable[[], int]) -> Iterator[List[
 
 
 def stages_of(pipeline: MADiffPipeline, call: Callable[[], Any], flop: Callable[[], int] = lambda: 0) -> Dict[str, Stage]:
-    """Runs a function that calls the pipeline once, and tells what each stage had part in it. `flop` counts operations up to now."""
+    """Runs a function that calls the pipeline, and tells what each stage had part in it. `flop` counts operations up to now."""
     with watched(pipeline, flop) as seen:
         start, before = clock(pipeline), flop()
         call()
@@ -111,17 +111,15 @@ def stages_of(pipeline: MADiffPipeline, call: Callable[[], Any], flop: Callable[
     return stages
 
 
-def seconds_of(pipeline: MADiffPipeline, call: Callable[[], Any]) -> float:
-    start = clock(pipeline)
-    call()
-    return clock(pipeline) - start
-
-
 def in_turn(pipeline: MADiffPipeline, calls: Sequence[Callable[[], Any]], rounds: int) -> List[List[float]]:
     """Seconds of each call in each round, after one that does not count."""
-    for call in calls:
-        call()
-    return list(zip(*([seconds_of(pipeline, call) for call in calls] for _ in range(rounds))))
+    seconds: List[List[float]] = [[] for _ in calls]
+    for _ in range(1 + rounds):
+        for call, own in zip(calls, seconds):
+            start = clock(pipeline)
+            call()
+            own.append(clock(pipeline) - start)
+    return [own[1:] for own in seconds]
 
 
 def peak_gib(pipeline: MADiffPipeline) -> Dict[str, float]:
@@ -209,23 +207,19 @@ def main(argv: Optional[List[str]] = None) -> None:
     def make(prev: np.ndarray, next_: np.ndarray, **arguments) -> None:
         pipeline(prev, next_, generator=torch.Generator().manual_seed(0), **arguments)
 
-    def one() -> None:
-        make(frames[0], frames[1])
-
     # 1. The stages, and the memory before anything else takes some.
+    one = functools.partial(make, frames[0], frames[1])
     one()
     peak = peak_gib(pipeline)
     stages = measure_stages(pipeline, one, args.rounds)
-    total = sum(each["seconds"] for each in stages.values())
-    environment = describe_environment(processes=1)
-    size, hardware = "x".join(map(str, args.size)), environment["hardware"]
+    total, gflop = (sum(each[key] for each in stages.values()) for key in ("seconds", "gflop"))
+    size, environment = "x".join(map(str, args.size)), describe_environment(processes=1)
     result = {"size": size, "checkpoint": args.checkpoint, "device": args.device, "dtype": str(pipeline.vqvae.dtype).removeprefix("torch.")}
     result.update(rounds=args.rounds, stages=stages, seconds=total, peak_gib=peak, environment=environment)
-    print(f"{size}, {result['dtype']}, {args.device}: {hardware.get('gpu', hardware['cpu']) if args.device != 'cpu' else hardware['cpu']}, "
-          f"{hardware['threads']} threads, torch {torch.__version__}\n")  # fmt: skip
+    machine = environment["hardware"]["gpu" if pipeline.device.type == "cuda" else "cpu"]
+    print(f"{size}, {result['dtype']}, {args.device}: {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     rows = [[name, str(each["calls"] or ""), f"{each['seconds']:.4f}", f"{each['gflop']:.2f}", f"{each['share']:.1%}"] for name, each in stages.items()]
-    rows.append(["whole", "", f"{total:.4f}", f"{sum(each['gflop'] for each in stages.values()):.2f}", "100.0%"])
-    table(["stage", "calls", "seconds", "GFLOP", "share"], rows)
+    table(["stage", "calls", "seconds", "GFLOP", "share"], [*rows, ["whole", "", f"{total:.4f}", f"{gflop:.2f}", "100.0%"]])
     print(f"Peak memory: {', '.join(f'{gib:.2f} GiB ({what})' for what, gib in peak.items())}\n")
 
     # 2. The peer.
@@ -243,8 +237,8 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     # 3. Several frames.
     if args.factor is not None:
-        result["factor"] = {"factor": args.factor, **measure_factor(make, pipeline, frames, args.rounds)}
-        ways = {name: each for name, each in result["factor"].items() if name != "factor"}
+        ways = measure_factor(make, pipeline, frames, args.rounds)
+        result["factor"] = {"factor": args.factor, **ways}
         rows = [[name, *map(str, each["calls"].values()), f"{each['seconds']:.4f}"] for name, each in ways.items()]
         table([f"{args.factor - 1} frames", *CALLS, "seconds"], rows)
     if args.json is not None:

@@ -12,18 +12,23 @@ from tests.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize("factor", [None, 4])
-def test_pipeline(factor, checkpoint, tmp_path):
+def test_pipeline(factor, checkpoint, tmp_path, capsys):
     """The tiny checkpoint makes two steps, with hints from a guess after each."""
-    (tmp_path / "a_peer.py").write_text("def previous(prev, next):\n    return prev\n")
-    command = [sys.executable, "-m", "benchmarks.pipeline", "--size", "64x48", "--checkpoint", str(checkpoint), "--rounds", "1", "--threads", "1"]
-    command += ["--json", str(tmp_path / "out.json"), *(["--peer", "a_peer:previous"] if factor is None else ["--factor", str(factor)])]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags = ["--size", "64x48", "--checkpoint", str(checkpoint), "--rounds", "1", "--json", str(tmp_path / "out.json")]
+    if factor is None:  # in this process, which has imported all that the script does
+        main(flags)
+        printed = capsys.readouterr().out
+    else:
+        (tmp_path / "a_peer.py").write_text("def previous(prev, next):\n    return prev\n")
+        command = [sys.executable, "-m", "benchmarks.pipeline", *flags, "--factor", str(factor), "--peer", "a_peer:previous", "--threads", "1"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
     result = json.loads((tmp_path / "out.json").read_text())
 
     stages = result["stages"]
-    assert tuple(stages) == STAGES and all(f"| {name} |" in done.stdout for name in STAGES)
+    assert tuple(stages) == STAGES and all(f"| {name} |" in printed for name in STAGES)
     assert [stages[name]["calls"] for name in STAGES] == [1, 1, 2, 2, 2, 1, 0]
     assert all(each["seconds"] > 0 for each in stages.values())
     assert sum(each["share"] for each in stages.values()) == pytest.approx(1)
@@ -32,20 +37,20 @@ def test_pipeline(factor, checkpoint, tmp_path):
     assert stages["decode guess"]["gflop"] == pytest.approx(2 * stages["decode last"]["gflop"])
     assert all((stages[name]["gflop"] > 0) == (name not in ("hints start", "rest")) for name in STAGES)
     assert 0.1 < result["peak_gib"]["process"] < 10
-    assert (result["size"], result["dtype"], result["environment"]["hardware"]["threads"]) == ("64x48", "float32", 1)
-    assert "torch" in result["environment"]["libraries"]
+    assert (result["size"], result["dtype"]) == ("64x48", "float32")
+    assert "torch" in result["environment"]["libraries"] and result["environment"]["hardware"]["threads"] >= 1
 
-    assert ("peer" in result, "factor" in result) == (factor is None, factor is not None)
+    assert ("peer" in result, "factor" in result) == (factor is not None, factor is not None)
     if factor is None:
-        peer = result["peer"]
-        assert peer["ratio"] == pytest.approx(peer["own_seconds"] / peer["seconds"]) == pytest.approx(peer["ratios"][0])
-        assert f"ratio {peer['ratio']:.3f}" in done.stdout
         return
+    peer = result["peer"]
+    assert peer["ratio"] == pytest.approx(peer["own_seconds"] / peer["seconds"]) == pytest.approx(peer["ratios"][0])
+    assert f"ratio {peer['ratio']:.3f}" in printed
     # Three frames; the one half-way is a neighbour of both others in the recursion, and must be encoded for them.
     for way, encodes in (("straight", 1), ("recursive", 2), ("separate pairs", 3)):
         assert result["factor"][way]["calls"] == dict(zip(CALLS, [encodes, 6, 9, 3, 6])), way
         assert result["factor"][way]["seconds"] > 0
-        assert f"| {way} | {encodes} | 6 | 9 | 3 | 6 |" in done.stdout
+        assert f"| {way} | {encodes} | 6 | 9 | 3 | 6 |" in printed
 
 
 @pytest.mark.parametrize(
