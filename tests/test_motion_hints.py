@@ -8,7 +8,7 @@ from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints,
 from madiff_diffusers.motion_hints import damp_hints, single_threaded_opencv
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import moving_picture
-from training.hints import start_hints
+from training.hints import load_hint_source, start_hints
 
 
 def frames(*times: float, width: int = 128) -> list:
@@ -143,3 +143,16 @@ def test_start_hints_of_a_batch_are_each_of_its_own_instant():
     for i, time in enumerate(times.tolist()):
         for side, alone in zip(together, FlowHints().start(prev[i : i + 1], next_[i : i + 1], time)):
             assert torch.equal(side[i : i + 1], alone)
+
+
+def test_events_of_smaller_frames_are_spread_over_as_many_pixels(i2e, tmp_path):
+    """As the pipeline's setting says, in training too."""
+    i2e.save_pretrained(tmp_path)
+    source, _ = load_hint_source({"hint_source": "events", "pipeline": {"event_scale": 2}}, str(tmp_path), torch.device("cpu"))
+    prev, mid, next_ = frames(-1, 0, 1)
+    with torch.no_grad():
+        hints = source.from_guess(prev, mid, next_)
+        small = EventHints(i2e).from_guess(*(torch.nn.functional.avg_pool2d(frame, 2) for frame in (prev, mid, next_)))
+    for spread, expected in zip(hints, small):
+        assert spread.shape[-2:] == prev.shape[-2:]
+        assert torch.allclose(spread, expected.repeat_interleave(2, -1).repeat_interleave(2, -2), atol=1e-4)

@@ -15,14 +15,14 @@ def load_hint_source(config: Dict[str, Any], i2e: str, device: torch.device) -> 
     Raises:
         ValueError: if the source needs a generator and `i2e` is empty, or lacks weights of one.
     """
-    name, settings = config["hint_source"], config["pipeline"].get("hint_settings")
+    name, settings, event_scale = config["hint_source"], config["pipeline"].get("hint_settings"), config["pipeline"].get("event_scale", 1)
     if "events" not in name.split("+"):
         return build_hint_source(name, settings=settings), None
     if not i2e:
         raise ValueError(f"`i2e` is needed with `hint_source` {name}: the folder of a trained EventGANModel.")
     model = EventGANModel.from_pretrained(i2e).to(device, memory_format=torch.channels_last)
     model = model.requires_grad_(False).eval()
-    return build_hint_source(name, model, settings=settings), model
+    return build_hint_source(name, model, settings=settings, event_scale=event_scale), model
 
 
 def draw_hints(
