@@ -81,6 +81,19 @@ def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return _laid_out_as(image, warped.to(image.dtype))
 
 
+def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Tensor:
+    """Local correlation: the mean product of features `(B, C, U, V)` at each pixel of `first` and at every pixel of `second` within
+    `reach` of it, row by row, `(B, (2 * reach + 1)², U, V)`; zeros lie outside."""
+    batch, _, height, width = first.shape
+    side = 2 * reach + 1
+    if torch.is_grad_enabled() and second.requires_grad:  # one kernel, and one for its gradient, at the price of a large copy
+        windows = F.unfold(second, side, padding=reach).view(batch, -1, side**2, height, width)
+        return (first.unsqueeze(2) * windows).mean(dim=1)
+    padded = F.pad(second, (reach, reach, reach, reach))
+    rows = [(first.unsqueeze(3) * padded[:, :, y : y + height].unfold(3, width, 1)).mean(dim=1) for y in range(side)]
+    return torch.cat([row.transpose(1, 2) for row in rows], dim=1)  # each [B,side,U,V]
+
+
 def _laid_out_as(other: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in another's memory layout: convolutions are up to twice as fast in channels-last, and slow where layouts meet."""
     is_last = other.stride(1) == 1 and other.shape[1] > 1
@@ -388,8 +401,9 @@ class FrameHead(nn.Module):
         hidden_states: torch.Tensor,
         frames: torch.Tensor,
         start: torch.Tensor,
-        warped: torch.Tensor,
+        warped: Optional[torch.Tensor] = None,
         log_odds: Optional[torch.Tensor] = None,
+        share: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         """
         Args:
@@ -397,7 +411,8 @@ class FrameHead(nn.Module):
             frames (`(2B, 3, H, W)`): the previous and the next frames.
             start (`(2B, 2, H, W)`): offsets to start from, in pixels.
             warped (`(2B, C, H / stride, W / stride)`): the neighbours' finest features as the last warp left them.
-            log_odds (`(B, 1, 1, 1)`, *optional*): see `MAWarpBlock`.
+            log_odds (`(B, 1, 1, 1)` or `(B, 1, H, W)`, *optional*): see `MAWarpBlock`.
+            share (`(B, 1, 1, 1)`, *optional*): of the previous frame where nothing moves; half if not given.
 
         Returns:
             `(image, offsets, gate)`; the last two are None without `warp_frames`.
@@ -421,7 +436,7 @@ class FrameHead(nn.Module):
             difference = (prev - next_).abs().amax(dim=1, keepdim=True)
             difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
             moving = (difference / self.still_threshold).clamp(max=1)
-            share = 0.5 if log_odds is None else torch.sigmoid(log_odds.to(frames.dtype))
+            share = 0.5 if share is None else share
             image = moving * image + (1 - moving) * (share * prev + (1 - share) * next_)
         return image, offsets, gate
 
@@ -532,11 +547,160 @@ class MotionDecoder(nn.Module):
             start = _upsample_offsets(start, self.stem_stride)
         if frame_offsets is not None:
             start = start + frame_offsets
-        image, offsets, gate = self.head(hidden_states, features[0], start, warped, log_odds)
+        share = None if log_odds is None else torch.sigmoid(log_odds.to(features[0].dtype))
+        image, offsets, gate = self.head(hidden_states, features[0], start, warped, log_odds, share)
         if offsets is not None:
             all_offsets.append(torch.cat(offsets.chunk(2), dim=1))
             all_gates.append(gate)
         return image, tuple(all_offsets), tuple(all_gates)
+
+
+class FrameFeatures(nn.Module):
+    """Frame → feature pyramid alone: at each scale a convolution that halves the size, and another."""
+
+    def __init__(self, in_channels: int, block_out_channels: Sequence[int], act_fn: str):
+        super().__init__()
+        self.levels = nn.ModuleList()
+        for before, width in zip((in_channels, *block_out_channels[:-1]), block_out_channels):
+            first, second = nn.Conv2d(before, width, 3, stride=2, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            self.levels.append(nn.Sequential(first, _activation(act_fn), second, _activation(act_fn)))
+        self.gradient_checkpointing = False
+
+    def forward(self, frame: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        features, hidden_states = [], frame
+        for level in self.levels:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(level, hidden_states)
+            else:
+                hidden_states = level(hidden_states)
+            features.append(hidden_states)
+        return tuple(features)
+
+
+class JointWarpBlock(nn.Module):
+    r"""
+    MA-WARP with one look at both neighbours.
+
+        h ← f_δ(h, w⁰_prev, w⁰_next, Ω⁰)       w⁰ = warp(φ, Ω⁰), along the offsets so far
+        Ω_prev, Ω_next, g = Ω⁰ + f_Ω(h), σ(f_g(h))
+        h̃ = g·warp(φ_prev, Ω_prev) + (1 − g)·warp(φ_next, Ω_next) + h
+
+    It is cheaper than [`MAWarpBlock`], which estimates the offsets to each neighbour on their own.
+    """
+
+    def __init__(self, in_channels: int, channels: int, act_fn: str):
+        super().__init__()
+        self.conv_hidden = nn.Conv2d(in_channels, channels, 1)
+        self.conv_in = PartsConv2d(3 * channels + 5, channels, 3, padding=1)
+        self.residual = ResBlock(channels, channels, None, act_fn)
+        self.act = _activation(act_fn)
+        self.conv_out = _zero_init(nn.Conv2d(channels, 5, 3, padding=1))
+
+    def forward(
+        self, hidden_states: torch.Tensor, features: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`(B, C', U, V)` or half as large): of the scale before.
+            features (`(2B, C, U, V)`): φ_prev and φ_next.
+            offsets (`(B, 4, U, V)`): Ω⁰, float32, in pixels of this scale.
+            logits (`(B, 1, U, V)`): of the gate so far, float32.
+
+        Returns:
+            `(h̃, offsets, logits)`.
+        """
+        dtype = hidden_states.dtype
+        hidden_states = self.conv_hidden(hidden_states)
+        if hidden_states.shape[-1] != features.shape[-1]:
+            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        both = torch.cat([offsets[:, :2], offsets[:, 2:]])
+        warped_prev, warped_next = warp(features, both).chunk(2)
+        motion = torch.cat([0.25 * offsets, logits], dim=1).to(dtype)
+        hidden_states = self.act(self.conv_in(hidden_states, warped_prev, warped_next, motion))
+        hidden_states = self.residual(hidden_states)
+        change = self.conv_out(self.act(hidden_states)).float()
+        offsets, logits = offsets + change[:, :4], logits + change[:, 4:]
+        warped_prev, warped_next = warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]])).chunk(2)
+        gate = torch.sigmoid(logits).to(dtype)
+        return gate * warped_prev + (1 - gate) * warped_next + hidden_states, offsets, logits
+
+
+class NewsEncoder(nn.Module):
+    """A frame, both neighbours warped to its instant, and the hints that they were warped along → latents of one scale."""
+
+    def __init__(self, in_channels: int, latent_channels: int, block_out_channels: Sequence[int], act_fn: str):
+        super().__init__()
+        self.features = FrameFeatures(3 * in_channels + 4, block_out_channels, act_fn)
+        self.conv_out = nn.Conv2d(block_out_channels[-1], latent_channels, 3, padding=1)
+
+    def forward(self, frame: torch.Tensor, warped: Sequence[torch.Tensor], hints: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.features(torch.cat([frame, *warped, hints], dim=1))[-1])
+
+
+class NewsDecoder(nn.Module):
+    """Latents of motion news, feature pyramids and offsets → the middle frame: the latents move the first offsets and the gate
+    directly, then a [`JointWarpBlock`] a scale, and a last warp of the frames themselves."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        block_out_channels: Sequence[int],
+        act_fn: str,
+        refine_channels: int,
+        still_threshold: float,
+    ):
+        super().__init__()
+        widths = [*reversed(block_out_channels)]
+        # A unit of the latents is half a pixel of their scale to begin with, 4 of the frame at f = 8.
+        self.to_offsets = nn.Conv2d(latent_channels, 4, 1, bias=False)
+        nn.init.zeros_(self.to_offsets.weight)
+        with torch.no_grad():
+            for number in range(min(4, latent_channels)):
+                self.to_offsets.weight[number, number] = 0.5
+        self.to_gate = _zero_init(nn.Conv2d(latent_channels, 1, 1))
+        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.warps = nn.ModuleList(JointWarpBlock(before, width, act_fn) for before, width in zip((widths[0], *widths[:-1]), widths))
+        self.head = FrameHead(widths[-1], out_channels, 2, None, act_fn, True, refine_channels, False, still_threshold)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        frames: torch.Tensor,
+        features: Sequence[torch.Tensor],
+        hints: torch.Tensor,
+        log_odds: torch.Tensor,
+    ) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], Tuple[torch.Tensor, ...]]:
+        """
+        Args:
+            latents (`(B, C, H / f, W / f)`): quantised latents.
+            frames (`(2B, 3, H, W)`): the previous and the next frames.
+            features: φ_prev and φ_next in one batch, finest first.
+            hints (`(B, 4, H / f, W / f)`): offsets that the hints tell, in pixels of that scale, float32.
+            log_odds (`(B, 1, 1, 1)`): of the previous frame, from which the gate starts.
+
+        Returns:
+            `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`]; before the blocks' offsets come those that the latents made of the hints.
+        """
+        run = self._gradient_checkpointing_func if torch.is_grad_enabled() and self.gradient_checkpointing else None
+        offsets = hints + self.to_offsets(latents).float()
+        logits = log_odds.float() + self.to_gate(latents).float()
+        all_offsets, all_gates = [offsets], [torch.sigmoid(logits)]
+        hidden_states = self.conv_in(latents)
+        for number, block in enumerate(self.warps):
+            if number:
+                offsets = _upsample_offsets(offsets)
+                logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
+            arguments = (hidden_states, features[-1 - number], offsets, logits)
+            hidden_states, offsets, logits = block(*arguments) if run is None else run(block, *arguments)
+            all_offsets.append(offsets)
+            all_gates.append(torch.sigmoid(logits))
+        start = _upsample_offsets(torch.cat([offsets[:, :2], offsets[:, 2:]]))
+        logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
+        share = torch.sigmoid(log_odds.to(frames.dtype))
+        image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share)
+        return image, (*all_offsets, torch.cat(offsets.chunk(2), dim=1)), (*all_gates, gate)
 
 
 class VQMAGANModel(VQModel):
@@ -603,6 +767,10 @@ class VQMAGANModel(VQModel):
         compare_warps: bool = False,
         still_threshold: float = 0.0,
         time_conditioned: bool = False,
+        news_latents: bool = False,
+        news_block_out_channels: Tuple[int, ...] = (32, 64, 96),
+        evidence_channels: int = 24,
+        evidence_reach: int = 2,
     ):
         # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
         ModelMixin.__init__(self)
@@ -613,6 +781,24 @@ class VQMAGANModel(VQModel):
         if (compare_warps or still_threshold > 0) and not warp_frames:
             raise ValueError("`compare_warps` and `still_threshold` need `warp_frames=True`: they are for the last warp.")
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
+        if news_latents:
+            if not (offset_hints and warp_frames and time_conditioned) or vq_embed_dim != latent_channels or stem_stride != 2:
+                raise ValueError(
+                    "`news_latents=True` needs `offset_hints=True`, `warp_frames=True`, `time_conditioned=True`, `stem_stride=2` and "
+                    "`vq_embed_dim` equal to `latent_channels`."
+                )
+            if len(news_block_out_channels) != len(block_out_channels):
+                raise ValueError(
+                    "`news_block_out_channels` must be as many as `block_out_channels`, but are "
+                    f"{len(news_block_out_channels)} and {len(block_out_channels)}."
+                )
+            self.encoder = FrameFeatures(in_channels, block_out_channels, act_fn)
+            self.news_encoder = NewsEncoder(in_channels, latent_channels, news_block_out_channels, act_fn)
+            self.register_buffer("news_rms", torch.ones(latent_channels))
+            self.evidence_conv = nn.Conv2d(block_out_channels[-1], evidence_channels, 1)
+            self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, legacy=False)
+            self.decoder = NewsDecoder(latent_channels, out_channels, block_out_channels, act_fn, refine_channels, still_threshold)
+            return
         shared = {
             "block_out_channels": block_out_channels,
             "layers_per_block": layers_per_block,
@@ -713,7 +899,17 @@ class VQMAGANModel(VQModel):
     @property
     def downsample_factor(self) -> int:
         """Pixels per latent along each side."""
+        if self.config.news_latents:
+            return 2 ** len(self.config.block_out_channels)
         return self.config.stem_stride * 2 ** len(self.config.block_out_channels)
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels that a denoiser sees beside the noisy latents, see `condition`."""
+        if self.config.news_latents:
+            side = 2 * self.config.evidence_reach + 1
+            return 3 * self.config.evidence_channels + side**2 + 2 * self.config.hint_channels
+        return 2 * (self.config.vq_embed_dim or self.config.latent_channels) + 2 * self.config.hint_channels
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -737,12 +933,78 @@ class VQMAGANModel(VQModel):
                 f"`x` must have a height and width that are multiples of {self.downsample_factor}, "
                 f"but is {x.shape[-2]}x{x.shape[-1]}."
             )
+        if self.config.news_latents:
+            features = (x, *self.encoder(x.to(self.dtype)))
+            return VQMAGANEncoderOutput(latents=None, features=features) if return_dict else (None, features)
         latents, features = self.encoder(x.to(self.dtype))
         latents = self.quant_conv(latents)
         features = (x, *features)
         if not return_dict:
             return latents, features
         return VQMAGANEncoderOutput(latents=latents, features=features)
+
+    @apply_forward_hook
+    def encode_news(
+        self,
+        frame_mid: torch.Tensor,
+        features_prev: Tuple[torch.Tensor, ...],
+        features_next: Tuple[torch.Tensor, ...],
+        hints_prev: torch.Tensor,
+        hints_next: torch.Tensor,
+        time: Union[float, torch.Tensor] = 0.5,
+    ) -> torch.Tensor:
+        """
+        What a middle frame tells beside its neighbours, warped along the hints: `E(frame | warps) - E(mean of the warps | warps)`, of
+        variance 1 in each channel over the frames of training. 0 means that the hints were right. In training mode the
+        variance is that of the batch, and a running mean of it is kept for later.
+
+        Args:
+            frame_mid (`torch.Tensor` of shape `(B, 3, H, W)`): the middle frame, in [-1, 1].
+            features_prev, features_next, hints_prev, hints_next, time: as for `decode`.
+
+        Returns:
+            Latents `(B, latent_channels, H / f, W / f)`, before quantisation.
+        """
+        size = frame_mid.shape[-2:]
+        hints = [self.resize_hints(each[:, -2:], size).float() for each in (hints_prev, hints_next)]
+        warped = [warp(features[0], hint) for features, hint in zip((features_prev, features_next), hints)]
+        share = torch.as_tensor(time, dtype=torch.float32, device=frame_mid.device).view(-1, 1, 1, 1)
+        mean = (1 - share) * warped[0] + share * warped[1]
+        motion = torch.cat(hints, dim=1) / 16
+        seen = [torch.cat([each, each]).to(self.dtype) for each in (*warped, motion)]
+        latents, expected = self.news_encoder(torch.cat([frame_mid, mean]).to(self.dtype), seen[:2], seen[2]).float().chunk(2)
+        news = latents - expected
+        rms = self.news_rms
+        if self.training:
+            rms = news.square().mean(dim=(0, 2, 3)).sqrt().clamp(min=1e-6)
+            with torch.no_grad():
+                self.news_rms.lerp_(rms.detach().to(self.news_rms.dtype), 0.01)
+        return news / rms.float().view(1, -1, 1, 1)
+
+    @apply_forward_hook
+    def condition(
+        self,
+        features_prev: Tuple[torch.Tensor, ...],
+        features_next: Tuple[torch.Tensor, ...],
+        hints_prev: torch.Tensor,
+        hints_next: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        What a denoiser of news sees beside the noisy latents: both neighbours' features, warped along the hints, their difference
+        and local correlation, and the hints.
+
+        Args:
+            features_prev, features_next, hints_prev, hints_next: as for `decode`.
+
+        Returns:
+            `(B, condition_channels, H / f, W / f)`.
+        """
+        features = torch.cat([features_prev[-1], features_next[-1]])
+        hints = self.resize_hints(torch.cat([hints_prev, hints_next]), features.shape[-2:])
+        warped_prev, warped_next = warp(self.evidence_conv(features), hints[:, -2:]).chunk(2)
+        correlation = correlate(warped_prev, warped_next, self.config.evidence_reach)
+        seen = [warped_prev, warped_next, warped_prev - warped_next, correlation]
+        return torch.cat([*seen, *(0.25 * hints).to(warped_prev.dtype).chunk(2)], dim=1)
 
     @apply_forward_hook
     def decode(
@@ -786,6 +1048,15 @@ class VQMAGANModel(VQModel):
             quantised, commit_loss, (_, _, code_indices) = functional_call(self.quantize, codebook, (h.float(),))
             quantised = quantised.to(h.dtype)
             commit_loss = commit_loss.repeat(h.shape[0])
+        if self.config.news_latents:
+            time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
+            features = [torch.cat(pair) for pair in zip(features_prev, features_next)]
+            small = [self.resize_hints(each[:, -2:], features[-1].shape[-2:]).float() for each in (hints_prev, hints_next)]
+            arguments = (quantised.to(self.dtype), features[0], features[1:], torch.cat(small, dim=1))
+            sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time))
+            if not return_dict:
+                return sample, commit_loss
+            return VQMAGANDecoderOutput(sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices)
         # In the features' layout: in another, every layer would have to convert them.
         hints = _laid_out_as(features_prev[-1], torch.cat([hints_prev, hints_next]))  # [2B,K,H,W]
         pyramid, pooled = [], hints
@@ -848,8 +1119,19 @@ class VQMAGANModel(VQModel):
                 the batch, before they are quantised.
             time (`float` or `torch.Tensor` of shape `(B,)`): see `decode`.
         """
-        encoded = self.encode(torch.cat([sample, frame_prev, frame_next]))
         batch = sample.shape[0]
+        if self.config.news_latents:
+            features = self.encode(torch.cat([frame_prev, frame_next])).features
+            features_prev, features_next = ([feature.chunk(2)[side] for feature in features] for side in (0, 1))
+            latents = decoded_latents = self.encode_news(sample, features_prev, features_next, hints_prev, hints_next, time)
+            if latent_noise is not None:
+                decoded_latents = latents + latent_noise
+            decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next, time=time)
+            if not return_dict:
+                return decoded.sample, decoded.commit_loss
+            decoded["latents"] = latents
+            return decoded
+        encoded = self.encode(torch.cat([sample, frame_prev, frame_next]))
         latents = decoded_latents = encoded.latents[:batch]
         if latent_noise is not None:
             decoded_latents = latents + latent_noise * latents.detach().std()

@@ -17,6 +17,7 @@ from diffusers import SchedulerMixin, UNet2DModel
 
 import madiff_diffusers
 from madiff_diffusers.eventgan import EventGANModel
+from madiff_diffusers.motion_flow import MotionHintModel
 from madiff_diffusers.motion_hints import hint_parts
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
@@ -24,8 +25,8 @@ from madiff_diffusers.vq_magan import VQMAGANModel
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 # Sections of a configuration that hold the arguments of a class; "scheduler" names its own.
-MODEL_SECTIONS = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": UNet2DModel, "pipeline": MADiffPipeline}
-STAGES = ("train_i2e", "train_vq_magan", "train_denoiser")
+MODEL_SECTIONS = {"i2e": EventGANModel, "hint_model": MotionHintModel, "vqvae": VQMAGANModel, "unet": UNet2DModel, "pipeline": MADiffPipeline}
+STAGES = ("train_i2e", "train_vq_magan", "train_denoiser", "train_sampler")
 
 # Of diffusers.optimization, those that need no arguments of their own.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
@@ -228,7 +229,7 @@ def check_config(config: Any) -> None:
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(f"unknown section(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    missing = sorted({*MODEL_SECTIONS, "hint_source", "scheduler"} - set(config))
+    missing = sorted({*MODEL_SECTIONS, "hint_source", "scheduler"} - set(config) - {"hint_model"})
     if missing:
         raise ValueError(f"missing section(s) {', '.join(missing)}")
     for section in {*MODEL_SECTIONS, *STAGES, "scheduler"} & set(config):
@@ -241,6 +242,8 @@ def check_config(config: Any) -> None:
     if not (isinstance(classes["scheduler"], type) and issubclass(classes["scheduler"], SchedulerMixin)):
         raise ValueError(f"section scheduler: class must be a scheduler of diffusers, but is {name!r}")
     for section, owner in classes.items():
+        if section not in config:
+            continue
         arguments = {*inspect.signature(owner.__init__).parameters} - {"self"}
         if section == "scheduler":
             arguments.add("class")

@@ -62,6 +62,7 @@ class Progress:
 
     def __init__(self):
         self.step, self.samples = 0, 0
+        self.seconds = 0.0  # of training, where a run is limited by them
         self.best: Dict[str, float] = {}  # step and value of the best validation
         self.unreadable_before = 0  # draws that met a file which cannot be read, of all processes, until the last start
         self.unreadable = 0  # and of this process since then
@@ -150,6 +151,7 @@ class Run:
         self._export: Optional[Callable[[Path], None]] = None
         self._validation: Optional[Tuple[Validation, int, str]] = None
         self._signal = 0
+        self._norm: Optional[torch.Tensor] = None  # of the latest gradients, where nobody looked at it yet
         self._clock: Tuple[float, int] = (0.0, 0)  # time and samples when speed was last measured
         if self.accelerator.is_main_process:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -301,6 +303,38 @@ class Run:
             if self.progress.step >= self.options.steps:
                 return
 
+    def steps(self, time_limit: float = 0.0) -> Iterator[float]:
+        """For scripts that make their batches themselves: the share of the training that is done, in [0, 1], before each step. The
+        learning rate follows it, once it has risen.
+
+        Args:
+            time_limit: minutes of training, those of earlier starts and without the first step of each, after which the run ends if
+                it has not come to its last step; 0: none.
+
+        Raises:
+            ValueError: if several passes make a step.
+            SystemExit: as `batches`.
+        """
+        if self.options.accumulation != 1:
+            raise ValueError(f"`accumulation` must be 1 in this stage, but is {self.options.accumulation}.")
+        if 0 < self.options.stop_step <= self.progress.step < self.options.steps:
+            self._stop_early()
+        self._start_tracker()
+        self._clock = (time.perf_counter(), self.progress.samples)
+        limit, before = 60 * time_limit, None
+        while self.progress.step < self.options.steps:
+            if before is not None:
+                self.progress.seconds += time.perf_counter() - before
+            before = None if self.progress.step == 0 and before is None and not self.passes else time.perf_counter()
+            spent = self.progress.seconds / limit if limit else 0.0
+            if spent >= 1:  # this step is the last
+                self.options.steps = self.progress.step + 1
+            passed = max(self.progress.step / self.options.steps, spent)
+            if self.progress.step > self.options.warmup_steps:
+                self._schedule.last_epoch = min(max(self.progress.step, int(passed * self.options.steps)), self.options.steps - 1)
+            self.passes.append({})
+            yield min(passed, 1.0)
+
     def _start_tracker(self) -> None:
         """Only once there is something to log: TensorBoard writes a file at its start."""
         if self.options.tracker == "none":
@@ -382,11 +416,17 @@ class Run:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
             else:
                 norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
-                # DeepSpeed clips by itself, and may give None.
-                if norm is not None and not math.isfinite(float(norm)):
-                    self._fail(f"The gradient's norm is {float(norm)}")
+                self._norm = norm
+                if self.accelerator.device.type == "cpu":
+                    self._check_norm()
         optimizer.step()
         optimizer.zero_grad()
+
+    def _check_norm(self) -> None:
+        """On an accelerator, looking at a number waits for everything before it: that is done where a step is logged or saved."""
+        norm, self._norm = self._norm, None
+        if norm is not None and not math.isfinite(float(norm)):  # DeepSpeed clips by itself, and may give None
+            self._fail(f"The gradient's norm is {float(norm)}")
 
     def _fail(self, reason: str) -> None:
         folder = self.folder / f"failure_step_{self.progress.step:08d}"
@@ -453,7 +493,8 @@ class Run:
             os.replace(temporary, final)
             if complete is not None:
                 complete(self.folder)
-            write_card(self.folder, self.part, self.options)
+            if self.part != "pipeline":
+                write_card(self.folder, self.part, self.options)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         for number, handler in self._handlers.items():
@@ -497,6 +538,7 @@ class Run:
         temporary = self.checkpoints / f"writing_{self.progress.step:08d}"
         if final.exists():
             return
+        self._check_norm()
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
         if self._export is not None:
@@ -545,6 +587,7 @@ class Run:
         """Append a row to `summary.csv`, where this step is one to log. Values are averaged over the processes."""
         if self.progress.step % self.options.log_every and self.progress.step != self.options.steps:
             return
+        self._check_norm()
         numbers: Dict[str, float] = {}
         for name, value in values.items():
             numbers[name] = self.accelerator.reduce(value, "mean").item()

@@ -1,0 +1,331 @@
+"""Train a checkpoint of motion news as a whole: hints, autoencoder and denoiser together, through the pipeline's own steps.
+
+    accelerate launch -m training.train_sampler --config motion --data CLIPS --output runs/motion --teacher runs/rife
+
+Every sample goes the way that the pipeline goes: hints of the instant from the two neighbours, evidence, a denoising step from pure
+noise, decoding. A share of the batches takes a second step, with hints that were extracted from the first step's guess at half size.
+The latents that are decoded are the denoised ones, or the true ones, or zeros, in the shares of `latent_shares`.
+
+Loss: Charbonnier + LPIPS of the frame; the latents' squared error; flow of the hints and the decoder's offsets against flow
+from the true middle frame, which is exact in composed scenes, and in clips comes from a teacher that sees that frame and counts
+only where it warps better than what is trained; vector quantisation. At the end the parts are written to OUTPUT/pipeline. To
+resume, run the same command again.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import diffusers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import SchedulerMixin, UNet2DModel
+
+from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
+from madiff_diffusers.vq_magan import VQMAGANModel, warp
+from training.frame_bank import FrameBank, augment, composed
+from training.losses import lpips_loss
+from training.options import RunOptions, one_line_errors, option, parse_options
+from training.run import Run
+
+TEACHER_INSTANT = 0.05  # a flow from the first of two frames is what leads on from an instant after it
+
+
+@dataclasses.dataclass
+class SamplerOptions(RunOptions):
+    init: str = option("", "folder of a pipeline to start from")
+    teacher: str = option("", "folder of a RIFEFlowModel, see `madiff convert-rife`; empty: flow is supervised in composed scenes alone")
+    adam_betas: Tuple[float, ...] = option((0.9, 0.99), "of AdamW", least=0, less_than=1, count=2)
+    weight_decay: float = option(1e-4, "of AdamW", least=0)
+    composed_share: float = option(0.4, "share of samples composed of pieces of frames, with exact flow", least=0, most=1)
+    layers: int = option(5, "pieces of a composed scene, beside its background", least=1)
+    scales: Tuple[float, ...] = option((1.0, 1.0, 1.25), "sizes of crops before they are resized, of which each batch draws one", more_than=0)
+    latent_shares: Tuple[float, ...] = option((0.6, 0.2, 0.2), "of samples decoded from denoised latents, true ones, and zeros", least=0, count=3)
+    denoised_from: float = option(0.15, "share of the training after which denoised latents are decoded; true ones stand in before", least=0, most=1)
+    last_noise_share: float = option(0.6, "share of samples at the last timestep, where sampling begins; the rest is drawn from all", least=0, most=1)
+    two_step_share: float = option(0.25, "share of batches that take two steps …", least=0, most=1)
+    two_steps_from: float = option(0.4, "… from this share of the training on", least=0, most=1)
+    corrupted_share: float = option(0.2, "share of samples whose hints are disturbed", least=0, most=1)
+    lpips_weight: float = option(0.4, "of LPIPS", least=0)
+    lpips_from: float = option(0.12, "share of the training after which LPIPS counts", least=0, most=1)
+    latent_weight: float = option(0.02, "of the latents' squared error", least=0)
+    vq_weight: float = option(0.02, "of the quantisation loss", least=0)
+    flow_weight: float = option(0.02, "of the hints' and offsets' distance to flow from the true middle frame, a pixel, at the start …", least=0)
+    flow_weight_end: float = option(0.005, "… and at the end", least=0)
+    revive_every: int = option(50, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0)
+    time_limit: float = option(0.0, "minutes of training after which the run ends, its schedule in step with them; 0: none", least=0)
+
+
+def distance(flow: torch.Tensor, truth: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean distance of flow `(B, 2n, h, w)` to flow of frames `(B, 2n, H, W)`, in pixels of the frames; `weight` is `(B, n, H, W)`."""
+    ratio = truth.shape[-1] // flow.shape[-1]
+    weight = F.avg_pool2d(weight, ratio) if ratio > 1 else weight
+    truth = F.avg_pool2d(truth, ratio) if ratio > 1 else truth
+    squared = ((ratio * flow - truth) ** 2).unflatten(1, (-1, 2)).sum(dim=2)
+    return (weight * (squared + 0.01).sqrt()).mean()
+
+
+def charbonnier(sample: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    return ((sample - truth) ** 2 + 1e-6).sqrt().mean()
+
+
+def disturbed(hints: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Hints `(B, 4, H, W)`, of which a share is scaled by 0.6 to 1.4 and moved by smooth fields of up to some pixels."""
+    count, device = len(hints), hints.device
+    chosen = (torch.rand(count, generator=generator, device=device) < share).view(-1, 1, 1, 1)
+    scale = 0.6 + 0.8 * torch.rand(count, 1, 1, 1, generator=generator, device=device)
+    field = torch.randn(count, 4, 5, 5, generator=generator, device=device) * 2
+    field = F.interpolate(field, size=hints.shape[-2:], mode="bicubic", align_corners=False)
+    return torch.where(chosen, hints.detach() * scale + field, hints)
+
+
+class SamplerNetwork(nn.Module):
+    """The three networks that are trained, and what they make of a batch."""
+
+    def __init__(self, hint_model: MotionHintModel, vqvae: VQMAGANModel, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.hint_model, self.vqvae, self.unet, self.scheduler = hint_model, vqvae, unet, scheduler
+
+    def compile_parts(self) -> None:
+        """In place: parameters keep their names."""
+        for part in (self.unet, self.vqvae.encoder, self.vqvae.news_encoder, self.vqvae.decoder):
+            part.compile(dynamic=False)
+        for name in ("features", "estimates", "refined"):
+            setattr(self.hint_model, name, torch.compile(getattr(self.hint_model, name), dynamic=False))
+        self.vqvae.condition = torch.compile(self.vqvae.condition, dynamic=False)
+
+    def forward(self, batch: Dict[str, torch.Tensor], draws: Dict[str, torch.Tensor], disturb: Any, two_steps: bool) -> Dict[str, Any]:
+        """
+        Args:
+            batch: `frame_prev`, `frame_mid`, `frame_next`, `time`.
+            draws: `noise` of the latents' shape, `timesteps` `(B,)`, `choice` `(B,)`: 0 for denoised latents, 1 for true ones, 2 for zeros.
+            disturb: what is done to hints `(B, 4, H, W)` before they are used.
+            two_steps: whether a second step follows.
+        """
+        prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
+        size, vqvae = prev.shape[-2:], self.vqvae
+        found: Dict[str, Any] = {}
+
+        # 1. hints of the instant, and what a guess (here the truth) would tell, at half size
+        features = self.hint_model.features(torch.cat([prev, next_]))
+        estimates = self.hint_model.estimates(*zip(*(each.chunk(2) for each in features)), size, time)
+        found["estimates"] = [torch.cat(each, dim=1) for each in estimates]
+        hints = disturb(found["estimates"][-1])
+
+        small = [F.avg_pool2d(each, 2) for each in (prev, next_, mid)]
+
+        def refine(guess: torch.Tensor, known: torch.Tensor) -> List[torch.Tensor]:
+            neighbours = self.hint_model.features(torch.cat(small[:2]))
+            known = F.avg_pool2d(torch.cat([known[:, :2], known[:, 2:]]), 2) / 2
+            refined = self.hint_model.refined(neighbours, self.hint_model.features(guess), guess.shape[-2:], known)
+            return [torch.cat(each, dim=1) for each in refined]
+
+        # 2. what the true frame tells beside them
+        both = vqvae.encode(torch.cat([prev, next_])).features
+        of_prev, of_next = ([feature.chunk(2)[side] for feature in both] for side in (0, 1))
+        news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
+        quantised, found["vq"], (_, _, found["codes"]) = vqvae.quantize(news.float())
+        found["news"] = news
+
+        # 3. a step of denoising
+        def denoise(noisy: torch.Tensor, timesteps: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
+            condition = vqvae.condition(of_prev, of_next, *hints.split(2, dim=1))
+            seen = torch.cat([noisy.to(condition.dtype), condition], dim=1)
+            return self.unet(seen, timesteps, class_labels=1000 * time, return_dict=False)[0].float()
+
+        noise, timesteps = draws["noise"], draws["timesteps"]
+        clean = denoise(self.scheduler.add_noise(news.detach(), noise, timesteps), timesteps, hints)
+        found["latent"] = F.mse_loss(clean, news.detach())
+        choice = draws["choice"].view(-1, 1, 1, 1)
+
+        if two_steps:
+            # The guess at half size, hints from it, and the second step from where the scheduler goes on.
+            with torch.no_grad():
+                coarse = vqvae.encode(torch.cat(small[:2])).features
+            coarse_prev, coarse_next = ([feature.chunk(2)[side] for feature in coarse] for side in (0, 1))
+            code = self._quantised(F.avg_pool2d(clean, 2) / 2)
+            known = (F.avg_pool2d(hints.detach(), 2) / 2).split(2, dim=1)
+            guess = vqvae.decode(code, coarse_prev, coarse_next, *known, force_not_quantize=True, time=time).sample
+            found["guess"] = charbonnier(guess, small[2])
+            found["refined"] = refine(guess.detach().clamp(-1, 1), hints.detach())
+            hints = disturb(2 * F.interpolate(found["refined"][-1], scale_factor=2.0, mode="bilinear", align_corners=False))
+            news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
+            quantised, more, _ = vqvae.quantize(news.float())
+            found["vq"] = (found["vq"] + more) / 2
+            half_way = torch.full_like(timesteps, self.scheduler.config.num_train_timesteps // 2 - 1)
+            clean = denoise(self.scheduler.add_noise(clean.detach(), noise, half_way), half_way, hints)
+            found["latent"] = (found["latent"] + F.mse_loss(clean, news.detach())) / 2
+        else:
+            found["refined"] = refine(small[2], hints.detach())
+
+        # 4. the frame
+        latents = torch.where(choice == 0, self._quantised(clean), torch.where(choice == 1, quantised, torch.zeros_like(quantised)))
+        decoded = vqvae.decode(latents, of_prev, of_next, *hints.split(2, dim=1), force_not_quantize=True, time=time)
+        found["sample"], found["offsets"] = decoded.sample, decoded.offsets
+        return found
+
+    def _quantised(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents moved to their nearest codes, with a gradient as if they had not been; none goes to the codes."""
+        codes = self.vqvae.quantize.embedding.weight.detach().float()
+        flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+        nearest = codes[torch.cdist(flat.detach(), codes).argmin(dim=1)].view(*latents.shape[:1], *latents.shape[2:], -1)
+        return latents + (nearest.permute(0, 3, 1, 2) - latents).detach()
+
+
+class Teacher:
+    """Flow from the true middle frame to its neighbours, by a network that sees them at half size."""
+
+    def __init__(self, folder: str, device: torch.device, compiled: bool):
+        self.network = RIFEFlowModel.from_pretrained(folder).to(device, torch.float32, memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.network.register_to_config(adaptive=False)  # the choice is one for a whole batch
+        if compiled:
+            self.network.compile(dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, prev: torch.Tensor, mid: torch.Tensor, next_: torch.Tensor) -> torch.Tensor:
+        """`(B, 4, H, W)` in pixels."""
+        prev, mid, next_ = (F.avg_pool2d(each, 2).contiguous(memory_format=torch.channels_last) for each in (prev, mid, next_))
+        _, flow = self.network(torch.cat([mid, mid]), torch.cat([prev, next_]), TEACHER_INSTANT)
+        flow = 2 * F.interpolate(flow.float(), scale_factor=2.0, mode="bilinear", align_corners=False)
+        return torch.cat(flow.chunk(2), dim=1)
+
+
+def warp_errors(batch: Dict[str, torch.Tensor], flow: torch.Tensor) -> torch.Tensor:
+    """How far both neighbours, warped along flow `(B, 4, H, W)`, are from the middle frame around each pixel, `(B, 2, H, W)`."""
+    errors = [
+        (warp(batch[name], flow[:, 2 * side : 2 * side + 2]) - batch["frame_mid"]).abs().mean(dim=1, keepdim=True)
+        for side, name in enumerate(("frame_prev", "frame_next"))
+    ]
+    return F.avg_pool2d(torch.cat(errors, dim=1), 5, stride=1, padding=2)
+
+
+def build_parts(config: Dict[str, Any], init: str) -> Tuple[MotionHintModel, VQMAGANModel, UNet2DModel]:
+    if init:
+        return (
+            MotionHintModel.from_pretrained(init, subfolder="hint_model"),
+            VQMAGANModel.from_pretrained(init, subfolder="vqvae"),
+            UNet2DModel.from_pretrained(init, subfolder="unet"),
+        )
+    return MotionHintModel(**config["hint_model"]), VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    options, config = parse_options(SamplerOptions, "train_sampler", argv, __doc__)
+    run = Run(options, "pipeline")
+    device = run.accelerator.device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+    # 1. models
+    scheduler_config = dict(config["scheduler"])
+    scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
+    bare = SamplerNetwork(*build_parts(config, options.init), scheduler).train()
+    optimizer = torch.optim.AdamW(
+        bare.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay, fused=device.type == "cuda"
+    )
+    compiled, options.compile = options.compile, False  # a part at a time
+    network, optimizer = run.prepare(bare, optimizer)
+    lpips = lpips_loss(options, device)
+    teacher = Teacher(options.teacher, device, compiled) if options.teacher else None
+    if compiled:
+        bare.compile_parts()
+        if lpips is not None:
+            lpips.compile(dynamic=False)
+
+    def export(folder: Path) -> None:
+        if run.accelerator.is_main_process:
+            for name in ("hint_model", "vqvae", "unet"):
+                getattr(bare, name).save_pretrained(folder / name)
+            scheduler.save_pretrained(folder / "scheduler")
+
+    run.exports(export)
+    run.resume()
+
+    # 2. data
+    sizes = [max(round(options.crop * scale / 8) * 8, 8) for scale in options.scales]
+    bank = FrameBank(options.data.removeprefix("videos:"), device, max(max(sizes), options.crop))
+    latent_size = options.crop // bare.vqvae.downsample_factor
+    count = options.batch_size
+    made = round(options.composed_share * count)
+    codebook = bare.vqvae.quantize.embedding.weight
+    used = torch.zeros(len(codebook), dtype=torch.bool, device=device)
+
+    # 3. loop
+    for passed in run.steps(options.time_limit):
+        generator = torch.Generator(device).manual_seed(int(run.generator().initial_seed() % 2**63))
+        size = sizes[int(torch.randint(len(sizes), (1,), generator=run.generator()))]
+        two_steps = passed >= options.two_steps_from and run.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
+
+        # 3.1 a batch, and flow from its true middle frames
+        with torch.no_grad():
+            batch = augment(bank.triplets(count - made, size, options.gaps, options.any_time, options.candidates, generator), options.crop, generator)
+            batch, flow = {name: each.contiguous() for name, each in batch.items()}, batch["time"].new_zeros(count - made, 4, options.crop, options.crop)
+            if teacher is not None:
+                with run.accelerator.autocast():
+                    flow = teacher(batch["frame_prev"], batch["frame_mid"], batch["frame_next"])
+            if made:
+                scenes, exact = composed(bank, made, options.crop, options.layers, generator)
+                batch = {name: torch.cat([each, scenes[name]]) for name, each in batch.items()}
+                flow = torch.cat([flow, exact])
+            layout = torch.channels_last if options.channels_last else torch.contiguous_format
+            batch = {name: each.contiguous(memory_format=layout) if each.ndim == 4 else each for name, each in batch.items()}
+            drawn = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator, device=device)
+            last = torch.rand(count, generator=generator, device=device) < options.last_noise_share
+            timesteps = torch.where(last | two_steps, scheduler.config.num_train_timesteps - 1, drawn)
+            shares = torch.tensor(options.latent_shares, device=device)
+            choice = torch.multinomial(shares, count, replacement=True, generator=generator)
+            if passed < options.denoised_from:
+                choice = torch.where(choice == 0, 1, choice)
+            else:  # where denoised latents are decoded, they come from where sampling begins
+                timesteps = torch.where((choice == 0), scheduler.config.num_train_timesteps - 1, timesteps)
+            noise = torch.randn(count, bare.vqvae.config.latent_channels, latent_size, latent_size, generator=generator, device=device)
+
+        # 3.2 forward
+        draws = {"noise": noise, "timesteps": timesteps, "choice": choice}
+        found = network(batch, draws, lambda hints: disturbed(hints, options.corrupted_share, generator), two_steps)
+        with torch.no_grad():
+            weight = torch.ones_like(flow[:, :2])
+            if count > made:
+                theirs, ours = warp_errors(batch, flow), warp_errors(batch, found["estimates"][-1])
+                weight[: count - made] = (theirs < ours + 0.01).float()[: count - made] if teacher is not None else 0.0
+
+        # 3.3 losses
+        flow_weight = options.flow_weight + (options.flow_weight_end - options.flow_weight) * passed
+        hint_losses = [distance(each, flow, weight) for each in found["estimates"]]
+        half = F.avg_pool2d(flow, 2) / 2
+        hint_losses += [2 * distance(each, half, F.avg_pool2d(weight, 2)) for each in found["refined"]]
+        seen = (choice != 2).float().view(-1, 1, 1, 1)
+        offset_losses = [distance(each, flow, weight * seen if number == 0 else weight) for number, each in enumerate(found["offsets"])]
+        losses = {
+            "l1": charbonnier(found["sample"], batch["frame_mid"]),
+            "flow": torch.stack(hint_losses).mean() + torch.stack(offset_losses).mean(),
+            "latent": found["latent"],
+            "vq": found["vq"],
+        }
+        loss = losses["l1"] + flow_weight * losses["flow"] + options.latent_weight * losses["latent"] + options.vq_weight * losses["vq"]
+        if "guess" in found:
+            loss = loss + 0.3 * found["guess"]
+        if lpips is not None and passed >= options.lpips_from:
+            with run.accelerator.autocast():
+                losses["lpips"] = lpips(found["sample"].clamp(-1.1, 1.1), batch["frame_mid"]).float().mean()
+            loss = loss + options.lpips_weight * losses["lpips"]
+        run.backward(loss)
+        run.update(network, optimizer)
+
+        # 3.4 codes, log, save
+        with torch.no_grad():
+            used[found["codes"].view(-1)] = True
+            if options.revive_every and run.progress.step % options.revive_every == 0:
+                flat = found["news"].permute(0, 2, 3, 1).reshape(-1, codebook.shape[1]).float()
+                drawn = flat[torch.randint(len(flat), (len(codebook),), generator=generator, device=device)]
+                codebook.copy_(torch.where(used[:, None], codebook, drawn))
+                losses["codes_used"] = used.float().mean()
+                used.zero_()
+        run.finish_pass(losses)
+    run.finish()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
