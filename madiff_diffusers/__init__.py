@@ -14,10 +14,14 @@ _LOCATIONS = {
     "HintSource": "motion_hints",
     "MADiffPipeline": "pipeline_madiff",
     "MADiffPipelineOutput": "pipeline_madiff",
+    "ModelHints": "motion_hints",
+    "MotionHintModel": "motion_flow",
+    "RIFEFlowModel": "motion_flow",
     "StackedHints": "motion_hints",
     "VQMAGANModel": "vq_magan",
     "build_hint_source": "motion_hints",
     "convert_eventgan_checkpoint": "convert_eventgan",
+    "convert_rife_checkpoint": "convert_rife",
     "interpolate_frames": "video.middles",
     "interpolate_video": "video.jobs",
     "register_hint_source": "motion_hints",
@@ -27,9 +31,11 @@ __all__ = sorted(_LOCATIONS)
 
 if TYPE_CHECKING:
     from .convert_eventgan import convert_eventgan_checkpoint
+    from .convert_rife import convert_rife_checkpoint
     from .eventgan import EventGANModel
     from .image_processor import FrameProcessor
-    from .motion_hints import EventHints, FlowHints, HintSource, StackedHints, build_hint_source, register_hint_source
+    from .motion_flow import MotionHintModel, RIFEFlowModel
+    from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, StackedHints, build_hint_source, register_hint_source
     from .pipeline_madiff import MADiffPipeline, MADiffPipelineOutput
     from .video.jobs import interpolate_video
     from .video.middles import interpolate_frames

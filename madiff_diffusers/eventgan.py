@@ -2,17 +2,11 @@
 """I2E: the image-to-event generator that turns two frames into a volume of brightness-change events.
 
 The network follows the generator of EventGAN (Zhu et al., "EventGAN: Leveraging Large Scale Image Datasets for Event
-Cameras", 2019), which MADiff (arXiv 2404.13534) uses as its source of motion hints. This file imports nothing else
-from the package, so that it can travel with a checkpoint.
+Cameras", 2019), which MADiff (arXiv 2404.13534) uses as its source of motion hints.
 """
 
-import json
-import os
-import shutil
 from dataclasses import dataclass
-from functools import wraps
-from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -20,7 +14,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from huggingface_hub import snapshot_download
+
+from .components import CheckpointComponent
 
 
 @dataclass
@@ -62,7 +57,7 @@ class EventResBlock(nn.Module):
         return F.relu(hidden_states + self.norm2(self.conv2(residual)))
 
 
-class EventGANModel(ModelMixin, ConfigMixin):
+class EventGANModel(CheckpointComponent, ModelMixin, ConfigMixin):
     r"""
     Generates the events that a camera would have seen between two frames (`f_I2E` of MADiff).
 
@@ -78,7 +73,6 @@ class EventGANModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _auto_class = "AutoModel"
 
     @register_to_config
     def __init__(
@@ -95,76 +89,6 @@ class EventGANModel(ModelMixin, ConfigMixin):
         # Above zero, so that no channel starts on the flat side of the final ReLU.
         nn.init.constant_(self.conv_out.bias, 0.1)
         self.gradient_checkpointing = False
-
-    # The class travels with its weights. What follows stands in every component, since each must be a file that needs no other.
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._auto_class = None  # the code of a subclass is not in this file
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, os.PathLike], **kwargs) -> "EventGANModel":
-        """As [`~ModelMixin.from_pretrained`], from safetensors alone.
-
-        Raises:
-            ValueError: for `use_safetensors=False`, an index that names other files, or a folder that lacks weights of this class.
-        """
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            names = ("cache_dir", "local_files_only", "revision", "token")
-            hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns="*.index*.json", **hub))
-        for index in (folder / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            if not all(str(shard).endswith(".safetensors") for shard in shards):
-                raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
-        asked = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:  # which would be left as they were drawn
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} does not hold the weights of this {cls.__name__}: it lacks {missing[0]}"
-                + (f" and {len(missing) - 1} more." if missing[1:] else ".")
-            )
-        return (model, info) if asked else model
-
-    @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
-    def save_pretrained(
-        self,
-        save_directory: Union[str, os.PathLike],
-        is_main_process: bool = True,
-        save_function: Optional[Callable] = None,
-        safe_serialization: bool = True,
-        *others,
-        **kwargs,
-    ) -> None:
-        """As [`~ModelMixin.save_pretrained`], with this class's code beside the weights: `AutoModel` loads the folder, with
-        `trust_remote_code=True`, where the package is not installed.
-
-        Raises:
-            ValueError: for `safe_serialization=False`.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
-        super().save_pretrained(save_directory, is_main_process, save_function, True, *others, **kwargs)
-
-    def save_config(self, save_directory: Union[str, os.PathLike], **kwargs) -> None:
-        if self._auto_class is not None:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
-        super().save_config(save_directory, **kwargs)
-
-    def to_json_string(self) -> str:
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # a place on this machine
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: Dict[str, Any], **kwargs) -> Tuple[Dict[str, Any], ...]:
-        # What `AutoModel` reads would be reported as an argument that nobody expected.
-        return super().extract_init_dict({key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs)
 
     def forward(
         self, frame_first: torch.Tensor, frame_second: torch.Tensor, return_dict: bool = True

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 PLACEHOLDER = "REPOSITORY"
 
 # What a saved pipeline or component has: its index, and the code that a reader without the package needs.
-_MARKS = (("model_index.json", "pipeline_madiff.py"), ("config.json", "vq_magan.py"), ("config.json", "eventgan.py"))
+_MARKS = (("model_index.json", "pipeline_madiff.py"), ("config.json", "vq_magan.py"), ("config.json", "eventgan.py"), ("config.json", "motion_flow.py"))
 
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 

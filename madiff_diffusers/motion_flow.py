@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-from .vq_magan import correlate, warp
+from .components import CheckpointComponent
+from .warping import correlate, warp
 
 FlowPair = Tuple[torch.Tensor, torch.Tensor]
 
@@ -52,7 +53,7 @@ class FlowLevel(nn.Module):
         return self.conv_out(hidden_states + self.layers(hidden_states)).float()
 
 
-class MotionHintModel(ModelMixin, ConfigMixin):
+class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
     r"""
     Learned motion hints: backward flow from an instant to both neighbours, coarse to fine.
 
@@ -222,7 +223,7 @@ class RIFEBlock(nn.Module):
         return output[:, :4] * scale * 2, output[:, 4:]
 
 
-class RIFEFlowModel(ModelMixin, ConfigMixin):
+class RIFEFlowModel(CheckpointComponent, ModelMixin, ConfigMixin):
     r"""
     The flow network of RIFE 4.0 (Huang et al., "Real-Time Intermediate Flow Estimation for Video Frame Interpolation", 2022), as
     a motion model for MADiff. Weights come from `madiff convert-rife`; they are MIT-licensed and not part of this package.

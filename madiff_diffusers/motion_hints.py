@@ -22,7 +22,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
-import cv2  # of opencv-python-headless
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from einops import rearrange
 
 from .tiling import Tiling
 
-HINT_SOURCES = ("events", "flow", "fine_flow", "events+flow", "events+fine_flow")
+HINT_SOURCES = ("events", "flow", "fine_flow", "events+flow", "events+fine_flow", "model", "events+model")
 
 HintPair = Tuple[torch.Tensor, torch.Tensor]
 
@@ -69,6 +68,8 @@ _opencv = {"lock": Lock(), "users": 0, "threads": 0}
 def single_threaded_opencv() -> Iterator[None]:
     """OpenCV's DIS cuts an image into as many stripes as there are threads, and its result depends on the cut: with one
     stripe, the same frames give the same flow on every machine. Any number of threads may be inside at once."""
+    import cv2  # of opencv-python-headless
+
     with _opencv["lock"]:
         if _opencv["users"] == 0:
             _opencv["threads"] = cv2.getNumThreads()
@@ -127,6 +128,8 @@ class EventHints:
 def _seen_from_the_end(flow: np.ndarray, rounds: int = 3) -> np.ndarray:
     """A flow `(H, W, 2)` as it arrives: at every pixel `p` the flow of the pixel `q` from which it leads there, `q + flow(q) = p`,
     found by fixed-point iteration."""
+    import cv2  # of opencv-python-headless
+
     y, x = np.indices(flow.shape[:2], dtype=np.float32)
     arriving = flow
     for _ in range(rounds):
@@ -147,6 +150,8 @@ class FlowHints:
     hint_channels = 2
 
     def __init__(self, fine: bool = False):
+        if importlib.util.find_spec("cv2") is None:
+            raise ImportError("optical flow needs a package that is not installed: pip install opencv-python-headless")
         self.fine = fine
         # The latest neighbours and the flow between them, which serves every instant.
         self._between: Optional[Tuple[weakref.ref, weakref.ref, Tuple[int, int], torch.Tensor]] = None
@@ -155,6 +160,8 @@ class FlowHints:
         self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor], patch_stride: int = 2
     ) -> torch.Tensor:
         """Flow `(B, 2, H, W)` such that `from(p) = to(p + flow(p))`; fine flow with patches so many pixels apart."""
+        import cv2  # of opencv-python-headless, which nothing but these hints needs
+
         reference = frames_from[0]
         from_images = [self._to_uint8(frame) for frame in frames_from]
         to_images = [self._to_uint8(frame) for frame in frames_to]
@@ -224,6 +231,32 @@ class FlowHints:
         return self.start(frame_prev, frame_next)
 
 
+class ModelHints:
+    """Flow from a network, such as [`MotionHintModel`] or [`RIFEFlowModel`]: backward flow from the middle frame to each neighbour, on
+    the frames' device.
+
+    Args:
+        model: has `forward(frame_prev, frame_next, time)` and `refine(frame_prev, frame_mid, frame_next, hints)`.
+    """
+
+    hint_channels = 2
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
+        return self.model(frame_prev, frame_next, time)
+
+    def from_guess(
+        self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor, hints: Optional[HintPair] = None
+    ) -> HintPair:
+        """Flow that a guess tells, found from the `hints` on that were known before, where they are given."""
+        return self.model.refine(frame_prev, frame_mid, frame_next, hints)
+
+    def from_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        return self.start(frame_prev, frame_next)
+
+
 class StackedHints:
     """Several sources' hints side by side, in the order given."""
 
@@ -277,9 +310,22 @@ def damp_hints(hints: HintPair, refined: HintPair, number: int) -> HintPair:
 
 
 # Files of this package that a checkpoint holds, by their stems.
-TRAVELLING = ("eventgan", "hub_repository", "image_processor", "motion_hints", "pipeline_madiff", "precision", "tiling", "vq_magan")
+TRAVELLING = (
+    "components",
+    "eventgan",
+    "hub_repository",
+    "image_processor",
+    "motion_flow",
+    "motion_hints",
+    "pipeline_madiff",
+    "precision",
+    "tiling",
+    "vq_magan",
+    "warping",
+)
 
-# What the parts of a hint source's name stand for; `events` needs the pipeline's `i2e`.
+_OWN = ("events", "flow", "fine_flow", "model")
+# What the parts of a hint source's name stand for; `events` needs the pipeline's `i2e`, and `model` its `hint_model`.
 _SOURCES: Dict[str, Callable[..., HintSource]] = {"flow": FlowHints, "fine_flow": partial(FlowHints, fine=True)}
 _METHODS = ("start", "from_guess", "from_neighbours")
 
@@ -296,8 +342,8 @@ def register_hint_source(name: str, kind: type) -> None:
         ValueError: for a name that is taken by this package, or has other characters.
         TypeError: if it is no such class.
     """
-    if name in ("events", "flow", "fine_flow") or not all(each.isidentifier() for each in name.replace(":", ".", 1).split(".")):
-        raise ValueError(f"`name` must be letters, digits and underscores, and none of events, flow and fine_flow, but is {name!r}.")
+    if name in _OWN or not all(each.isidentifier() for each in name.replace(":", ".", 1).split(".")):
+        raise ValueError(f"`name` must be letters, digits and underscores, and none of {', '.join(_OWN)}, but is {name!r}.")
     _check_kind(kind, "`kind`")
     _SOURCES[name] = kind
     try:
@@ -308,7 +354,7 @@ def register_hint_source(name: str, kind: type) -> None:
 
 def is_registered(name: str) -> bool:
     """Whether each part of a hint source's name is known without importing anything."""
-    return all(part == "events" or part in _SOURCES for part in name.split("+"))
+    return all(part in _OWN or part in _SOURCES for part in name.split("+"))
 
 
 def _check_kind(kind: Any, what: str) -> None:
@@ -328,7 +374,7 @@ def _kind_of(part: str) -> Callable[..., HintSource]:
             raise ValueError(f"`hint_source` {part!r} cannot be loaded: {type(error).__name__}: {error}") from error
         register_hint_source(part, kind)
     if part not in _SOURCES:
-        own = sorted(set(_SOURCES) - {"flow", "fine_flow"})
+        own = sorted(set(_SOURCES) - set(_OWN))
         known = ", ".join([*HINT_SOURCES, *own])
         raise ValueError(f"`hint_source` must be one of {known}, MODULE:CLASS, or several of these joined by +, but is {part!r}.")
     return _SOURCES[part]
@@ -341,11 +387,10 @@ def hint_parts(name: str) -> List[str]:
         ValueError: if it is unknown.
     """
     parts = name.split("+") if isinstance(name, str) else []
-    own = {"events", "flow", "fine_flow"}
-    if not parts or len(set(parts)) < len(parts) or set(parts) <= own and name not in HINT_SOURCES:
+    if not parts or len(set(parts)) < len(parts) or set(parts) <= set(_OWN) and name not in HINT_SOURCES:
         raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, a registered name or MODULE:CLASS, but is {name!r}.")
     for part in parts:
-        if part != "events":
+        if part not in ("events", "model"):
             _kind_of(part)
     return parts
 
@@ -357,6 +402,7 @@ def build_hint_source(
     settings: Optional[Dict[str, Dict[str, Any]]] = None,
     hint_channels: Optional[int] = None,
     event_scale: int = 1,
+    hint_model: Optional[torch.nn.Module] = None,
 ) -> HintSource:
     """
     The hint source of a name: one of `HINT_SOURCES`, a registered one, `MODULE:CLASS`, or several joined by `+`. Flow stands last in a
@@ -369,9 +415,11 @@ def build_hint_source(
         settings: arguments of the parts' constructors, by the parts' names.
         hint_channels: of all parts together. Where it is given and `i2e` is None, event hints are zeros, unless there would be nothing else.
         event_scale: see [`EventHints`].
+        hint_model: see [`ModelHints`].
 
     Raises:
-        ValueError: if the name is unknown, a part cannot be built, or events are asked for without an `i2e` model.
+        ValueError: if the name is unknown, a part cannot be built, or events are asked for without an `i2e` model, or `model` without a
+            `hint_model`.
     """
     parts, settings = hint_parts(name), settings or {}
     surplus = sorted(set(settings) - set(parts))
@@ -380,6 +428,11 @@ def build_hint_source(
     stack: Dict[str, HintSource] = {}
     for part in parts:
         if part == "events":
+            continue
+        if part == "model":
+            if hint_model is None:
+                raise ValueError(f"`hint_source={name!r}` needs a `hint_model`, but it is None.")
+            stack[part] = ModelHints(hint_model)
             continue
         try:
             stack[part] = _kind_of(part)(**settings.get(part, {}))
@@ -430,7 +483,10 @@ def saved_name(kind: type) -> str:
 
 
 def describe_hint_source(
-    source: HintSource, i2e: Optional[torch.nn.Module], known: Optional[Sequence[Dict[str, Any]]] = None
+    source: HintSource,
+    i2e: Optional[torch.nn.Module],
+    known: Optional[Sequence[Dict[str, Any]]] = None,
+    hint_model: Optional[torch.nn.Module] = None,
 ) -> Tuple[str, Dict[str, Dict[str, Any]], List[type]]:
     """
     What a checkpoint keeps of a hint source: its name, its parts' settings, and the classes whose code must travel.
@@ -439,6 +495,7 @@ def describe_hint_source(
         source: to be kept.
         i2e: the pipeline's.
         known: settings of each part; each part's own `config` if not given.
+        hint_model: the pipeline's.
 
     Raises:
         ValueError: if it could not be built again from that.
@@ -448,6 +505,8 @@ def describe_hint_source(
         kind = type(part)
         if kind is EventHints and part.i2e is i2e or kind is NullHints and i2e is None:
             names.append("events")
+        elif kind is ModelHints and part.model is hint_model:
+            names.append("model")
         elif kind is FlowHints:
             names.append("fine_flow" if part.fine else "flow")
         else:

@@ -27,7 +27,7 @@ from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
 
 # This file travels with checkpoints, to where nobody installed what it needs.
-_REQUIREMENTS = {"accelerate": "accelerate", "cv2": "opencv-python-headless", "einops": "einops"}
+_REQUIREMENTS = {"accelerate": "accelerate", "einops": "einops"}
 _missing = [package for module, package in _REQUIREMENTS.items() if importlib.util.find_spec(module) is None]
 if _missing:
     raise ImportError(f"MADiffPipeline needs packages that are not installed: pip install {' '.join(_missing)}")
@@ -37,6 +37,7 @@ from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_sam
 from .motion_hints import (  # noqa: E402
     HintPair,
     HintSource,
+    ModelHints,
     build_hint_source,
     check_hint_source,
     damp_hints,
@@ -52,7 +53,7 @@ from .tiling import Tiling  # noqa: E402
 HINT_POLICIES = ("sampling", "damped", "start", "neighbours", "none")
 
 # Files with the code of components, by their stems.
-_COMPONENT_MODULES = ("eventgan", "vq_magan")
+_COMPONENT_MODULES = ("eventgan", "motion_flow", "vq_magan")
 
 # Checkpoints inside the package, by name.
 CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
@@ -101,7 +102,8 @@ class EncodedFrames:
     Args:
         frames (`torch.Tensor` of shape `(B, 3, H', W')`): padded, in [-1, 1].
         size (`tuple` of `int`): height and width before padding.
-        latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): before quantisation, times the scaling factor.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): before quantisation, times the scaling factor; None where
+            the autoencoder's latents are news, which a frame alone has not.
         features (`tuple` of `torch.Tensor`, *optional*): see [`VQMAGANEncoderOutput`].
         coarse ([`EncodedFrames`], *optional*): the same frames at the size of guesses, where that is another.
     """
@@ -140,11 +142,13 @@ class MADiffPipeline(DiffusionPipeline):
     Args:
         vqvae ([`VQMAGANModel`]): encodes frames, and decodes latents beside the neighbours and motion hints.
         unet ([`UNet2DModel`]): predicts the noise in the middle frame's latents; its input channels are those latents,
-            both neighbours' latents, and the hints towards both neighbours at the latents' size. With
+            both neighbours' latents, and the hints towards both neighbours at the latents' size; or, where the autoencoder
+            has `news_latents`, those latents and [`~VQMAGANModel.condition`]. With
             `class_embed_type="timestep"` it is told the instant, times 1000.
         scheduler ([`SchedulerMixin`]): any of Diffusers' that takes the checkpoint's `prediction_type`.
         i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is flow alone.
-        hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, a registered name, `"MODULE:CLASS"`, or several of these joined
+        hint_model ([`MotionHintModel`] or a network with its methods, *optional*): makes the hints of a `hint_source` `"model"`.
+        hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, `"model"`, a registered name, `"MODULE:CLASS"`, or several of these joined
             by `+`, see [`build_hint_source`]. With events among others and no `i2e`, event hints are zeros.
         default_num_inference_steps (`int`): what `num_inference_steps=None` stands for.
         default_hint_interval (`int`): what `hint_interval=None` stands for.
@@ -160,8 +164,8 @@ class MADiffPipeline(DiffusionPipeline):
         ValueError: for a setting out of its range, or parts that do not fit together.
     """
 
-    model_cpu_offload_seq = "vqvae->unet->i2e"
-    _optional_components = ["i2e"]
+    model_cpu_offload_seq = "vqvae->unet->i2e->hint_model"
+    _optional_components = ["i2e", "hint_model"]
     # The codebook's weight is read without a forward pass of its own, which sequential offloading waits for.
     _exclude_from_cpu_offload = ["vqvae"]
     _callback_tensor_inputs = ["latents", "hints_prev", "hints_next"]
@@ -182,6 +186,7 @@ class MADiffPipeline(DiffusionPipeline):
         event_scale: int = 1,
         default_recursive: bool = False,
         hint_settings: Optional[Dict[str, Dict[str, Any]]] = None,
+        hint_model: Optional[ModelMixin] = None,
     ):
         super().__init__()
         for name, scale in (("guess_scale", guess_scale), ("event_scale", event_scale)):
@@ -192,7 +197,7 @@ class MADiffPipeline(DiffusionPipeline):
         if default_hint_policy not in HINT_POLICIES:
             raise ValueError(f"`default_hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {default_hint_policy!r}.")
         _check_scheduler(scheduler)
-        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e)
+        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e, hint_model=hint_model)
         self.register_to_config(
             hint_source=hint_source,
             default_num_inference_steps=default_num_inference_steps,
@@ -203,7 +208,7 @@ class MADiffPipeline(DiffusionPipeline):
             default_recursive=default_recursive,
             hint_settings=hint_settings,
         )
-        for network in (vqvae, unet, i2e):
+        for network in (vqvae, unet, i2e, hint_model):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
                 network.to(memory_format=torch.channels_last)
         self._hints: Optional[HintSource] = None
@@ -211,7 +216,8 @@ class MADiffPipeline(DiffusionPipeline):
         # Set by `enable_tiling`.
         self.tiling: Optional[Tiling] = None
         latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
-        expected = 3 * latent_channels + 2 * self.hints.hint_channels
+        self._tells_news = bool(getattr(vqvae.config, "news_latents", False))
+        expected = latent_channels + vqvae.condition_channels
         if vqvae.config.hint_channels != self.hints.hint_channels or unet.config.in_channels != expected:
             raise ValueError(
                 f"`hint_source={hint_source!r}` gives {self.hints.hint_channels} channels towards each neighbour, so "
@@ -411,7 +417,7 @@ class MADiffPipeline(DiffusionPipeline):
         if self._hints is None:
             settings = self.config.hint_settings or {}
             known = [settings.get(part, {}) for part in hint_parts(self.config.hint_source)]
-        return describe_hint_source(self.hints, self.i2e, known)
+        return describe_hint_source(self.hints, self.i2e, known, self.hint_model)
 
     def _add_hint_code(self, saved: Path) -> None:
         """Put the files of hint sources that are not this package's beside the pipeline's, which imports them there."""
@@ -516,9 +522,10 @@ class MADiffPipeline(DiffusionPipeline):
         """
         if self._hints is not None:
             return self._hints
-        parts = (self.config.hint_source, self.i2e, self.tiling, self.config.event_scale)
+        parts = (self.config.hint_source, self.i2e, self.tiling, self.config.event_scale, self.hint_model)
         if self._built_hints is None or any(old is not new for old, new in zip(self._built_hints[0], parts)):
-            self._built_hints = parts, build_hint_source(*parts[:3], self.config.hint_settings, self.vqvae.config.hint_channels, parts[3])
+            channels = self.vqvae.config.hint_channels
+            self._built_hints = parts, build_hint_source(*parts[:3], self.config.hint_settings, channels, *parts[3:])
         return self._built_hints[1]
 
     @hints.setter
@@ -771,19 +778,21 @@ class MADiffPipeline(DiffusionPipeline):
 
     def _encode(self, *neighbours: EncodedFrames) -> None:
         """Encode those that are not encoded yet, together."""
-        left = [each for each in neighbours if each.latents is None]
+        left = [each for each in neighbours if each.features is None]
         if left:
             frames = torch.cat([each.frames for each in left])
 
             def encode(frames: torch.Tensor) -> List[torch.Tensor]:
                 encoded = self.vqvae.encode(frames)
-                return [encoded.latents, *encoded.features]
+                return [*encoded.features, *([] if encoded.latents is None else [encoded.latents])]
 
-            latents, *features = encode(frames) if self.tiling is None else self.tiling(encode, [frames], *frames.shape[-2:])
-            latents = (latents * self.vqvae.config.scaling_factor).chunk(len(left))
-            features = zip(*(feature.chunk(len(left)) for feature in features))
-            for each, own_latents, own_features in zip(left, latents, features):
-                each.latents, each.features = own_latents, own_features
+            made = encode(frames) if self.tiling is None else self.tiling(encode, [frames], *frames.shape[-2:])
+            if not self._tells_news:
+                latents = (made.pop() * self.vqvae.config.scaling_factor).chunk(len(left))
+                for each, own in zip(left, latents):
+                    each.latents = own
+            for each, own in zip(left, zip(*(feature.chunk(len(left)) for feature in made))):
+                each.features = own
 
     def _coarse(self, each: EncodedFrames, scale: int) -> EncodedFrames:
         """The same frames, `scale` times smaller; made once."""
@@ -824,7 +833,14 @@ class MADiffPipeline(DiffusionPipeline):
         # 1. Encode the neighbours, once for all steps.
         self._encode(prev, next_)
         scaling_factor = self.vqvae.config.scaling_factor
-        condition = for_each_instant(torch.cat([prev.latents, next_.latents], dim=1))  # [TB,2C,h,w]
+        features_prev, features_next = ([for_each_instant(each) for each in side.features] for side in (prev, next_))
+
+        def condition(hints: HintPair) -> torch.Tensor:
+            """What the denoiser sees beside the noisy latents, `(TB, …, h, w)`."""
+            if self._tells_news:
+                return self.vqvae.condition(features_prev, features_next, *hints)
+            small = [self.vqvae.resize_hints(each, prev.latents.shape[-2:]).to(dtype) for each in hints]  # [TB,K,h,w] twice
+            return torch.cat([for_each_instant(torch.cat([prev.latents, next_.latents], dim=1)), *small], dim=1)
 
         def decode(prev: EncodedFrames, next_: EncodedFrames, latents: torch.Tensor, hints: HintPair) -> torch.Tensor:
             self._encode(prev, next_)
@@ -846,8 +862,8 @@ class MADiffPipeline(DiffusionPipeline):
                 (decoded,) = self.tiling(decode_images, images, *size, reach)
             return decoded.float().clamp(-1, 1)
 
-        # 2. Hints to begin with: nothing is known of the frames yet.
-        frames_prev, frames_next = coarse_prev.frames, coarse_next.frames
+        # 2. Hints to begin with: nothing is known of the frames yet. News are about hints of full size.
+        frames_prev, frames_next = (prev.frames, next_.frames) if self._tells_news else (coarse_prev.frames, coarse_next.frames)
         if hint_policy == "neighbours":
             hints = tuple(for_each_instant(each) for each in hint_source.from_neighbours(frames_prev, frames_next))
         else:
@@ -855,11 +871,11 @@ class MADiffPipeline(DiffusionPipeline):
             hints = starts[0] if count == 1 else tuple(torch.cat(each) for each in zip(*starts))  # [TB,K,H,W] twice
         if hint_policy == "none":
             hints = tuple(torch.zeros_like(each) for each in hints)
-        frames_prev, frames_next = for_each_instant(frames_prev), for_each_instant(frames_next)
+        frames_prev, frames_next = for_each_instant(coarse_prev.frames), for_each_instant(coarse_next.frames)
 
         # 3. Noise, at the end of the schedule.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        shape = (batch_size, condition.shape[1] // 2, *condition.shape[-2:])
+        shape = (batch_size, self.unet.config.out_channels, *features_prev[-1].shape[-2:])
         drawn = [
             randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if given is None else given
             for given in noise
@@ -878,18 +894,23 @@ class MADiffPipeline(DiffusionPipeline):
                 continue
             # 4.1 one step of the scheduler
             model_input = self.scheduler.scale_model_input(latents, t)
-            small_hints = [self.vqvae.resize_hints(each, latents.shape[-2:]) for each in hints]  # [TB,K,h,w] twice
-            unet_input = torch.cat([model_input.to(dtype), condition, *(each.to(dtype) for each in small_hints)], dim=1)
+            unet_input = torch.cat([model_input.to(dtype), condition(hints)], dim=1)
             model_output = self.unet(unet_input.to(self.unet.dtype), t, return_dict=False, **unet_kwargs)[0].float()
             step = self.scheduler.step(model_output, t, latents, **step_kwargs)
             clean_latents = self._clean_latents(step, model_output, model_input, t)  # ẑ_0, [TB,C,h,w]
             latents = step.prev_sample
 
-            # 4.2 hints from the frames that these latents stand for
-            if extracts and i % hint_interval == 0:
+            # 4.2 hints from the frames that these latents stand for; after the last step, news would be about other hints
+            if extracts and i % hint_interval == 0 and not (self._tells_news and i == len(self.scheduler.timesteps) - 1):
                 scale = prev.frames.shape[-1] // frames_prev.shape[-1]
-                guess = decode(coarse_prev, coarse_next, F.avg_pool2d(clean_latents, scale), hints)
-                refined = hint_source.from_guess(frames_prev, guess, frames_next)
+                known = tuple(self.vqvae.resize_hints(each, frames_prev.shape[-2:]) for each in hints)
+                coarse_latents = F.avg_pool2d(clean_latents, scale)
+                if self._tells_news:  # which are as much smaller, too
+                    coarse_latents = coarse_latents / scale
+                guess = decode(coarse_prev, coarse_next, coarse_latents, known)
+                continued = (known,) if isinstance(hint_source, ModelHints) else ()
+                refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
+                refined = tuple(self.vqvae.resize_hints(each, hints[0].shape[-2:]) for each in refined)
                 hints = damp_hints(hints, refined, 1 + i // hint_interval) if hint_policy == "damped" else refined
 
             # 4.3 the caller's turn, frame by frame

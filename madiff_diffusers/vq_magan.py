@@ -3,16 +3,10 @@
 
 The middle frame is encoded to a small latent; the decoder rebuilds it from that latent and from the two neighbouring
 frames, whose features it warps along offsets that it estimates from motion hints (MA-WARP, MADiff, arXiv 2404.13534).
-This file imports nothing else from the package, so that it can travel with a checkpoint.
 """
 
-import json
-import os
-import shutil
 from dataclasses import dataclass
-from functools import wraps
-from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -23,8 +17,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput, VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from huggingface_hub import snapshot_download
 from torch.func import functional_call
+
+from .components import CheckpointComponent
+from .warping import correlate, laid_out_as, warp
 
 
 @dataclass
@@ -60,44 +56,6 @@ class VQMAGANDecoderOutput(DecoderOutput):
     gates: Optional[Tuple[torch.Tensor, ...]] = None
     code_indices: Optional[torch.Tensor] = None
     latents: Optional[torch.Tensor] = None
-
-
-def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Backward warp: `out(p) = image(p + offsets(p))`.
-
-    Convention: `image` is `(B, C, H, W)`; `offsets` is `(B, 2, H, W)`, (x, y) in pixels, x to the right and y down.
-    Bilinear, border padding, pixel centres at half-integers (`align_corners=False`). Coordinates are computed in
-    float32 whatever the dtype of `image`, since half precision cannot address pixels of a large frame.
-    """
-    height, width = image.shape[-2:]
-    x = torch.arange(width, device=image.device, dtype=torch.float32) + 0.5
-    y = torch.arange(height, device=image.device, dtype=torch.float32) + 0.5
-    offsets = offsets.float()
-    # Clamped to the outermost pixel centres, which is border padding on every device (MPS lacks the mode).
-    grid_x = (x[None, None, :] + offsets[:, 0]).clamp(0.5, width - 0.5) * (2 / width) - 1
-    grid_y = (y[None, :, None] + offsets[:, 1]).clamp(0.5, height - 0.5) * (2 / height) - 1
-    grid = torch.stack([grid_x, grid_y], dim=-1)
-    warped = F.grid_sample(image.float(), grid, mode="bilinear", align_corners=False)
-    return _laid_out_as(image, warped.to(image.dtype))
-
-
-def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Tensor:
-    """Local correlation: the mean product of features `(B, C, U, V)` at each pixel of `first` and at every pixel of `second` within
-    `reach` of it, row by row, `(B, (2 * reach + 1)², U, V)`; zeros lie outside."""
-    batch, _, height, width = first.shape
-    side = 2 * reach + 1
-    if torch.is_grad_enabled() and second.requires_grad:  # one kernel, and one for its gradient, at the price of a large copy
-        windows = F.unfold(second, side, padding=reach).view(batch, -1, side**2, height, width)
-        return (first.unsqueeze(2) * windows).mean(dim=1)
-    padded = F.pad(second, (reach, reach, reach, reach))
-    rows = [(first.unsqueeze(3) * padded[:, :, y : y + height].unfold(3, width, 1)).mean(dim=1) for y in range(side)]
-    return torch.cat([row.transpose(1, 2) for row in rows], dim=1)  # each [B,side,U,V]
-
-
-def _laid_out_as(other: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in another's memory layout: convolutions are up to twice as fast in channels-last, and slow where layouts meet."""
-    is_last = other.stride(1) == 1 and other.shape[1] > 1
-    return tensor.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
 def _upsample_offsets(offsets: torch.Tensor, factor: int = 2) -> torch.Tensor:
@@ -703,7 +661,7 @@ class NewsDecoder(nn.Module):
         return image, (*all_offsets, torch.cat(offsets.chunk(2), dim=1)), (*all_gates, gate)
 
 
-class VQMAGANModel(VQModel):
+class VQMAGANModel(CheckpointComponent, VQModel):
     r"""
     Motion-aware autoencoder of MADiff (VQ-MAGAN): a [`~diffusers.VQModel`] whose decoder sees the two neighbouring
     frames and motion hints.
@@ -740,7 +698,6 @@ class VQMAGANModel(VQModel):
     """
 
     _supports_gradient_checkpointing = True
-    _auto_class = "AutoModel"
     _skip_layerwise_casting_patterns = ["quantize"]
 
     @register_to_config
@@ -825,76 +782,6 @@ class VQMAGANModel(VQModel):
             compare_warps=compare_warps,
             still_threshold=still_threshold,
         )
-
-    # The class travels with its weights. What follows stands in every component, since each must be a file that needs no other.
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._auto_class = None  # the code of a subclass is not in this file
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, os.PathLike], **kwargs) -> "VQMAGANModel":
-        """As [`~ModelMixin.from_pretrained`], from safetensors alone.
-
-        Raises:
-            ValueError: for `use_safetensors=False`, an index that names other files, or a folder that lacks weights of this class.
-        """
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            names = ("cache_dir", "local_files_only", "revision", "token")
-            hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns="*.index*.json", **hub))
-        for index in (folder / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            if not all(str(shard).endswith(".safetensors") for shard in shards):
-                raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
-        asked = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:  # which would be left as they were drawn
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} does not hold the weights of this {cls.__name__}: it lacks {missing[0]}"
-                + (f" and {len(missing) - 1} more." if missing[1:] else ".")
-            )
-        return (model, info) if asked else model
-
-    @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
-    def save_pretrained(
-        self,
-        save_directory: Union[str, os.PathLike],
-        is_main_process: bool = True,
-        save_function: Optional[Callable] = None,
-        safe_serialization: bool = True,
-        *others,
-        **kwargs,
-    ) -> None:
-        """As [`~ModelMixin.save_pretrained`], with this class's code beside the weights: `AutoModel` loads the folder, with
-        `trust_remote_code=True`, where the package is not installed.
-
-        Raises:
-            ValueError: for `safe_serialization=False`.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
-        super().save_pretrained(save_directory, is_main_process, save_function, True, *others, **kwargs)
-
-    def save_config(self, save_directory: Union[str, os.PathLike], **kwargs) -> None:
-        if self._auto_class is not None:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
-        super().save_config(save_directory, **kwargs)
-
-    def to_json_string(self) -> str:
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # a place on this machine
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: Dict[str, Any], **kwargs) -> Tuple[Dict[str, Any], ...]:
-        # What `AutoModel` reads would be reported as an argument that nobody expected.
-        return super().extract_init_dict({key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs)
 
     @property
     def downsample_factor(self) -> int:
@@ -1058,7 +945,7 @@ class VQMAGANModel(VQModel):
                 return sample, commit_loss
             return VQMAGANDecoderOutput(sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices)
         # In the features' layout: in another, every layer would have to convert them.
-        hints = _laid_out_as(features_prev[-1], torch.cat([hints_prev, hints_next]))  # [2B,K,H,W]
+        hints = laid_out_as(features_prev[-1], torch.cat([hints_prev, hints_next]))  # [2B,K,H,W]
         pyramid, pooled = [], hints
         for feature in features_prev[1:]:
             if feature.shape[-1] <= pooled.shape[-1]:  # a mean of means of equal cells is their mean

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import madiff_diffusers
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from madiff_diffusers.cli import main
+from madiff_diffusers.components import standalone_code
 from madiff_diffusers.hub_repository import upload_repository
 from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
@@ -130,10 +131,12 @@ def run_stranger(python: Path, *arguments, cwd: Path) -> None:
 def test_the_exported_code_is_the_package_s_own(exported):
     travelling = {PACKAGE / "pipeline_madiff.py", *map(Path, get_relative_import_files(PACKAGE / "pipeline_madiff.py"))}
     code = {exported / path.name: path for path in travelling}
-    code[exported / "vqvae" / "vq_magan.py"] = PACKAGE / "vq_magan.py"
-    code[exported / "i2e" / "eventgan.py"] = PACKAGE / "eventgan.py"
-    assert set(exported.rglob("*.py")) == set(code)
+    components = {exported / "vqvae" / "vq_magan.py", exported / "i2e" / "eventgan.py"}
+    assert set(exported.rglob("*.py")) == set(code) | components
     assert all(filecmp.cmp(copy, original, shallow=False) for copy, original in code.items())
+    for copy in components:
+        assert copy.read_text() == standalone_code(PACKAGE / copy.name)
+        assert not get_relative_imports(copy)
     assert not list(CHECKPOINT_FOLDER.rglob("*.py")), "there is no second copy of it in the package"
 
 
@@ -141,7 +144,6 @@ def test_code_that_travels_needs_no_file_that_stays():
     # Diffusers copies what the pipeline imports itself, and nothing further; of a component, one file.
     imported = {path.stem for path in map(Path, get_relative_import_files(PACKAGE / "pipeline_madiff.py"))}
     assert imported == set(get_relative_imports(PACKAGE / "pipeline_madiff.py"))
-    assert not get_relative_imports(PACKAGE / "vq_magan.py") and not get_relative_imports(PACKAGE / "eventgan.py")
 
 
 def test_export_warns_of_nothing(tiny_folder, tmp_path, capfd, diffusers_log):
@@ -319,9 +321,11 @@ def test_diffusers_alone_loads_it_and_makes_the_same_frames(made, bare_python, e
 
 
 def test_missing_packages_are_named(tiny_folder, tmp_path, monkeypatch, diffusers_log):
-    for module in ("cv2", "einops"):
-        monkeypatch.setitem(sys.modules, module, None)
-    message = "^MADiffPipeline needs packages that are not installed: pip install opencv-python-headless einops$"
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="'flow' cannot be built: ImportError: .*pip install opencv-python-headless"):
+        MADiffPipeline.from_pretrained(tiny_folder)
+    monkeypatch.setitem(sys.modules, "einops", None)
+    message = "^MADiffPipeline needs packages that are not installed: pip install einops$"
     with local_hub() as hub, pytest.raises(ImportError, match=message):
         hub.add("somebody/madiff", tiny_folder)
         DiffusionPipeline.from_pretrained("somebody/madiff", trust_remote_code=True, cache_dir=tmp_path)

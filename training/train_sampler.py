@@ -14,7 +14,7 @@ resume, run the same command again.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import diffusers
 import torch
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin, UNet2DModel
 
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
-from madiff_diffusers.vq_magan import VQMAGANModel, warp
+from madiff_diffusers.vq_magan import VQMAGANModel
+from madiff_diffusers.warping import warp
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
@@ -242,7 +243,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     run.exports(export)
     run.resume()
 
-    # 2. data
+    # 2. data; frames at half size, too, must be what the hint model's scales divide
+    multiple = 2 * bare.hint_model.multiple
+    if options.crop % multiple:
+        raise ValueError(f"`crop` must be a multiple of {multiple}, but is {options.crop}.")
     sizes = [max(round(options.crop * scale / 8) * 8, 8) for scale in options.scales]
     bank = FrameBank(options.data.removeprefix("videos:"), device, max(max(sizes), options.crop))
     latent_size = options.crop // bare.vqvae.downsample_factor

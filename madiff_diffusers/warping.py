@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features and frames moved along offsets, and compared with each other pixel by pixel."""
+
+import torch
+import torch.nn.functional as F
+
+
+def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Backward warp: `out(p) = image(p + offsets(p))`.
+
+    Convention: `image` is `(B, C, H, W)`; `offsets` is `(B, 2, H, W)`, (x, y) in pixels, x to the right and y down.
+    Bilinear, border padding, pixel centres at half-integers (`align_corners=False`). Coordinates are computed in
+    float32 whatever the dtype of `image`, since half precision cannot address pixels of a large frame.
+    """
+    height, width = image.shape[-2:]
+    x = torch.arange(width, device=image.device, dtype=torch.float32) + 0.5
+    y = torch.arange(height, device=image.device, dtype=torch.float32) + 0.5
+    offsets = offsets.float()
+    # Clamped to the outermost pixel centres, which is border padding on every device (MPS lacks the mode).
+    grid_x = (x[None, None, :] + offsets[:, 0]).clamp(0.5, width - 0.5) * (2 / width) - 1
+    grid_y = (y[None, :, None] + offsets[:, 1]).clamp(0.5, height - 0.5) * (2 / height) - 1
+    grid = torch.stack([grid_x, grid_y], dim=-1)
+    warped = F.grid_sample(image.float(), grid, mode="bilinear", align_corners=False)
+    return laid_out_as(image, warped.to(image.dtype))
+
+
+def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Tensor:
+    """Local correlation: the mean product of features `(B, C, U, V)` at each pixel of `first` and at every pixel of `second` within
+    `reach` of it, row by row, `(B, (2 * reach + 1)², U, V)`; zeros lie outside."""
+    batch, _, height, width = first.shape
+    side = 2 * reach + 1
+    if torch.is_grad_enabled() and second.requires_grad:  # one kernel, and one for its gradient, at the price of a large copy
+        windows = F.unfold(second, side, padding=reach).view(batch, -1, side**2, height, width)
+        return (first.unsqueeze(2) * windows).mean(dim=1)
+    padded = F.pad(second, (reach, reach, reach, reach))
+    rows = [(first.unsqueeze(3) * padded[:, :, y : y + height].unfold(3, width, 1)).mean(dim=1) for y in range(side)]
+    return torch.cat([row.transpose(1, 2) for row in rows], dim=1)  # each [B,side,U,V]
+
+
+def laid_out_as(other: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in another's memory layout: convolutions are up to twice as fast in channels-last, and slow where layouts meet."""
+    is_last = other.stride(1) == 1 and other.shape[1] > 1
+    return tensor.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)

@@ -1,0 +1,249 @@
+"""Latents of motion news, the networks that find motion, and the pipeline that is made of them."""
+
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoModel, DiffusionPipeline, UNet2DModel
+
+from madiff_diffusers import (
+    MADiffPipeline,
+    ModelHints,
+    MotionHintModel,
+    RIFEFlowModel,
+    VQMAGANModel,
+    convert_rife_checkpoint,
+)
+from madiff_diffusers.warping import correlate, warp
+from tests.conftest import excite, load_config, moving_picture
+
+
+@pytest.fixture
+def tiny_news() -> dict:
+    """The `motion` configuration at the smallest size that has every part."""
+    config = load_config("motion")
+    config["hint_model"] = {"channels": [4, 8, 8], "start_channels": [8, 8], "refine_channels": [8, 8], "match_channels": 4, "reach": [1, 2]}
+    small = {"block_out_channels": [6, 8], "num_vq_embeddings": 32, "refine_channels": 4, "news_block_out_channels": [6, 8], "evidence_channels": 4}
+    config["vqvae"].update(small)
+    channels = VQMAGANModel(**config["vqvae"]).condition_channels + config["vqvae"]["latent_channels"]
+    small = {"in_channels": channels, "block_out_channels": [8, 16], "norm_num_groups": 4}
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    config["unet"].update(small, **blocks)
+    return config
+
+
+def build(config: dict) -> MADiffPipeline:
+    torch.manual_seed(0)
+    settings = dict(config["scheduler"])
+    pipeline = MADiffPipeline(
+        vqvae=excite(VQMAGANModel(**config["vqvae"])).eval(),
+        unet=UNet2DModel(**config["unet"]).eval(),
+        scheduler=getattr(diffusers, settings.pop("class"))(**settings),
+        hint_model=excite(MotionHintModel(**config["hint_model"])).eval(),
+        hint_source="model",
+        guess_scale=2,
+        **config["pipeline"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline(tiny_news) -> MADiffPipeline:
+    return build(tiny_news)
+
+
+def neighbours(pipeline: MADiffPipeline, size: tuple = (64, 96)) -> tuple:
+    frames = [torch.from_numpy(moving_picture(time, *size)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in (-1, 1, 0)]
+    features = [pipeline.vqvae.encode(frame).features for frame in frames[:2]]
+    return frames, features
+
+
+# ---- the autoencoder ----
+
+
+def test_news_are_zero_where_the_middle_frame_is_the_mean_of_its_warped_neighbours(pipeline):
+    (prev, next_, mid), features = neighbours(pipeline)
+    hints = pipeline.hint_model(prev, next_, 0.25)
+    mean = 0.75 * warp(prev, hints[0]) + 0.25 * warp(next_, hints[1])
+    assert pipeline.vqvae.encode_news(mean, *features, *hints, time=0.25).abs().max() < 1e-5
+    assert pipeline.vqvae.encode_news(mid, *features, *hints, time=0.25).abs().max() > 1e-3
+
+
+def test_news_have_variance_one_in_training_and_the_running_one_later(pipeline):
+    (prev, next_, mid), features = neighbours(pipeline)
+    hints = tuple(torch.zeros(1, 2, 64, 96) for _ in range(2))
+    vqvae = pipeline.vqvae.train()
+    for _ in range(1200):
+        news = vqvae.encode_news(mid, *features, *hints)
+    assert torch.allclose(news.square().mean(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+    assert torch.allclose(vqvae.eval().encode_news(mid, *features, *hints), news, rtol=0.02, atol=0.02)
+
+
+def test_latents_move_the_first_offsets(pipeline):
+    (prev, next_, _), features = neighbours(pipeline)
+    hints = tuple(torch.zeros(1, 2, 64, 96) for _ in range(2))
+    latents = torch.zeros(1, 4, 16, 24)
+    still = pipeline.vqvae.decode(latents, *features, *hints, force_not_quantize=True)
+    moved = pipeline.vqvae.decode(latents + 1, *features, *hints, force_not_quantize=True)
+    expected = pipeline.vqvae.decoder.to_offsets.weight.sum(dim=1).flatten()
+    assert torch.allclose((moved.offsets[0] - still.offsets[0]).mean(dim=(0, 2, 3)), expected, atol=1e-5)
+
+
+def test_correlation_is_the_mean_product_at_every_shift():
+    first, second = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)
+    result = correlate(first, second, 2)
+    padded = F.pad(second, (2, 2, 2, 2))
+    for y in range(5):
+        for x in range(5):
+            expected = (first * padded[..., y : y + 5, x : x + 7]).mean(dim=1)
+            assert torch.allclose(result[:, 5 * y + x], expected, atol=1e-6)
+    assert torch.allclose(correlate(first, second.clone().requires_grad_(), 2), result, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", [{"stem_stride": 1}, {"time_conditioned": False}, {"vq_embed_dim": 3}])
+def test_flags_that_do_not_fit_together_are_refused(tiny_news, setting):
+    with pytest.raises(ValueError, match="news_latents"):
+        VQMAGANModel(**{**tiny_news["vqvae"], **setting})
+
+
+# ---- the networks that find motion ----
+
+
+def shifted(by: tuple, size: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    picture = F.interpolate(torch.rand(1, 3, 24, 24, generator=generator), size=(3 * size, 3 * size), mode="bicubic") * 2 - 1
+    return picture[..., size + by[1] : 2 * size + by[1], size + by[0] : 2 * size + by[0]].clamp(-1, 1)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (51, 67)])
+def test_hints_have_the_frames_size_and_follow_the_instant(pipeline, size):
+    prev, mid, next_ = (torch.from_numpy(moving_picture(time, *size)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in (-1, 0, 1))
+    model = pipeline.hint_model
+    for pair in (model(prev, next_, 0.3), model.refine(prev, mid, next_), model.refine(prev, mid, next_, model(prev, next_))):
+        assert [each.shape for each in pair] == [(1, 2, *size)] * 2 and all(each.dtype == torch.float32 for each in pair)
+    assert not torch.equal(model(prev, next_, 0.3)[0], model(prev, next_, 0.7)[0])
+
+
+def test_a_small_model_learns_a_shift():
+    """Gradients reach every part that `forward` and `refine` read, and the flow is in pixels of the frames."""
+    torch.manual_seed(0)
+    model = MotionHintModel(channels=(8, 12, 16), start_channels=(12, 16), refine_channels=(12, 16), match_channels=8, reach=(2, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    prev, mid, next_ = shifted((4, 0)), shifted((0, 0)), shifted((-4, 0))  # what was at x in the middle was at x - 4 before
+    truth = torch.tensor([-4.0, 0.0]).view(1, 2, 1, 1)
+    for _ in range(150):
+        to_prev, to_next = model(prev, next_)
+        again_prev, again_next = model.refine(prev, mid, next_)
+        loss = sum((each - sign * truth).abs().mean() for each, sign in ((to_prev, 1), (to_next, -1), (again_prev, 1), (again_next, -1)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    errors = [(each - sign * truth).abs().mean() for each, sign in ((to_prev, 1), (to_next, -1), (again_prev, 1), (again_next, -1))]
+    assert max(errors) < 0.6
+    warped = warp(prev, to_prev)[..., 8:-8, 8:-8]
+    assert (warped - mid[..., 8:-8, 8:-8]).abs().mean() < 0.5 * (prev - mid)[..., 8:-8, 8:-8].abs().mean()
+
+
+@pytest.fixture
+def rife_file(tmp_path) -> Path:
+    """What RIFE 4.0 publishes: more than the flow network, under the names of data parallelism."""
+    torch.manual_seed(0)
+    state = {f"module.{name}": value for name, value in RIFEFlowModel().state_dict().items()}
+    torch.save({**state, "module.unet.up.weight": torch.zeros(1)}, tmp_path / "flownet.pkl")
+    return tmp_path / "flownet.pkl"
+
+
+def test_rife_is_converted_saved_and_used_as_a_hint_model(rife_file, tmp_path, pipeline, pair):
+    model = convert_rife_checkpoint(rife_file)
+    model.save_pretrained(tmp_path / "rife")
+    pipeline.hint_model = RIFEFlowModel.from_pretrained(tmp_path / "rife").eval()
+    assert torch.equal(pipeline.hint_model.block3.lastconv.weight, model.block3.lastconv.weight)
+    assert isinstance(pipeline.hints, ModelHints) and pipeline.hints.model is pipeline.hint_model
+    frames = pipeline(*pair, num_inference_steps=2, output_type="pt").frames
+    assert frames.shape == (2, 1, 3, 51, 67) and torch.isfinite(frames).all()
+
+
+def test_files_that_are_no_rife_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        convert_rife_checkpoint(tmp_path / "none.pkl")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pkl")
+    with pytest.raises(ValueError, match="no flow network of RIFE"):
+        convert_rife_checkpoint(tmp_path / "other.pkl")
+    (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match="tensors alone"):
+        convert_rife_checkpoint(tmp_path / "evil.pkl")
+
+
+# ---- the pipeline ----
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_frames_come_at_any_instant(pipeline, pair, steps):
+    generator = torch.Generator().manual_seed(0)
+    frames = pipeline(*pair, num_inference_steps=steps, times=[0.25, Fraction(1, 3), 0.5], generator=generator, output_type="np").frames
+    assert frames.shape == (2, 3, 51, 67, 3)
+    assert np.abs(frames[:, 0] - frames[:, 2]).max() > 1e-3
+
+
+def test_hints_are_extracted_between_steps_alone(pipeline, pair):
+    """The latents of the last step are news about the hints that it saw: none are extracted after it."""
+    seen = []
+    original = ModelHints.from_guess
+
+    class Counting(ModelHints):
+        def from_guess(self, frame_prev, frame_mid, frame_next, hints=None):
+            seen.append((frame_mid.shape[-2:], hints is not None))
+            return original(self, frame_prev, frame_mid, frame_next, hints)
+
+    pipeline.hints = Counting(pipeline.hint_model)
+    pipeline(*pair, num_inference_steps=1)
+    assert seen == []
+    pipeline(*pair, num_inference_steps=3)
+    assert seen == [((28, 36), True)] * 2  # guesses of half the size, which is padded to multiples of 8
+
+
+def test_saved_and_loaded_it_makes_the_same_frames(pipeline, pair, tmp_path):
+    expected = pipeline(*pair, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt").frames
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    for load in (MADiffPipeline.from_pretrained, lambda folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)):
+        loaded = load(str(tmp_path / "checkpoint"))
+        loaded.set_progress_bar_config(disable=True)
+        result = loaded(*pair, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt").frames
+        assert torch.equal(result, expected)
+    model = AutoModel.from_pretrained(str(tmp_path / "checkpoint" / "hint_model"), trust_remote_code=True)
+    assert type(model).__name__ == "MotionHintModel"
+
+
+def test_inference_imports_no_opencv(pipeline, pair, tmp_path):
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    code = (
+        "import sys; sys.modules['cv2'] = None\n"
+        "import torch\n"
+        "from madiff_diffusers import MADiffPipeline\n"
+        f"pipe = MADiffPipeline.from_pretrained({str(tmp_path / 'checkpoint')!r})\n"
+        "pipe(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 40, 40), num_inference_steps=2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_source_without_its_model_is_refused(pipeline):
+    parts = {name: part for name, part in pipeline.components.items() if name not in ("hint_model", "i2e")}
+    with pytest.raises(ValueError, match="hint_model"):
+        MADiffPipeline(**parts, hint_source="model")
+
+
+def test_tiles_give_what_whole_frames_give(pipeline):
+    frames = [torch.from_numpy(moving_picture(time, 192, 256)).permute(2, 0, 1)[None].float() / 255 for time in (-1, 1)]
+    whole = pipeline(*frames, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+    pipeline.enable_tiling(128 * 128)
+    tiled = pipeline(*frames, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+    assert (whole - tiled).abs().mean() < 0.01
