@@ -416,7 +416,7 @@ def test_a_batch_that_breaks_training_is_saved(clips, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--config", "giant"], "--config must be one of compact, paper, tiny"),
+        (["--config", "giant"], "--config must be one of compact, motion, paper, tiny"),
         (["--steps", "5", "--speed", "9"], "unrecognized arguments: --speed 9"),
         (["--steps", "1e5x"], "--steps must be of type int"),
         (["--steps", "0"], "--steps must be at least 1"),

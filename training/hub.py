@@ -11,7 +11,7 @@ from madiff_diffusers.hub_repository import model_card, upload_repository
 from training.data import parse_sources
 from training.options import RunOptions
 
-CLASSES = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": MADiffPipeline}
+CLASSES = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": MADiffPipeline, "pipeline": MADiffPipeline}
 
 # Options that say where things are on this machine or on the Hub, not how the result came about.
 _PLACES = ("output", "push_to_hub", "hub_private", "hub_revision", "hub_message")

@@ -102,7 +102,7 @@ class Run:
 
     Args:
         options: of the stage.
-        part: name of what the stage trains: `i2e`, `vqvae` or `unet`.
+        part: name of what the stage trains: `i2e`, `vqvae`, `unet` or, all parts of it together, `pipeline`.
 
     Raises:
         ValueError: if the options ask for what this kind of launch does not do.
@@ -321,7 +321,7 @@ class Run:
             self._stop_early()
         self._start_tracker()
         self._clock = (time.perf_counter(), self.progress.samples)
-        limit, before = 60 * time_limit, None
+        limit, total, before = 60 * time_limit, self.options.steps, None
         while self.progress.step < self.options.steps:
             if before is not None:
                 self.progress.seconds += time.perf_counter() - before
@@ -329,11 +329,11 @@ class Run:
             spent = self.progress.seconds / limit if limit else 0.0
             if spent >= 1:  # this step is the last
                 self.options.steps = self.progress.step + 1
-            passed = max(self.progress.step / self.options.steps, spent)
+            passed = min(max(self.progress.step / total, spent), 1.0)
             if self.progress.step > self.options.warmup_steps:
-                self._schedule.last_epoch = min(max(self.progress.step, int(passed * self.options.steps)), self.options.steps - 1)
+                self._schedule.last_epoch = min(max(self.progress.step, int(passed * total)), total - 1)
             self.passes.append({})
-            yield min(passed, 1.0)
+            yield passed
 
     def _start_tracker(self) -> None:
         """Only once there is something to log: TensorBoard writes a file at its start."""
@@ -493,8 +493,7 @@ class Run:
             os.replace(temporary, final)
             if complete is not None:
                 complete(self.folder)
-            if self.part != "pipeline":
-                write_card(self.folder, self.part, self.options)
+            write_card(self.folder, self.part, self.options)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         for number, handler in self._handlers.items():

@@ -17,18 +17,26 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import SchedulerMixin, UNet2DModel
 
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
+from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 from madiff_diffusers.warping import warp
+from training.data import parse_sources
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
 from training.run import Run
+from training.validation import image_scores, panel, to_frames, to_image, validation_windows
+
+# Options of the other stages' loader and loop, which this one has not.
+UNUSED = ("window", "colour_jitter", "random_motion_share", "decoder", "cache_gib", "columns", "on_unreadable", "workers",
+          "accumulation", "gradient_checkpointing", "ema_decay")  # fmt: skip
 
 TEACHER_INSTANT = 0.05  # a flow from the first of two frames is what leads on from an instant after it
 
@@ -201,6 +209,22 @@ def warp_errors(batch: Dict[str, torch.Tensor], flow: torch.Tensor) -> torch.Ten
     return F.avg_pool2d(torch.cat(errors, dim=1), 5, stride=1, padding=2)
 
 
+def check_unused(options: SamplerOptions) -> str:
+    """The folder of videos that the options name.
+
+    Raises:
+        ValueError: for data of another kind, or an option that this stage does not use.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in UNUSED:
+        if getattr(options, name) != defaults[name]:
+            raise ValueError(f"`{name}` is not used by this stage and must be {defaults[name]!r}, but is {getattr(options, name)!r}.")
+    sources = parse_sources(options.data)
+    if len(sources) != 1 or sources[0][0] != "videos":
+        raise ValueError(f"`data` must be one folder of videos in this stage, but is {options.data!r}.")
+    return sources[0][1]
+
+
 def build_parts(config: Dict[str, Any], init: str) -> Tuple[MotionHintModel, VQMAGANModel, UNet2DModel]:
     if init:
         return (
@@ -211,8 +235,42 @@ def build_parts(config: Dict[str, Any], init: str) -> Tuple[MotionHintModel, VQM
     return MotionHintModel(**config["hint_model"]), VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
 
 
+def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: Optional[nn.Module]) -> None:
+    """Score held-out windows: the pipeline's frame; the frame of latents that are zero, and the mean of the warped neighbours; and how much of
+    the true latents the denoiser tells, R² = 1 - mse / mean square, at the first step."""
+    device = run.accelerator.device
+    windows = validation_windows(run.options, frames=3, multiple=2 * network.hint_model.multiple)
+
+    def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+        prev, mid, next_ = to_frames(windows[index], device)
+        network.eval()
+
+        def sample(**settings) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(index)
+            made = pipeline((prev + 1) / 2, (next_ + 1) / 2, generator=generator, **settings)
+            return made.frames
+
+        result = sample(output_type="pt").reshape(mid.shape).to(device) * 2 - 1
+        latents = sample(output_type="latent", num_inference_steps=1)[:, 0]
+        of_prev, of_next = (network.vqvae.encode(each).features for each in (prev, next_))
+        hints = network.hint_model(prev, next_)
+        news = network.vqvae.encode_news(mid, of_prev, of_next, *hints)
+        without = network.vqvae.decode(torch.zeros_like(news), of_prev, of_next, *hints).sample
+        warps = (warp(prev, hints[0]) + warp(next_, hints[1])) / 2
+        network.train()
+        scores = image_scores(result, mid, lpips)
+        for name, frame in (("zero", without), ("warps", warps)):
+            scores.update({f"{key}_{name}": value for key, value in image_scores(frame, mid, lpips).items() if key in ("psnr", "lpips")})
+        scores["r2"] = float(1 - (latents - news).square().mean() / news.square().mean())
+        named = (("previous", prev), ("next", next_), ("truth", mid), ("result", result), ("zero latents", without), ("warps", warps))
+        return scores, panel([(name, to_image(frame)) for name, frame in named]) if shown else None
+
+    run.validates(score, len(windows), "l1" if lpips is None else "lpips")
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     options, config = parse_options(SamplerOptions, "train_sampler", argv, __doc__)
+    folder = check_unused(options)
     run = Run(options, "pipeline")
     device = run.accelerator.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -234,13 +292,17 @@ def main(argv: Optional[List[str]] = None) -> None:
         if lpips is not None:
             lpips.compile(dynamic=False)
 
+    parts = {"vqvae": bare.vqvae, "unet": bare.unet, "scheduler": scheduler, "hint_model": bare.hint_model}
+    pipeline = MADiffPipeline(**parts, hint_source="model", **config["pipeline"])
+    pipeline.set_progress_bar_config(disable=True)
+
     def export(folder: Path) -> None:
         if run.accelerator.is_main_process:
-            for name in ("hint_model", "vqvae", "unet"):
-                getattr(bare, name).save_pretrained(folder / name)
-            scheduler.save_pretrained(folder / "scheduler")
+            pipeline.save_pretrained(folder)
 
     run.exports(export)
+    if options.validation:
+        validate(run, pipeline, bare, lpips)
     run.resume()
 
     # 2. data; frames at half size, too, must be what the hint model's scales divide
@@ -248,7 +310,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     if options.crop % multiple:
         raise ValueError(f"`crop` must be a multiple of {multiple}, but is {options.crop}.")
     sizes = [max(round(options.crop * scale / 8) * 8, 8) for scale in options.scales]
-    bank = FrameBank(options.data.removeprefix("videos:"), device, max(max(sizes), options.crop))
+    bank = FrameBank(folder, device, max(max(sizes), options.crop))
     latent_size = options.crop // bare.vqvae.downsample_factor
     count = options.batch_size
     made = round(options.composed_share * count)

@@ -1,0 +1,199 @@
+"""Training of motion news: clips held on the device, composed scenes, and the stage that trains all parts through the sampler."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from madiff_diffusers import MADiffPipeline, RIFEFlowModel
+from madiff_diffusers.warping import warp
+from tests.conftest import REPOSITORY, load_config, moving_picture
+from training.frame_bank import FrameBank, augment, composed
+from training.train_sampler import distance, disturbed
+
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def bank(clips) -> FrameBank:
+    return FrameBank(str(clips), CPU, least=48)
+
+
+# ---- data ----
+
+
+def test_triplets_are_frames_of_one_clip_in_their_order(bank):
+    """The clips drift by (3, 1) pixels a frame, so that a crop of a frame is another's, moved by that."""
+    batch = bank.triplets(6, 48, (0, 1.0), any_time=0.5, candidates=1, generator=generator())
+    assert set(batch["time"].tolist()) <= {0.25, 0.5, 0.75} and len(set(batch["time"].tolist())) > 1
+    for prev, mid, next_, instant in zip(*(batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))):
+        errors = {}
+        for sign in (-1, 1):
+            for away, other in ((instant, prev), (1 - instant, next_)):
+                direction = sign if other is prev else -sign
+                shift = torch.tensor([3.0, 1.0]).view(1, 2, 1, 1) * 4 * away * direction
+                moved = warp(other[None], shift.expand(1, 2, 48, 48))
+                errors[sign] = errors.get(sign, 0) + (moved - mid)[..., 16:-16, 16:-16].abs().mean().item()
+        assert min(errors.values()) < 0.12 < 1.5 * max(errors.values())
+
+
+def test_the_same_seed_draws_the_same_batch(bank):
+    first, again = (bank.triplets(3, 48, (0.5, 0.5), 0.5, 3, generator(7)) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_reversed_samples_have_the_other_instant(bank):
+    batch = bank.triplets(64, 48, (0, 1.0), any_time=1.0, candidates=1, generator=generator(3))
+    changed = augment(batch, 32, generator(3))
+    assert changed["frame_mid"].shape == (64, 3, 32, 32)
+    turned = changed["time"] != batch["time"]
+    assert 10 < int(turned.sum()) and torch.equal(changed["time"][turned], 1 - batch["time"][turned])
+    assert all(each.abs().max() <= 1 for name, each in changed.items() if name != "time")
+
+
+def test_flow_of_composed_scenes_is_exact(bank):
+    """Where the layer on top is seen in a neighbour, too, warping that along the flow gives the middle frame."""
+    scenes, flow = composed(bank, 8, 48, layers=0, generator=generator(1))
+    for number, name in enumerate(("frame_prev", "frame_next")):
+        way = flow[:, 2 * number : 2 * number + 2]
+        pixel = torch.arange(48) + 0.5
+        there = (pixel[None, None, :] + way[:, 0] > 1) & (pixel[None, None, :] + way[:, 0] < 47)
+        there &= (pixel[None, :, None] + way[:, 1] > 1) & (pixel[None, :, None] + way[:, 1] < 47)
+        warped = (warp(scenes[name], way) - scenes["frame_mid"]).abs().mean(dim=1)[there].mean()
+        still = (scenes[name] - scenes["frame_mid"]).abs().mean(dim=1)[there].mean()
+        assert warped < 0.5 * still
+    layered, flow = composed(bank, 8, 48, layers=4, generator=generator(1))
+    assert flow.shape == (8, 4, 48, 48) and torch.isfinite(flow).all()
+    assert ((layered["time"] > 0) & (layered["time"] < 1)).all()
+
+
+def test_a_folder_without_videos_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`data`: no video in"):
+        FrameBank(str(tmp_path), CPU, 32)
+
+
+def test_distance_is_in_pixels_of_the_frames_at_every_scale():
+    truth = torch.tensor([6.0, -8.0]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
+    for stride in (1, 2, 4):
+        assert distance(torch.zeros(1, 2, 16 // stride, 16 // stride), truth, torch.ones(1, 1, 16, 16)).item() == pytest.approx(10, abs=0.1)
+        assert distance(truth[..., ::stride, ::stride] / stride, truth, torch.ones(1, 1, 16, 16)).item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_disturbed_hints_are_a_share():
+    hints = torch.full((200, 4, 16, 16), 3.0)
+    changed = (disturbed(hints, 0.3, generator()) != hints).flatten(1).any(dim=1)
+    assert 0.2 < changed.float().mean() < 0.4
+    assert torch.equal(disturbed(hints, 0.0, generator()), hints)
+
+
+# ---- the stage ----
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """The `motion` configuration at the smallest size that has every part."""
+    config = load_config("motion")
+    config["hint_model"] = {"channels": [4, 8, 8], "start_channels": [8, 8], "refine_channels": [8, 8], "match_channels": 4, "reach": [1, 2]}
+    small = {"block_out_channels": [6, 8], "num_vq_embeddings": 32, "refine_channels": 4, "news_block_out_channels": [6, 8], "evidence_channels": 4}
+    config["vqvae"].update(small)
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "block_out_channels": [8, 16]}
+    config["unet"].update(blocks, in_channels=45, norm_num_groups=4)
+    tiny = {"steps": 6, "batch_size": 3, "crop": 32, "warmup_steps": 1, "mixed_precision": "no", "save_every": 2, "log_every": 1}
+    tiny.update(scales=[1.0, 1.5], lpips_net="none", lpips_weight=0.0, tracker="none", two_steps_from=0.3, two_step_share=0.5, gaps=[1.0])
+    config["train_sampler"] = tiny
+    path = tmp_path / "motion.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(config: Path, clips: Path, output: Path, *flags: str) -> list:
+    base = [sys.executable, "-m", "training.train_sampler", "--config", str(config), "--data", str(clips), "--output", str(output)]
+    return [*base, *flags]
+
+
+def train(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def weights(folder: Path) -> dict:
+    return {f"{path.parent.name}.{name}": value for path in folder.glob("*/*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_it_trains_validates_exports_and_resumes_exactly(config, clips, tmp_path):
+    torch.manual_seed(0)
+    RIFEFlowModel().save_pretrained(tmp_path / "teacher")
+    flags = ["--teacher", str(tmp_path / "teacher"), "--validation", str(clips), "--validation_samples", "2", "--validation_crop", "64"]
+    flags += ["--validate_every", "6"]
+    done = train(config, clips, tmp_path / "whole", *flags)
+    assert done.returncode == 0, done.stderr
+    done = train(config, clips, tmp_path / "parts", *flags, "--stop_step", "4")
+    assert done.returncode == 0 and "stopped at step 4" in done.stdout, done.stderr
+    done = train(config, clips, tmp_path / "parts", *flags)
+    assert done.returncode == 0, done.stderr
+    whole, parts = (weights(tmp_path / name / "pipeline") for name in ("whole", "parts"))
+    assert set(whole) == set(parts) and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    with (tmp_path / "whole" / "validation.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert {"psnr", "psnr_zero", "psnr_warps", "r2"} <= set(row)
+    pipeline = MADiffPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
+    frames = torch.from_numpy(moving_picture(0, 40, 40)).permute(2, 0, 1)[None].float() / 255
+    assert pipeline(frames, frames, output_type="pt").frames.shape == (1, 1, 3, 40, 40)
+    assert (tmp_path / "whole" / "pipeline" / "README.md").is_file()
+    done = train(config, clips, tmp_path / "again", *flags[:2], "--init", str(tmp_path / "whole" / "pipeline"), "--steps", "1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_time_limit_ends_it_with_its_schedule(config, clips, tmp_path):
+    done = train(config, clips, tmp_path / "run", "--steps", "100000", "--time_limit", "0.05", "--warmup_steps", "0")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert 1 < len(rows) < 2000 and rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0]
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--crop", "40"], "`crop` must be a multiple of 16, but is 40."),
+        (["--workers", "3"], "`workers` is not used by this stage"),
+        (["--data", "stills:photos"], "`data` must be one folder of videos"),
+        (["--latent_shares", "[1, 0]"], "--latent_shares must be 3 numbers"),
+    ],
+)
+def test_bad_options_are_one_line(config, clips, tmp_path, flags, message):
+    done = train(config, clips, tmp_path / "run", *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_loss_falls(config, clips, tmp_path):
+    done = train(config, clips, tmp_path / "run", "--steps", "400", "--learning_rate", "2e-3", "--log_every", "20", "--save_every", "400")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        losses = [float(row["l1"]) for row in csv.DictReader(file)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.slow
+def test_a_signal_saves(config, clips, tmp_path):
+    process = subprocess.Popen(command(config, clips, tmp_path / "run", "--steps", "100000", "--save_every", "100000"), cwd=REPOSITORY)
+    while not (tmp_path / "run" / "summary.csv").exists():
+        time.sleep(0.5)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
