@@ -202,6 +202,15 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="CHECKPOINT", help="the original's .pt or .pth file")
     convert.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write; must not exist")
     convert.set_defaults(run=run_convert)
+
+    rife = commands.add_parser(
+        "convert-rife",
+        help="convert the flow network of a RIFE 4.0 checkpoint",
+        description="Convert the flow network of a RIFE 4.0 checkpoint to a RIFEFlowModel folder, which can be a pipeline's hint_model.",
+    )
+    rife.add_argument("source", metavar="CHECKPOINT", help="RIFE's flownet.pkl")
+    rife.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write; must not exist")
+    rife.set_defaults(run=run_convert_rife)
     for command in (interpolate, video, evaluate, ablate, export):
         command.add_argument(
             "--trust-remote-code", action="store_true", help="run code of the checkpoint that is not this package's: its own source of motion hints"
@@ -686,6 +695,14 @@ def run_convert(args: argparse.Namespace) -> None:
 
     with new_folder(args.output, "--output") as folder:
         convert_eventgan_checkpoint(args.source).save_pretrained(folder)
+    print(args.output)
+
+
+def run_convert_rife(args: argparse.Namespace) -> None:
+    from .convert_rife import convert_rife_checkpoint
+
+    with new_folder(args.output, "--output") as folder:
+        convert_rife_checkpoint(args.source).save_pretrained(folder)
     print(args.output)
 
 

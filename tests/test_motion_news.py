@@ -20,6 +20,7 @@ from madiff_diffusers import (
     VQMAGANModel,
     convert_rife_checkpoint,
 )
+from madiff_diffusers.cli import main
 from madiff_diffusers.warping import correlate, warp
 from tests.conftest import excite, load_config, moving_picture
 
@@ -47,7 +48,6 @@ def build(config: dict) -> MADiffPipeline:
         scheduler=getattr(diffusers, settings.pop("class"))(**settings),
         hint_model=excite(MotionHintModel(**config["hint_model"])).eval(),
         hint_source="model",
-        guess_scale=2,
         **config["pipeline"],
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -169,6 +169,16 @@ def test_rife_is_converted_saved_and_used_as_a_hint_model(rife_file, tmp_path, p
     assert isinstance(pipeline.hints, ModelHints) and pipeline.hints.model is pipeline.hint_model
     frames = pipeline(*pair, num_inference_steps=2, output_type="pt").frames
     assert frames.shape == (2, 1, 3, 51, 67) and torch.isfinite(frames).all()
+
+
+def test_convert_rife_is_a_command(rife_file, tmp_path, capsys):
+    assert main(["convert-rife", str(rife_file), "-o", str(tmp_path / "rife")]) == 0
+    assert RIFEFlowModel.from_pretrained(tmp_path / "rife").config.channels == [192, 128, 96, 64]
+    assert main(["convert-rife", str(rife_file), "-o", str(tmp_path / "rife")]) == 2
+    assert "must not exist" in capsys.readouterr().err
+    (tmp_path / "text.pkl").write_text("no pickle")
+    assert main(["convert-rife", str(tmp_path / "text.pkl"), "-o", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_files_that_are_no_rife_are_refused(tmp_path):
