@@ -149,14 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "question",
         metavar="QUESTION",
-        choices=("hints", "source", "interval", "steps", "scheduler", "quantised"),
+        choices=("hints", "source", "interval", "steps", "scheduler", "quantised", "latents"),
         help="hints: where motion hints come from (none, neighbours, start, sampling, damped); source: events, flow or both; interval: steps "
         "between re-extractions (8 steps unless told); steps: sampling steps; scheduler: which; quantised: latents moved to "
-        "their nearest codes or not",
+        "their nearest codes or not; latents: what is decoded (denoised, zero, noise, mirrored: denoised of the pair mirrored, true: of the true frame)",
     )
     ablate.add_argument(
         "--values", nargs="+", metavar="V", help="what to compare, instead of: all hints; all sources; intervals 1 2 4 8; steps "
-        "1 2 5 10 25 50; six schedulers; quantised yes no",
+        "1 2 5 10 25 50; six schedulers; quantised yes no; all latents",
     )
     ablate.set_defaults(run=run_ablate)
     for command in (evaluate, ablate):
@@ -454,9 +454,10 @@ class EvaluationCommand:
         name = Path(self.args.checkpoint).resolve().name if Path(self.args.checkpoint).exists() else self.args.checkpoint
         return MADiffMethod(self.pipeline, name, checkpoint_digest(self.folder), settings, self.args.seed)
 
-    def run(self, methods: "Sequence[Method]", label: Optional[str] = None) -> None:  # noqa: F821
+    def run(self, methods: "Sequence[Method]", label: Optional[str] = None, compare: bool = False) -> None:  # noqa: F821
+        """Run methods and print the table; with `compare` also how far each is from the checkpoint's own settings, or from the first."""
         from .evaluation.evaluate import evaluate
-        from .evaluation.report import markdown
+        from .evaluation.report import differences, markdown
 
         args, output = self.args, Path(self.args.output)
         summaries = evaluate(
@@ -474,6 +475,12 @@ class EvaluationCommand:
         )
         if self.state.is_main_process:
             print(markdown(summaries), end="")
+            if compare:
+                own = self.checkpoint(self.settings).identity
+                labels = [method.label for method in methods if method.identity == own] or [methods[0].label]
+                ran = {method.label for method in methods}
+                table = differences([summary for summary in summaries if summary["label"] in ran], labels[0])
+                print(f"\n{table}" if table else "", end="")
             print(f"madiff: {output / 'index.html'}", file=sys.stderr)
 
 
@@ -507,7 +514,7 @@ def run_ablate(args: argparse.Namespace) -> None:
             args.steps = 8  # at a small checkpoint's one or two steps, there is nothing to space out
         command = EvaluationCommand(args)
         variants = ablation(args.question, command.settings, command.pipeline.config.hint_source, values)
-        command.run([command.checkpoint(settings) for settings in variants])
+        command.run([command.checkpoint(settings) for settings in variants], compare=True)
 
 
 def parse_setting(name: str, text: str) -> "Union[int, bool, str]":  # noqa: F821

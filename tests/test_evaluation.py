@@ -22,8 +22,9 @@ from PIL import Image
 from madiff_diffusers.cli import main
 from madiff_diffusers.evaluation.benchmarks import find_triplets
 from madiff_diffusers.evaluation.evaluate import QUESTIONS, ablation, evaluate
-from madiff_diffusers.evaluation.methods import Baseline, FunctionMethod, MADiffMethod, Settings, checkpoint_digest
+from madiff_diffusers.evaluation.methods import LATENTS, Baseline, FunctionMethod, MADiffMethod, Settings, checkpoint_digest
 from madiff_diffusers.evaluation.metrics import Scorer, psnr
+from madiff_diffusers.evaluation.report import differences
 from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
 from madiff_diffusers.image_io import read_image
@@ -506,17 +507,49 @@ def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
         ("steps", ["1", "3", "12"], ["steps=1", "steps=3", "steps=12"]),
         ("scheduler", ["DDIMScheduler", "LCMScheduler"], ["scheduler=DDIMScheduler", "scheduler=LCMScheduler"]),
         ("quantised", [], ["quantised=no", "quantised=yes"]),
+        ("latents", [], [f"latents={kind}" for kind in ("denoised", "mirrored", "noise", "true", "zero")]),
     ):
         options[-1] = tmp_path / question
         values = ["--values", *values] if values else []
         assert main(["ablate", question, *map(str, options), *values]) == 0
         printed = re.findall(r"^\| checkpoint (\S.*?) \|", capsys.readouterr().out, flags=re.MULTILINE)
-        assert printed == labels
+        assert printed[: len(labels)] == labels
+        compared = printed[len(labels) :]  # with the checkpoint's own settings, or the first
+        assert len(compared) == len(labels) - 1 and set(compared) < set(labels)
         assert (tmp_path / question / "chart-ucf101.svg").read_text().count("<svg") == 1
     assert main(["ablate", "steps", *map(str, options), "--values", "some"]) == 2
     assert "--values must be integers, but has 'some'" in capsys.readouterr().err
     assert main(["ablate", "quantised", *map(str, options), "--values", "perhaps"]) == 2
     assert "--values must be yes or no" in capsys.readouterr().err
+
+
+def test_latents_take_the_place_of_what_was_denoised(pipeline):
+    """Of zeros, noise, another pair's latents and the true frame's, only the last depend on the true frame."""
+    pair = (moving_picture(-1, 64, 64), moving_picture(1, 64, 64))
+    truths = [moving_picture(0, 64, 64)], [np.zeros((64, 64, 3), np.uint8)]
+    pipeline.vqvae.requires_grad_(False)
+
+    def frame(kind: str, truth: list) -> np.ndarray:
+        method = MADiffMethod(pipeline, "tiny", "0", Settings(latents=kind, quantised=False))
+        return method([pair], truths=truth)[0].astype(int)
+
+    frames = {kind: [frame(kind, truth) for truth in truths] for kind in LATENTS}
+    assert all((first == second).all() == (kind != "true") for kind, (first, second) in frames.items())
+    assert all((frames[kind][0] != frames["denoised"][0]).any() for kind in LATENTS[1:])
+    with pytest.raises(ValueError, match="truths"):
+        frame("true", None)
+    with pytest.raises(ValueError, match="`latents` must be one of denoised"):
+        MADiffMethod(pipeline, "tiny", "0", Settings(latents="some"))
+
+
+def test_differences_are_paired():
+    def run(label: str, scores: list) -> dict:
+        items = [{"name": str(i), "sequence": None, "psnr": score} for i, score in enumerate(scores)]
+        return {"label": label, "scores": {"psnr": {}}, "items": items}
+
+    table = differences([run("own", [10.0, 20.0, 30.0]), run("other", [10.5, 20.5, 30.5])], "own")
+    assert "| other | +0.50 [+0.50, +0.50] |" in table and "own |" not in table.replace("| less own |", "")
+    assert differences([run("own", [1.0])], "own") == ""
 
 
 # ---- pages ----

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from ..outputs import check_outputs
 from ..processes import this_process
 from .benchmarks import benchmark_title, find_triplets
-from .methods import MIDDLE, Method, Settings
+from .methods import LATENTS, MIDDLE, Method, Settings
 from .metrics import Scorer
 from .report import REPORT, write_gallery, write_report
 from .runs import BenchmarkRun
@@ -25,6 +25,7 @@ QUESTIONS: Dict[str, Any] = {
         ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"),
     ),
     "quantised": ("quantised", (True, False)),
+    "latents": ("latents", LATENTS),
 }
 
 

@@ -23,6 +23,9 @@ from .pictures import gate_image, hints_images
 
 BASELINES = ("average", "flow")
 
+# What is decoded: what was denoised, zeros, noise of variance 1, what was denoised of the pair mirrored, or the true frame's.
+LATENTS = ("denoised", "zero", "noise", "mirrored", "true")
+
 Pair = Tuple[np.ndarray, np.ndarray]
 
 MIDDLE = Fraction(1, 2)
@@ -155,6 +158,7 @@ class Settings(NamedTuple):
         hint_source: one part of the checkpoint's: the others' hints are replaced by zeros.
         scheduler: name of a Diffusers scheduler class, configured as the checkpoint's own.
         quantised: whether latents are moved to their nearest codes before they are decoded.
+        latents: one of `LATENTS`; what takes the place of the latents after the last step.
     """
 
     steps: Optional[int] = None
@@ -163,6 +167,7 @@ class Settings(NamedTuple):
     hint_source: Optional[str] = None
     scheduler: Optional[str] = None
     quantised: Optional[bool] = None
+    latents: Optional[str] = None
 
     def label(self) -> str:
         """What differs from the checkpoint's own settings."""
@@ -225,6 +230,11 @@ class MADiffMethod:
             "scheduler": type(self.scheduler).__name__,
             "quantised": settings.quantised is not False,
         }
+        if settings.latents not in (None, *LATENTS):
+            raise ValueError(f"`latents` must be one of {', '.join(LATENTS)}, but is {settings.latents!r}.")
+        if settings.latents not in (None, "denoised"):
+            self.identity["latents"] = settings.latents
+        self.needs_truth = settings.latents == "true"
 
     def _take_scheduler(self, name: str) -> None:
         """Configure a scheduler as the checkpoint's own, and sample once with it.
@@ -244,9 +254,51 @@ class MADiffMethod:
             # use, by errors of every kind: a refusal, a method that they lack, an argument that nobody gave.
             raise ValueError(f"`scheduler` {name} does not take this checkpoint: {type(error).__name__}: {error}") from error
 
-    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
-        frames = self._run(pairs, time)
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE, truths: Optional[Sequence[np.ndarray]] = None) -> List[np.ndarray]:
+        """See `Method`. `truths` are the frames themselves, of which the latents are decoded where the settings say so."""
+        arguments = {}
+        if "latents" in self.identity:
+            arguments = {"callback_on_step_end": self._replacement(pairs, time, truths)}
+            arguments["callback_on_step_end_tensor_inputs"] = ["latents", "hints_prev", "hints_next"]
+        frames = self._run(pairs, time, **arguments)
         return [np.array(frame) for (frame,) in frames]
+
+    def _replacement(self, pairs: Sequence[Pair], time: Fraction, truths: Optional[Sequence[np.ndarray]]) -> Callable[..., Dict[str, torch.Tensor]]:
+        """A callback that puts other latents in the place of those of the last step.
+
+        Raises:
+            ValueError: if the true frames' are wanted, and these are not given.
+        """
+        kind = self.settings.latents
+        if kind == "true" and truths is None:
+            raise ValueError("`truths` must be given for `latents` true.")
+        mirrored = None
+        if kind == "mirrored":
+            mirrored = self._run([tuple(frame[:, ::-1] for frame in pair) for pair in pairs], time, output_type="latent")[:, 0]
+
+        def replace(pipeline: MADiffPipeline, step: int, timestep: Any, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+            latents = tensors["latents"]
+            if step < len(pipeline.scheduler.timesteps) - 1:
+                return {}
+            if kind == "zero":
+                return {"latents": torch.zeros_like(latents)}
+            if kind == "noise":
+                noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(self.seed + 1))
+                return {"latents": noise.to(latents).expand_as(latents)}
+            if kind == "mirrored":
+                return {"latents": mirrored}
+            vqvae = pipeline.vqvae
+            prev, mid, next_ = (
+                pipeline.encode_frames([Image.fromarray(frame) for frame in frames])
+                for frames in (*zip(*((prev, truth, next_) for (prev, next_), truth in zip(pairs, truths))),)
+            )
+            if mid.latents is not None:
+                return {"latents": mid.latents.float()}
+            hints = (tensors["hints_prev"], tensors["hints_next"])
+            news = vqvae.encode_news(mid.frames, prev.features, next_.features, *hints, time=float(time))
+            return {"latents": news * vqvae.config.scaling_factor}
+
+        return replace
 
     def explain(self, pair: Pair, time: Fraction = MIDDLE) -> List[Tuple[str, np.ndarray]]:
         """What the last decoding of a pair was told and did: named pictures of hints and gate, `(H, W, 3)` uint8 each.

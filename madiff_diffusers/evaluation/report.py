@@ -18,7 +18,7 @@ from PIL import Image
 from .methods import Method
 from .metrics import METRICS
 from .pictures import ERROR_SCALE, error_image
-from .runs import BenchmarkRun, folder_name, write_text
+from .runs import BenchmarkRun, folder_name, mean_and_interval, write_text
 from .smoothness import PAN_STEP
 
 REPORT = ("results.json", "results.csv", "results.md", "index.html")  # and a chart for each benchmark
@@ -119,6 +119,32 @@ def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
             parts.append("\n".join(lines))
         notes += _notes(rows)
     return "\n\n".join([*parts, *dict.fromkeys(notes)]) + "\n"
+
+
+def differences(summaries: Sequence[Dict[str, Any]], reference: str) -> str:
+    """A table of how far each run's scores are from those of the run with the label `reference`, item by item, with 95 % bootstrap intervals
+    of the mean difference; empty where there is nothing to compare."""
+    chosen = [summary for summary in summaries if summary["label"] == reference]
+    others = [summary for summary in summaries if summary["label"] != reference]
+    if not chosen or not others:
+        return ""
+    names = [name for name in _metrics_of(summaries) if METRICS[name].of_items]
+    base = {item["name"]: item for item in chosen[0]["items"]}
+    lines = [" | ".join([f"| less {reference}", *(METRICS[name].title for name in names)]).replace("| |", "|") + " |", "|---" * (len(names) + 1) + "|"]
+    for summary in others:
+        cells = []
+        for name in names:
+            pairs = [(item, base[item["name"]]) for item in summary["items"] if name in item and name in base.get(item["name"], {})]
+            if not pairs:
+                cells.append("–")
+                continue
+            changes = [item[name] - other[name] for item, other in pairs]
+            score = mean_and_interval(changes, [item["sequence"] or item["name"] for item, _ in pairs])
+            digits = METRICS[name].digits
+            text = f"{score['mean']:+.{digits}f}"
+            cells.append(f"{text} [{score['low']:+.{digits}f}, {score['high']:+.{digits}f}]" if "low" in score else text)
+        lines.append(" | ".join(["| " + summary["label"].replace("|", "\\|"), *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _metrics_of(rows: Sequence[Dict[str, Any]]) -> List[str]:

@@ -125,14 +125,15 @@ class BenchmarkRun:
             for batch in self._share(batch_size, lambda triplet: triplet.name not in self.records, "frames"):
                 for group in _by_size_and_time([(triplet, *triplet.read()) for triplet in batch]):
                     pairs = [(prev, next_) for _, prev, _, next_ in group]
+                    truths = {"truths": [truth for _, _, truth, _ in group]} if getattr(self.method, "needs_truth", False) else {}
                     shape, instant = (len(pairs), *pairs[0][0].shape), group[0][0].time
                     try:
                         if shape not in warm:
-                            self.method(pairs, instant)
+                            self.method(pairs, instant, **truths)
                             warm.add(shape)
                         _synchronise()
                         start = time.perf_counter()
-                        results = self.method(pairs, instant)
+                        results = self.method(pairs, instant, **truths)
                     except ValueError as error:
                         names = ", ".join(triplet.name for triplet, *_ in group)
                         raise ValueError(f"{self.benchmark}, {names}: {error}") from error
