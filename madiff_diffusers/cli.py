@@ -183,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--results", metavar="FILE", help="results.json of madiff evaluate, whose scores of this checkpoint go into the card's header"
     )
     export.add_argument("--license", metavar="ID", help="licence of the weights for the card's header, as the Hub names it: apache-2.0, …")
+    export.add_argument("--space", action="store_true", help="write a Space instead, which shows madiff demo with this checkpoint: app.py, requirements.txt, README.md")
     export.set_defaults(run=run_export)
 
     push = commands.add_parser(
@@ -198,6 +199,23 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to the branch")
     push.set_defaults(run=run_push)
 
+    demo = commands.add_parser(
+        "demo",
+        help="try it in a browser",
+        description="Show a page, in a browser of this machine, that makes frames between two pictures, and videos smoother or slower. Needs pip install "
+        "'madiff_diffusers[demo]'. What is uploaded is deleted after an hour, and when the page is stopped (Ctrl-C).",
+    )
+    demo.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at; 0.0.0.0 shows the page to other machines (default: 127.0.0.1)")
+    demo.add_argument("--port", type=int, metavar="P", help="port to listen at (default: the first free one from 7860 on)")
+    demo.add_argument("--max-pixels", type=int, default=1920 * 1088, metavar="N", help="of a frame (default: 2088960, which is 1920x1088)")
+    demo.add_argument("--max-seconds", type=float, default=20.0, metavar="S", help="that an uploaded video may last (default: 20)")
+    demo.add_argument("--max-frames", type=int, default=2000, metavar="N", help="that one request may ask for (default: 2000)")
+    demo.add_argument("--max-upload", default="200mb", metavar="SIZE", help="of a file: 500kb, 200mb, 1gb, … (default: 200mb)")
+    demo.add_argument("--max-waiting", type=int, default=20, metavar="N", help="requests in the queue; one is worked on at a time (default: 20)")
+    demo.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
+    add_device_options(demo)
+    demo.set_defaults(run=run_demo)
+
     convert = commands.add_parser(
         "convert-eventgan",
         help="convert a checkpoint of the original EventGAN",
@@ -206,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="CHECKPOINT", help="the original's .pt or .pth file")
     convert.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write; must not exist")
     convert.set_defaults(run=run_convert)
-    for command in (interpolate, video, evaluate, ablate, export):
+    for command in (interpolate, video, evaluate, ablate, export, demo):
         command.add_argument(
             "--trust-remote-code", action="store_true", help="run code of the checkpoint that is not this package's: its own source of motion hints"
         )
@@ -639,12 +657,20 @@ def usable_device(name: str) -> "torch.device":  # noqa: F821
 def run_export(args: argparse.Namespace) -> None:
     import torch
 
+    from .space import write_space
+
     size = args.max_shard_size
     if size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size):
         raise CommandError(f"--max-shard-size must be a number with KB, MB, GB or TB, such as 5GB, but is {size!r}")
+    if args.space and (args.variant or size is not None or args.results is not None):
+        raise CommandError("--space takes --checkpoint and --license alone: a Space's weights are its own, in float32")
     with new_folder(args.output, "DIR") as folder:
         source = checkpoint_folder(args.checkpoint, args.trust_remote_code)
         pipeline = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
+        if args.space:
+            write_space(folder, pipeline, source.name, args.license)
+            print(args.output)
+            return
         metadata = {"license": args.license} if args.license else {}
         if args.results is not None:
             metadata.update(results_metadata(args.results, source, pipeline))
@@ -693,6 +719,30 @@ def add_to_card(path: Path, metadata: "Dict[str, Any]") -> None:  # noqa: F821
     for name, value in metadata.items():
         setattr(card.data, name, value)
     card.save(path)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    for name in ("max_pixels", "max_seconds", "max_frames", "max_waiting"):
+        if not getattr(args, name) > 0:
+            raise CommandError(f"`{name}` must be more than 0, but is {getattr(args, name)}")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise CommandError(f"`port` must be from 1 to 65535, but is {args.port}")
+    if not re.fullmatch(r"\d+ *[kmg]b", args.max_upload, flags=re.IGNORECASE):
+        raise CommandError(f"`max_upload` must be a size such as 500kb, 200mb or 1gb, but is {args.max_upload!r}")
+    try:
+        import gradio  # noqa: F401, before a model is loaded
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is missing; pip install 'madiff_diffusers[demo]'") from error
+    from .demo import Demo, Limits, serve
+
+    device, dtype = usable_device(args.device), chosen_dtype(args)
+    say_where(device, dtype)
+    pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code)
+    limits = Limits(args.max_pixels, args.max_seconds, args.max_frames, args.max_upload, args.max_waiting)
+    try:
+        serve(Demo(pipeline, limits, args.checkpoint), args.host, args.port)
+    except OSError as error:
+        raise CommandError(error) from error
 
 
 def run_push(args: argparse.Namespace) -> None:
