@@ -6,7 +6,9 @@ EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22", "torch-fidelity>=0.
 TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
 # What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
 TRAIN += ["numpy>=2.0", "opencv-python-headless>=4.10", "scikit-image>=0.24"]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", *TRAIN]
+TEST = ["pytest>=8.0", "nbclient>=0.10", "ipykernel>=6.29", "pytest-xdist>=3.6", "hypothesis>=6.100", *TRAIN]
+
+DEMO = ["gradio>=6.31"]
 
 setup(
     name="madiff_diffusers",
@@ -17,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["madiff_diffusers", "madiff_diffusers.*"]),
-    package_data={"madiff_diffusers": ["LICENSE", "checkpoints/*/README.md", "checkpoints/*/examples/*.png", "checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors", "evaluation/pages/*"]},
+    package_data={"madiff_diffusers": ["LICENSE", "examples/*.jpg", "checkpoints/*/README.md", "checkpoints/*/examples/*.png", "checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors", "evaluation/pages/*"]},
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.42.1",
@@ -34,8 +36,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "demo": DEMO,
         "test": TEST,
-        "all": TEST,
+        "all": [*TEST, *DEMO],
     },
     entry_points={"console_scripts": ["madiff=madiff_diffusers.cli:main"]},
 )

@@ -3,7 +3,8 @@
     python examples/make_frames.py
 
 Both photographs are CC0 and come with scikit-image: "coffee" by Rachel Michetti, "chelsea" by Stéfan van der Walt.
-`prev.png` and `next.png` are the neighbours; `truth.png` is the frame that lies in the middle of them.
+`prev.png` and `next.png` are the neighbours; `truth.png` is the frame that lies in the middle of them. `madiff demo` offers the
+neighbours as JPEG files of the package.
 """
 
 from pathlib import Path
@@ -33,4 +34,7 @@ def frame(time: float) -> np.ndarray:
 if __name__ == "__main__":
     for name, time in (("prev", -1.0), ("truth", 0.0), ("next", 1.0)):
         path = Path(__file__).with_name(f"{name}.png")
-        cv2.imwrite(str(path), cv2.cvtColor(frame(time), cv2.COLOR_RGB2BGR))
+        picture = cv2.cvtColor(frame(time), cv2.COLOR_RGB2BGR)
+        cv2.imwrite(str(path), picture)
+        if name != "truth":
+            cv2.imwrite(str(path.parent.parent / "madiff_diffusers" / "examples" / f"{name}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 92])

@@ -6,14 +6,22 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional
 
+from . import __version__
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+# Names that the command takes beside torch's.
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# What the pipeline's arguments are called on the command line, where that is not the same name.
+_OTHER_NAMES = {"num_inference_steps": "steps", "image_prev": "prev", "image_next": "next"}
 
 VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -31,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="madiff", description="Video frame interpolation by motion-aware latent diffusion (MADiff)."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"madiff {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="where a command fails, show the whole error; as MADIFF_DEBUG=1 in the environment does")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     interpolate = commands.add_parser(
         "interpolate",
@@ -64,14 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="C",
         help="a saved pipeline's folder, a repository of the Hub (USER/NAME), or what comes with the package (default: madiff-compact)",
     )
-    interpolate.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps, … (default: cpu)")
-    interpolate.add_argument(
-        "--dtype",
-        default="float32",
-        choices=DTYPES,
-        metavar="T",
-        help="float32, float16, bfloat16, or auto: the fastest that the device computes in by itself (default: float32)",
-    )
+    add_device_options(interpolate)
     interpolate.add_argument("--overwrite", action="store_true", help="replace OUT if it is there; PREV and NEXT never are")
     interpolate.set_defaults(run=run_interpolate)
 
@@ -93,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     video.add_argument(
         "--audio", choices=("keep", "stretch", "drop"), metavar="A", help="in slow motion, stretch (default; at the same pitch) or drop; else keep (default) or drop"
     )
-    video.add_argument("--codec", metavar="C", help="h264, hevc, vp9, av1, prores or ffv1 (default: what suits OUTPUT)")
+    video.add_argument(
+        "--codec", metavar="C", help="h264, hevc, vp9, av1, prores or ffv1; of a chip that this machine has, h264_nvenc, hevc_qsv, … (default: what suits OUTPUT)"
+    )
     video.add_argument("--crf", type=int, metavar="Q", help="quality; less is better and larger (default: 18 for h264, 20 for hevc, 24 for vp9, av1)")
     video.add_argument("--preset", metavar="P", help="the encoder's: fast, slow, …; numbers for vp9 and av1")
     video.add_argument(
@@ -118,8 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     video.add_argument("--skip-damage", action="store_true", help="go on behind damaged places of INPUT")
     video.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
-    video.add_argument("--device", default="cpu", metavar="D", help="as for interpolate; cuda is each process's own")
-    video.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for interpolate")
+    add_device_options(video)
     video.set_defaults(run=run_video)
 
     evaluate = commands.add_parser(
@@ -179,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--results", metavar="FILE", help="results.json of madiff evaluate, whose scores of this checkpoint go into the card's header"
     )
     export.add_argument("--license", metavar="ID", help="licence of the weights for the card's header, as the Hub names it: apache-2.0, …")
+    export.add_argument("--space", action="store_true", help="write a Space instead, which shows madiff demo with this checkpoint: app.py, requirements.txt, README.md")
     export.set_defaults(run=run_export)
 
     push = commands.add_parser(
@@ -193,6 +198,23 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--message", metavar="TEXT", help="commit message")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to the branch")
     push.set_defaults(run=run_push)
+
+    demo = commands.add_parser(
+        "demo",
+        help="try it in a browser",
+        description="Show a page, in a browser of this machine, that makes frames between two pictures, and videos smoother or slower. Needs pip install "
+        "'madiff_diffusers[demo]'. What is uploaded is deleted after an hour, and when the page is stopped (Ctrl-C).",
+    )
+    demo.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at; 0.0.0.0 shows the page to other machines (default: 127.0.0.1)")
+    demo.add_argument("--port", type=int, metavar="P", help="port to listen at (default: the first free one from 7860 on)")
+    demo.add_argument("--max-pixels", type=int, default=1920 * 1088, metavar="N", help="of a frame (default: 2088960, which is 1920x1088)")
+    demo.add_argument("--max-seconds", type=float, default=20.0, metavar="S", help="that an uploaded video may last (default: 20)")
+    demo.add_argument("--max-frames", type=int, default=2000, metavar="N", help="that one request may ask for (default: 2000)")
+    demo.add_argument("--max-upload", default="200mb", metavar="SIZE", help="of a file: 500kb, 200mb, 1gb, … (default: 200mb)")
+    demo.add_argument("--max-waiting", type=int, default=20, metavar="N", help="requests in the queue; one is worked on at a time (default: 20)")
+    demo.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
+    add_device_options(demo)
+    demo.set_defaults(run=run_demo)
 
     convert = commands.add_parser(
         "convert-eventgan",
@@ -211,11 +233,33 @@ def build_parser() -> argparse.ArgumentParser:
     rife.add_argument("source", metavar="CHECKPOINT", help="RIFE's flownet.pkl")
     rife.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write; must not exist")
     rife.set_defaults(run=run_convert_rife)
-    for command in (interpolate, video, evaluate, ablate, export):
+    for command in (interpolate, video, evaluate, ablate, export, demo):
         command.add_argument(
             "--trust-remote-code", action="store_true", help="run code of the checkpoint that is not this package's: its own source of motion hints"
         )
+    for command in set(commands.choices.values()):
+        # Behind the command's name, too; what stands before it is not put back by a default.
+        command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="where it fails, show the whole error")
+        flags = {action.dest: action.option_strings[-1] if action.option_strings else action.metavar for action in command._actions}
+        command.set_defaults(flags=flags | {name: flags[other] for name, other in _OTHER_NAMES.items() if other in flags})
     return parser
+
+
+def add_device_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps, xpu, …; auto: a GPU if there is one; cuda is each process's own (default: auto)"
+    )
+    command.add_argument(
+        "--dtype", default="float32", type=parse_dtype, metavar="T",
+        help="fp32, fp16 or bf16 (or float32, float16, bfloat16), or auto: the fastest that the device computes in by itself (default: fp32)",
+    )  # fmt: skip
+
+
+def parse_dtype(text: str) -> str:
+    name = SHORT_DTYPES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"must be one of auto, {', '.join(SHORT_DTYPES)} or {', '.join(SHORT_DTYPES.values())}, but is {text!r}")
+    return name
 
 
 def parse_instant(text: str) -> Fraction:
@@ -259,8 +303,12 @@ def run_interpolate(args: argparse.Namespace) -> None:
 
     import torch
 
-    pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), args.device, chosen_dtype(args), args.trust_remote_code)
-    pipeline.set_progress_bar_config(disable=None)  # but on a terminal
+    from .terminal import bar_size
+
+    device, dtype = usable_device(args.device), chosen_dtype(args)
+    say_where(device, dtype)
+    pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code)
+    pipeline.set_progress_bar_config(disable=None, **bar_size())  # but on a terminal
     try:
         frames = pipeline(
             frame_prev,
@@ -290,14 +338,14 @@ def run_video(args: argparse.Namespace) -> None:
     from .outputs import check_outputs
     from .processes import own_device, this_process
     from .video.batches import video_batch
-    from .video.jobs import interpolate_video, make_video, outputs_of
+    from .video.jobs import check_output, check_places, interpolate_video, make_video, outputs_of
     from .video.options import VideoOptions
 
     # What is not given has its default there.
     options = {name: value for name, value in vars(args).items() if name in VideoOptions.__dataclass_fields__ and value is not None}
     state = this_process(usable_device(args.device))
     try:
-        VideoOptions(**options).checked()
+        checked = VideoOptions(**options).checked()
         batch, is_folder, left_out = video_batch(Path(args.input), Path(args.output))
         if is_folder:
             # With --resume, those that are there are done.
@@ -306,14 +354,21 @@ def run_video(args: argparse.Namespace) -> None:
             check_outputs(written, [path for path in Path(args.input).iterdir() if path.is_file()], "; --overwrite replaces it, --resume leaves it")
             state.wait_for_everyone()  # one that looks later would find what others have made
             Path(args.output).mkdir(parents=True, exist_ok=True)
-        device = str(own_device(state, usable_device(args.device)))
-        pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), device, chosen_dtype(args), args.trust_remote_code)
+            for _, output in batch:
+                check_output(output, checked)
+        else:
+            preview = None if args.preview is None else Path(args.preview)
+            check_places(args.input, Path(args.output), checked, args.resume, args.overwrite, args.keep_partial, preview)
+        device, dtype = own_device(state, usable_device(args.device)), chosen_dtype(args)
+        if state.is_main_process:
+            say_where(device, dtype)
+        pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     pipeline.set_progress_bar_config(disable=True)
     if left_out and state.is_main_process:
         print(f"madiff: note: left out, for there is no video in them: {', '.join(path.name for path in left_out)}", file=sys.stderr)
-    failed = []
+    failed = 0
     # Of a single video, each process makes some parts; of several, each makes some of the videos.
     for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
         if is_folder and args.resume and output.exists() and not args.overwrite:
@@ -331,9 +386,11 @@ def run_video(args: argparse.Namespace) -> None:
                 **options,
             )
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            failed.append(str(error) + what_is_kept(output))
-            if len(batch) > 1:
-                print(f"madiff: {failed[-1]}", file=sys.stderr)
+            message = str(error) + what_is_kept(output)
+            if len(batch) == 1:
+                raise CommandError(message) from error
+            print(f"madiff: {in_flags(message, args.flags)}", file=sys.stderr)
+            failed += 1
             continue
         except KeyboardInterrupt:
             if state.is_main_process:
@@ -341,12 +398,12 @@ def run_video(args: argparse.Namespace) -> None:
             raise
         if len(batch) > 1 or state.is_main_process:
             for note in result.notes:
-                print(f"madiff: note: {note}", file=sys.stderr)
+                print(f"madiff: note: {in_flags(note, args.flags)}", file=sys.stderr)
             print(output)
     if len(batch) > 1:
         state.wait_for_everyone()  # one that fails would end the others' work
     if failed:
-        raise CommandError(failed[0] if len(batch) == 1 else f"{len(failed)} of {len(batch)} videos could not be made")
+        raise CommandError(f"{failed} of {len(batch)} videos could not be made")
 
 
 def what_is_kept(output: Path) -> str:
@@ -370,8 +427,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument("--scheduler", metavar="CLASS", help="a scheduler class of Diffusers (default: the checkpoint's own)")
     command.add_argument("--no-quantise", action="store_true", help="decode latents as they are, not as their nearest codes")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every item (default: 0)")
-    command.add_argument("--device", default="cpu", metavar="D", help="as for interpolate; cuda is each process's own")
-    command.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for interpolate")
+    add_device_options(command)
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument(
         "--skip", type=int, metavar="N", help="of frames and vimeo-septuplet, leave N frames out between two neighbours and make them (default: 1)"
@@ -416,6 +472,8 @@ class EvaluationCommand:
         self.state = this_process(device)
         self.device = own_device(self.state, device)
         self.dtype = chosen_dtype(args)
+        if self.state.is_main_process:
+            say_where(self.device, self.dtype)
         quantised = False if args.no_quantise else None
         self.settings = Settings(args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised)
         self.scorer = Scorer(
@@ -556,7 +614,15 @@ def chosen_dtype(args: argparse.Namespace) -> "torch.dtype":  # noqa: F821
 
     from .precision import fastest_dtype
 
-    return fastest_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    return fastest_dtype(usable_device(args.device)) if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def say_where(device: "torch.device", dtype: "torch.dtype") -> None:  # noqa: F821
+    """A command's first line."""
+    import torch
+
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    print(f"madiff: on {device}{name}, in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
 
 def load_pipeline(folder: Path, device: str, dtype: "torch.dtype", trust_remote_code: bool = False) -> "MADiffPipeline":  # noqa: F821
@@ -584,11 +650,18 @@ def load_pipeline(folder: Path, device: str, dtype: "torch.dtype", trust_remote_
 
 def usable_device(name: str) -> "torch.device":  # noqa: F821
     """
+    Args:
+        name: torch's, or "auto".
+
     Raises:
         CommandError: if torch cannot use it.
     """
     import torch
 
+    from .precision import best_device
+
+    if name == "auto":
+        return best_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -600,12 +673,20 @@ def usable_device(name: str) -> "torch.device":  # noqa: F821
 def run_export(args: argparse.Namespace) -> None:
     import torch
 
+    from .space import write_space
+
     size = args.max_shard_size
     if size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size):
         raise CommandError(f"--max-shard-size must be a number with KB, MB, GB or TB, such as 5GB, but is {size!r}")
+    if args.space and (args.variant or size is not None or args.results is not None):
+        raise CommandError("--space takes --checkpoint and --license alone: a Space's weights are its own, in float32")
     with new_folder(args.output, "DIR") as folder:
         source = checkpoint_folder(args.checkpoint, args.trust_remote_code)
         pipeline = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
+        if args.space:
+            write_space(folder, pipeline, source.name, args.license)
+            print(args.output)
+            return
         metadata = {"license": args.license} if args.license else {}
         if args.results is not None:
             metadata.update(results_metadata(args.results, source, pipeline))
@@ -654,6 +735,30 @@ def add_to_card(path: Path, metadata: "Dict[str, Any]") -> None:  # noqa: F821
     for name, value in metadata.items():
         setattr(card.data, name, value)
     card.save(path)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    for name in ("max_pixels", "max_seconds", "max_frames", "max_waiting"):
+        if not getattr(args, name) > 0:
+            raise CommandError(f"`{name}` must be more than 0, but is {getattr(args, name)}")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise CommandError(f"`port` must be from 1 to 65535, but is {args.port}")
+    if not re.fullmatch(r"\d+ *[kmg]b", args.max_upload, flags=re.IGNORECASE):
+        raise CommandError(f"`max_upload` must be a size such as 500kb, 200mb or 1gb, but is {args.max_upload!r}")
+    try:
+        import gradio  # noqa: F401, before a model is loaded
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is missing; pip install 'madiff_diffusers[demo]'") from error
+    from .demo import Demo, Limits, serve
+
+    device, dtype = usable_device(args.device), chosen_dtype(args)
+    say_where(device, dtype)
+    pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code)
+    limits = Limits(args.max_pixels, args.max_seconds, args.max_frames, args.max_upload, args.max_waiting)
+    try:
+        serve(Demo(pipeline, limits, args.checkpoint), args.host, args.port)
+    except OSError as error:
+        raise CommandError(error) from error
 
 
 def run_push(args: argparse.Namespace) -> None:
@@ -737,12 +842,23 @@ def new_folder(output: str, argument: str) -> Iterator[Path]:
         raise CommandError(error) from error
 
 
+def in_flags(message: str, flags: Dict[str, str]) -> str:
+    """A message of Python's, with its arguments as the command line has them: `` `max_memory` `` is `--max-memory`."""
+    return re.sub(r"`(\w+)(=[^`]*)?`", lambda found: flags[found[1]] + (found[2] or "").replace("=", " ") if found[1] in flags else found[0], message)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
     try:
         args.run(args)
     except CommandError as error:
-        message = " ".join(str(error).split())
+        if args.traceback or os.environ.get("MADIFF_DEBUG", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        message = " ".join(in_flags(str(error), args.flags).split())
         print(f"madiff: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which number type the networks are fastest in, on which device."""
+"""Which device the networks run on unless told otherwise, and which number type they are fastest in there."""
 
 from typing import Union
 
@@ -17,3 +17,11 @@ def fastest_dtype(device: Union[str, torch.device]) -> torch.dtype:
         # Without emulation, which is slower than float16.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
+
+
+def best_device() -> torch.device:
+    """The first that is there of a CUDA GPU (or AMD's by the same name), Apple's MPS and Intel's XPU; else the CPU."""
+    for name, is_there in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available), ("xpu", torch.xpu.is_available)):
+        if is_there():
+            return torch.device(name)
+    return torch.device("cpu")

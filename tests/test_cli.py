@@ -1,19 +1,25 @@
 """The `madiff` command as a user runs it: real processes, real files."""
 
+import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from madiff_diffusers import EventGANModel
+from madiff_diffusers import EventGANModel, __version__
 from madiff_diffusers.cli import main
 from madiff_diffusers.image_io import read_image, write_image
+from madiff_diffusers.precision import best_device
+from madiff_diffusers.video.writing import CODECS
 from tests.conftest import moving_picture
 from tests.test_eventgan import original_state
+from tests.video_files import drifting, write_video
 
 
 def madiff(*arguments) -> subprocess.CompletedProcess:
@@ -75,9 +81,9 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, frames, tmp_path, cap
         ((prev, next_, "-o", tmp_path / "no" / "out.png", *known), "no such folder"),
         ((prev, next_, "-o", tmp_path, *known), "image format"),
         ((prev, next_, "-o", tmp_path / "out.xyz", *known), "out.xyz"),
-        ((prev, next_, "-o", out, *known, "--num-frames", 0), "`num_frames` must be a positive integer"),
-        ((prev, next_, "-o", out, *known, "--times", "1/4", 1), "`times` must be a list of numbers between 0 and 1"),
-        ((prev, next_, "-o", out, *known, "--steps", 0), "`num_inference_steps`"),
+        ((prev, next_, "-o", out, *known, "--num-frames", 0), "--num-frames must be a positive integer, but is 0"),
+        ((prev, next_, "-o", out, *known, "--times", "1/4", 1), "--times must be a list of numbers between 0 and 1"),
+        ((prev, next_, "-o", out, *known, "--steps", 0), "--steps must be a positive integer, but is 0"),
         ((prev, next_, "-o", out, *known, "--device", "warp9"), "--device 'warp9'"),
         ((prev, next_, "-o", out, *known, "--device", "hpu"), "--device 'hpu'"),  # known to torch, but not in its build
         ((prev, next_, "-o", out, *known, "--seed", -1), "--seed must be in [0, 2^63), but is -1"),
@@ -151,3 +157,129 @@ def test_importing_the_package_is_quick():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     seconds, opencv = done.stdout.split()
     assert float(seconds) < 1 and opencv == "False", "heavy modules are imported on first use"
+
+
+def test_the_command_alone_prints_its_help(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: madiff") and all(name in printed for name in ("interpolate", "video", "evaluate", "--version", "--traceback"))
+
+
+def test_version():
+    done = madiff("--version")
+    assert (done.returncode, done.stdout) == (0, f"madiff {__version__}\n")
+
+
+def test_the_first_line_says_where_it_computes(checkpoint, frames, tmp_path, capsys):
+    known = ("-o", tmp_path / "out.png", "--checkpoint", checkpoint, "--overwrite")
+    for options, where in (((), f"{best_device()}"), (("--device", "cpu", "--dtype", "bf16"), "cpu, in bfloat16"), (("--device", "cpu", "--dtype", "fp32"), "cpu, in float32")):
+        assert main(["interpolate", *map(str, (*frames, *known, *options))]) == 0
+        first = capsys.readouterr().err.splitlines()[0]
+        assert first.startswith(f"madiff: on {where}") and ", in " in first
+
+
+@pytest.mark.parametrize("there, chosen", [((True, True, True), "cuda"), ((False, True, True), "mps"), ((False, False, True), "xpu"), ((False, False, False), "cpu")])
+def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch, there, chosen):
+    for name, value in zip((torch.cuda, torch.backends.mps, torch.xpu), there):
+        monkeypatch.setattr(name, "is_available", lambda value=value: value)
+    assert best_device() == torch.device(chosen)
+
+
+def test_an_unknown_dtype_is_told_what_there_is(frames, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["interpolate", *map(str, frames), "-o", str(tmp_path / "out.png"), "--dtype", "fp8"])
+    assert "--dtype: must be one of auto, fp32, fp16, bf16 or float32, float16, bfloat16, but is 'fp8'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before, behind, environment", [((), (), {}), (("--traceback",), (), {}), ((), ("--traceback",), {}), ((), (), {"MADIFF_DEBUG": "1"}), ((), (), {"MADIFF_DEBUG": "0"})])
+def test_the_whole_error_where_it_is_asked_for(frames, tmp_path, monkeypatch, capsys, before, behind, environment):
+    monkeypatch.delenv("MADIFF_DEBUG", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main([*before, "interpolate", str(tmp_path / "no.png"), str(frames[1]), "-o", str(tmp_path / "out.png"), *behind]) == 2
+    *whole, last = capsys.readouterr().err.splitlines()
+    assert last == f"madiff: error: No such image file: {tmp_path / 'no.png'}"
+    assert any("FileNotFoundError" in line for line in whole) == bool(before or behind or environment.get("MADIFF_DEBUG") == "1")
+
+
+def test_video_errors_show_whole_too(checkpoint, tmp_path, capsys):
+    (tmp_path / "in.mp4").write_bytes(b"no video")
+    assert main(["video", str(tmp_path / "in.mp4"), str(tmp_path / "out.mp4"), "--checkpoint", str(checkpoint), "--traceback"]) == 2
+    printed = capsys.readouterr().err
+    assert "VideoError" in printed and "Traceback" in printed and printed.splitlines()[-1].startswith("madiff: error: cannot read")
+
+
+def test_what_cannot_be_written_is_found_before_a_model_or_a_frame_is_read(tmp_path, capsys):
+    source = tmp_path / "in.mp4"
+    source.write_bytes(b"no video, which nobody notices")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    refused = [name for name, kind in CODECS.items() if kind.standard and kind.encoder not in av.codecs_available and "webm" not in name]
+    cases = [
+        (("out.mp4", "--codec", "prores"), "--codec for .mp4 must be one of h264, hevc"),
+        (("out.webm", "--codec", "h264_nvenc"), "--codec for .webm must be one of vp9, av1"),
+        (("out.mp4", "--crf", 99), "--crf for h264 must be from 0 (best) to 51, but is 99"),
+        (("out.webm", "--preset", "slow"), "--preset for vp9 must be one of 8, 7"),
+        (("out.mov", "--codec", "prores", "--crf", 9), "--crf cannot be set for prores"),
+        (("out.gif", "--fps", 60), "--fps for .gif must be at most 50, as players show shorter frames slower, but is 60"),
+        (("out.xyz",), "a video's name must end in .mp4"),
+        (("no/out.mp4",), "there is no folder"),
+        (("mine",), "holds other files than frames"),
+        (("mine.mp4", "--input-fps", 5), "--input-fps is for images"),
+        (("out.mp4", "--preview", "strip.xyz"), "must end in an image format"),
+        *[((f"out.mkv", "--codec", name), f"--codec {name} cannot be used: this build of PyAV") for name in refused],
+    ]  # fmt: skip
+    for (name, *options), message in cases:
+        assert main(["video", str(source), str(tmp_path / name), *map(str, options), "--checkpoint", "no checkpoint either"]) == 2
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == 1 and message in printed[0], printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "mine"]
+
+
+@pytest.mark.parametrize("codec", [name for name, kind in CODECS.items() if kind.standard and kind.encoder in av.codecs_available])
+def test_encoders_of_chips_encode_or_are_refused_clearly(checkpoint, tmp_path, capsys, codec):
+    source = write_video(tmp_path / "in.mp4", drifting(4, 256, 320), range(4), Fraction(1, 25))
+    status = main(["video", str(source), str(tmp_path / "out.mkv"), "--codec", codec, "--checkpoint", str(checkpoint)])
+    if status == 0:
+        with av.open(str(tmp_path / "out.mkv")) as file:
+            assert file.streams.video[0].codec_context.codec.canonical_name == CODECS[codec].standard and len(list(file.decode(video=0))) == 8
+        return
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and line.startswith(f"madiff: error: --codec {codec} cannot be used: this machine has no such chip, or no driver for it")
+    assert line.endswith(f"{CODECS[codec].standard} encodes on the processor") and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
+@pytest.mark.parametrize("size", [(0, 0), (24, 60)])
+def test_the_bar_shows_on_any_terminal(checkpoint, tmp_path, size):
+    """Also on one that does not tell its size, as in a container without -t's window."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    source = write_video(tmp_path / "in.mp4", drifting(3), range(3), Fraction(1, 25))
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    command = [sys.executable, "-m", "madiff_diffusers", "video", str(source), str(tmp_path / "out.mp4"), "--checkpoint", str(checkpoint)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower, env=environment)
+    os.close(follower)
+    printed = b""
+    try:
+        while piece := os.read(leader, 4096):
+            printed += piece
+    except OSError:  # Linux tells the end in this way
+        pass
+    os.close(leader)
+    assert process.wait() == 0
+    bars = [line for line in printed.decode().split("\r") if "out.mp4" in line and "%" in line]
+    assert bars and "6/6" in bars[-1] and max(map(len, bars)) <= (size[1] or 80) + 1
+
+
+def test_a_log_gets_few_whole_lines(checkpoint, tmp_path):
+    source = write_video(tmp_path / "in.mp4", drifting(3), range(3), Fraction(1, 25))
+    done = madiff("video", source, tmp_path / "out.mp4", "--checkpoint", checkpoint)
+    lines = done.stderr.splitlines()
+    assert "\r" not in done.stderr and lines[0].startswith("madiff: on ") and len(lines) <= 5
+    assert any(line.startswith("out.mp4: 6 of 6 frames") for line in lines)

@@ -177,7 +177,9 @@ def test_made_frames_have_the_colours_of_their_neighbours(pipeline, tmp_path):
 )
 def test_every_kind_of_file(pipeline, tmp_path, suffix, codec):
     source, out = phone_clip(tmp_path / "in.mp4", 4), tmp_path / f"out{suffix}"
-    result = run(pipeline, source, out, **({} if codec in ("gif", "raw") else {"codec": codec}))
+    # Players keep at most 50 frames a second of a GIF.
+    slower = {"slow_motion": Fraction(2), "audio": "drop"} if codec == "gif" else {}
+    result = run(pipeline, source, out, **({} if codec in ("gif", "raw") else {"codec": codec}), **slower)
     before, after = read(source), read(out)
     assert len(after.times) == 8 == result.frames and after.codec == {"raw": "rawvideo"}.get(codec, codec)
     turned = not CONTAINERS[suffix].turns
@@ -189,7 +191,7 @@ def test_every_kind_of_file(pipeline, tmp_path, suffix, codec):
     offset = after.times[0]
     rounding = {".gif": Fraction(1, 100), ".mkv": Fraction(1, 1000), ".webm": Fraction(1, 1000)}.get(suffix, 0)
     if not CONTAINERS[suffix].steady:
-        assert all(abs(a - offset - b) <= rounding for a, b in zip(after.times[::2], before.times))
+        assert all(abs(a - offset - b * slower.get("slow_motion", 1)) <= rounding for a, b in zip(after.times[::2], before.times))
     if suffix in (".mp4", ".m4v", ".mov", ".mkv", ".avi"):
         assert after.audio["hash"] == before.audio["hash"]
         assert abs((after.audio["times"][-1] - after.times[0]) - (before.audio["times"][-1] - before.times[0])) < Fraction(3, 100)
@@ -250,7 +252,8 @@ def samples(frame: av.VideoFrame) -> list:
 
 # All that some codec is given, and what decoders give that it is made of.
 SOURCES = sorted(name for name in av.video.format.names if not re.search("f16|f32|32[bl]e|96|128|bayer|msb|xyz|^(amf|cuda|d3d11|d3d12|drm_prime|mediacodec|mmal|ohcodec|opencl|qsv|vaapi|vdpau|vulkan)$|^mono|^pal|[1-6]{3}[bl]e$|_byte$|^bgr8|^rgb8|^rgb4|^bgr4|vld|be$", name))
-ENCODED = sorted({analogous_format(av.VideoFormat(name), codec) for name in SOURCES for codec in CODECS})
+BUILT = [name for name, kind in CODECS.items() if kind.encoder in av.codecs_available]
+ENCODED = sorted({analogous_format(av.VideoFormat(name), codec) for name in SOURCES for codec in BUILT})
 
 
 @pytest.mark.parametrize("colour_range", [1, 2])
@@ -353,7 +356,7 @@ def test_bad_input_says_what_is_allowed(pipeline, tmp_path):
         (dict(factor=2, fps=Fraction(50)), "either `factor` or `fps`"), (dict(fps=Fraction(5000)), "`fps` must be"), (dict(codec="prores"), "`codec` for .mp4 must be one of h264"),
         (dict(crf=70), "`crf` for h264 must be from 0"), (dict(preset="quick"), "`preset` for h264 must be one of ultrafast"), (dict(slow_motion=Fraction(1, 2)), "`slow_motion` must be"),
         (dict(slow_motion=Fraction(2), audio="keep"), "`audio` must be stretch or drop in slow motion, but is keep"), (dict(audio="stretch"), "`audio` must be keep or drop, but is stretch"),
-        (dict(image_fps=Fraction(25)), "which has its own"), (dict(source="*.png"), "there are no images"), (dict(seed=-1), "`seed`"), (dict(max_memory=5), "`max_memory`"),
+        (dict(image_fps=Fraction(25)), "which has a rate of its own"), (dict(source="*.png"), "there are no images"), (dict(seed=-1), "`seed`"), (dict(max_memory=5), "`max_memory`"),
         (dict(output="out.mkv", codec="ffv1", crf=3), "`crf` cannot be set for ffv1"),
     ]  # fmt: skip
     for changed, message in cases:
@@ -536,7 +539,7 @@ def test_mirrored_pictures(pipeline, tmp_path, turns, expected):
 def test_what_files_cannot_hold_is_found_at_once(pipeline, tmp_path):
     source = film_clip(tmp_path / "in.mkv", 4, codec="libx265", pixel_format="yuv420p10le", options={"x265-params": "log-level=none"})
     assert run(pipeline, source, tmp_path / "out.y4m").frames == 8 and read(tmp_path / "out.y4m").pixel_format == "yuv420p10le"
-    with pytest.raises(VideoError, match="at most 100 frames a second"):
+    with pytest.raises(VideoError, match="`fps` for .gif must be at most 50"):
         run(pipeline, source, tmp_path / "out.gif", fps=Fraction(120))
     with pytest.raises(ValueError, match="must end in an image format"):
         run(pipeline, source, tmp_path / "out.mp4", preview=tmp_path / "strip.xyz")

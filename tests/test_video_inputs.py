@@ -172,12 +172,24 @@ def test_a_gif_keeps_its_whole_time_and_its_loops(pipeline, tmp_path, loop):
 
 
 def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
-    source = write_video(tmp_path / "in.mkv", drifting(7), range(7), Fraction(1, 30))
-    for factor in (1, 2):
+    source = write_video(tmp_path / "in.mkv", drifting(7), range(7), Fraction(1, 15))
+    for factor in (1, 2, 3):
         interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, overwrite=True, progress=False)
         durations, loop = gif_times(tmp_path / "out.gif")
         ends = np.cumsum(durations)
-        assert np.abs(ends - np.arange(1, len(ends) + 1) * 1000 / 30 / factor).max() <= 5 and loop == 0
+        assert np.abs(ends - np.arange(1, len(ends) + 1) * 1000 / 15 / factor).max() <= 5 and loop == 0
+
+
+@pytest.mark.parametrize("rate, factor, shown", [(30, 2, 50), (60, 1, 50), (25, 2, 50), (10, 8, 50), (16, 2, None)])
+def test_players_keep_the_delays_of_a_gif(pipeline, tmp_path, rate, factor, shown):
+    """Whole hundredths of a second, two and more; what is less, players show as ten."""
+    source = write_video(tmp_path / "in.mkv", drifting(rate // 2), range(rate // 2), Fraction(1, rate))
+    result = interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, progress=False)
+    durations, _ = gif_times(tmp_path / "out.gif")
+    assert min(durations) >= 20 and all(each % 10 == 0 for each in durations) and sum(durations) == 1000 * (rate // 2) // rate
+    assert set(durations) == ({1000 // shown} if shown else {30, 40}) and len(durations) == result.frames
+    told = [note for note in result.notes if "GIF players" in note]
+    assert told == ([f"GIF players keep delays of 2/100 s and more: {shown}.00 frames a second are shown in the place of {rate * factor}.00"] if shown and rate * factor != shown else [])
 
 
 def test_a_folder_of_videos_by_any_name(checkpoint, tmp_path, capsys):

@@ -63,11 +63,11 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
     Image.fromarray(moving_picture(0)).save(tmp_path / "mixed" / "a.png")
     cases = [
         ((tmp_path / "none.mp4", tmp_path / "out.mp4"), "there is no file"),
-        ((source, tmp_path / "out.mp4", "--crf", 99), "`crf` for h264 must be from 0 (best) to 51, but is 99"),
-        ((source, tmp_path / "out.mp4", "--audio", "stretch"), "`audio` must be keep or drop"),
-        ((source, tmp_path / "out.mp4", "--max-memory", "1KB"), "`max_memory` must be at least 1 GiB"),
-        ((source, tmp_path / "out.mp4", "--fps", "fast"), "`fps` must be a number or a fraction, but is 'fast'"),
-        ((source, tmp_path / "out.mp4", "--max-memory", "big"), "`max_memory` must be a size such as 8GiB"),
+        ((source, tmp_path / "out.mp4", "--crf", 99), "--crf for h264 must be from 0 (best) to 51, but is 99"),
+        ((source, tmp_path / "out.mp4", "--audio", "stretch"), "--audio must be keep or drop"),
+        ((source, tmp_path / "out.mp4", "--max-memory", "1KB"), "--max-memory must be at least 1 GiB"),
+        ((source, tmp_path / "out.mp4", "--fps", "fast"), "--fps must be a number or a fraction, but is 'fast'"),
+        ((source, tmp_path / "out.mp4", "--max-memory", "big"), "--max-memory must be a size such as 8GiB"),
         ((tmp_path / "mixed", tmp_path / "out"), "must hold images or videos, but holds 1 and 1"),
     ]
     for arguments, message in cases:

@@ -23,6 +23,8 @@ LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
 # Seconds of sound that codecs decode before what is heard.
 PRIMING = Fraction(1, 10)
 
+LEAST_DELAY = 2  # hundredths of a second that players show a frame of a GIF for; less than that, they make ten
+
 # How often a GIF is shown again, as FFmpeg takes it.
 FOR_EVER, NEVER = 0, -1
 
@@ -355,7 +357,7 @@ def _assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: 
     graph.configure()
     last_time = max(time for time, _, _ in read_index(parts[-1]))
     # Other frames last until the next begins; each is rounded by itself, so that errors do not add up.
-    last_delay = _hundredths(end, encoding) - _hundredths(last_time, encoding)
+    last_delay = max(LEAST_DELAY, _hundredths(end, encoding) - _hundredths(last_time, encoding))
     options = {"loop": str(loops), "final_delay": str(last_delay)}
     with av.open(file_url(output), "w", format="gif", container_options=options) as file:
         video = file.add_stream("gif", rate=encoding.rate)

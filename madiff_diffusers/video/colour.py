@@ -64,7 +64,10 @@ class ColourPath:
         # Planes are read where they are: of transparency, and of formats with a J, the scaler would make something of the others.
         own = frame.format.name.replace("yuva", "yuv").replace("yuvj", "yuv").replace("gbrap", "gbrp")
         if own != planar:
-            frame = self._reader.reformat(frame, format=planar, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(frame.format)))
+            # FFmpeg's threads spoil each other's rows of P010.
+            threads = 1 if frame.format.name.startswith("p0") else 0
+            same = self._same(is_rgb(frame.format))
+            frame = self._reader.reformat(frame, format=planar, interpolation=Interpolation.BICUBIC, threads=threads, **same)
         if planar == _FLOAT_RGB:
             return frame.to_ndarray()
         if is_rgb(frame.format):

@@ -70,6 +70,11 @@ class Timeline:
         self._frames_of_rate = 0 if rate is None else max(1, ceil(end * self._unit * rate - Fraction(1, 2)))
 
     @property
+    def rate(self) -> Optional[Fraction]:
+        """Frames a second; None where their times follow the source's."""
+        return self._rate
+
+    @property
     def duration(self) -> int:
         """Of the result, in units of `time_base`."""
         return self._frames_of_rate if self._rate is not None else self._boundaries[-1] * self._factor

@@ -11,6 +11,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
 
@@ -26,6 +28,7 @@ from ..outputs import UnwritableError, check_outputs, unwritable
 from ..pipeline_madiff import MADiffPipeline
 from ..properties import lost
 from ..scene_cuts import cuts_of_changes
+from ..terminal import bar_size
 from .assembling import assemble, write_pictures
 from .colour import ColourPath, ColourTags, chroma_of, is_rgb
 from .found import found_in_video, hdr10_of
@@ -33,7 +36,7 @@ from .frame_times import ShownFrame, Timeline
 from .middles import FrameMaker, Neighbour, tile_pixels_for
 from .options import VideoOptions
 from .reading import Source, VideoError, analyse
-from .writing import FOLDER, PartWriter, choose_encoding, container_of, is_complete, told_tags, write_json
+from .writing import FOLDER, MOST_GIF_RATE, PartWriter, check_encoding, choose_encoding, container_of, is_complete, told_tags, write_json
 
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
@@ -42,6 +45,7 @@ LOG_SECONDS = 30  # between lines about how far it is, where there is no termina
 PREVIEW_FRAMES, PREVIEW_HEIGHT = 8, 180
 
 T = TypeVar("T")
+Progress = Callable[[str, int, Optional[int]], None]
 
 
 class VideoResult(NamedTuple):
@@ -93,13 +97,8 @@ class VideoJob:
         keep_partial: bool = False, progress: Optional[Callable[[], None]] = None,
     ):
         self.pipeline, self.options, self.output = pipeline, options.checked(), Path(output)
+        check_output(self.output, self.options)
         container = container_of(self.output)
-        if not self.output.absolute().parent.is_dir():
-            raise VideoError(f"there is no folder {self.output.parent} to write into")
-        if self.output.exists() and self.output.is_dir() != (container is FOLDER):
-            raise VideoError(f"{self.output} is {'a folder' if self.output.is_dir() else 'a file'} already")
-        if container is FOLDER and (self.output.is_symlink() or os.path.ismount(self.output)):
-            raise VideoError(f"{self.output} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it")
         self.source = Source(source, self.options.image_fps)
         self.analysis = analyse(
             self.source, blocks=self.options.dedup, skip_damage=self.options.skip_damage, keep_good=keep_partial, progress=progress
@@ -108,7 +107,7 @@ class VideoJob:
         self.is_cut_short = bool(self.analysis.damage) and keep_partial and not self.options.skip_damage
         self.timeline = self._timeline(container.steady)
         slowed = self.analysis.rate / self.options.slow_motion
-        rate = self.options.fps or (slowed * self.options.factor).limit_denominator(10**5)
+        rate = self.timeline.rate or (slowed * self.options.factor).limit_denominator(10**5)
         self.encoding = choose_encoding(
             self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset,
             hdr10_of(self.source),
@@ -130,6 +129,12 @@ class VideoJob:
         rate = options.fps
         if rate is None and steady:  # a file that has but one rate
             rate = analysis.rate / options.slow_motion * options.factor
+        if rate is None and container_of(self.output).format == "gif":
+            times = analysis.starts
+            shortest = min((later - time for time, later in zip(times, times[1:])), default=analysis.end) * analysis.unit * options.slow_motion / options.factor
+            if shortest < Fraction(1, MOST_GIF_RATE):  # all frames of one length, of whole hundredths of a second, as near as players keep
+                wanted = analysis.rate / options.slow_motion * options.factor
+                rate = Fraction(100, max(100 // MOST_GIF_RATE, ceil(100 / wanted)))
         return Timeline(
             analysis.starts,
             analysis.end,
@@ -184,8 +189,6 @@ class VideoJob:
         Raises:
             VideoError: if something is there that must not be lost.
         """
-        if self.output.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in self.output.iterdir()):
-            raise VideoError(f"{self.output} holds other files than frames that were written before")
         if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
@@ -331,8 +334,9 @@ class VideoJob:
         upright = analysis.size[::-1] if encoding.turned in (90, 270) else analysis.size
         if encoding.size != tuple(upright):
             notes.append(f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated")
-        if encoding.codec == "gif" and encoding.rate > 50:
-            notes.append(f"GIF has times in hundredths of a second; players show more than 50 frames a second ({float(encoding.rate):.2f}) slower")
+        if encoding.codec == "gif" and encoding.rate != self.options.fps and self.timeline.rate is not None:
+            wanted = float(analysis.rate / self.options.slow_motion * self.options.factor)
+            notes.append(f"GIF players keep delays of 2/100 s and more: {float(encoding.rate):.2f} frames a second are shown in the place of {wanted:.2f}")
         return notes
 
     def save_partial(self) -> Optional[Path]:
@@ -372,6 +376,29 @@ class VideoJob:
         return notes
 
 
+def check_output(output: Path, options: VideoOptions) -> None:
+    """
+    Refuse what can be known to fail before a source is read.
+
+    Args:
+        output: file or folder.
+        options: checked.
+
+    Raises:
+        VideoError: for a place that cannot be written to, and for what `writing.check_encoding` refuses.
+    """
+    is_folder = container_of(output) is FOLDER
+    if not output.absolute().parent.is_dir():
+        raise VideoError(f"there is no folder {output.parent} to write into")
+    if output.exists() and output.is_dir() != is_folder:
+        raise VideoError(f"{output} is {'a folder' if output.is_dir() else 'a file'} already")
+    if is_folder and (output.is_symlink() or os.path.ismount(output)):
+        raise VideoError(f"{output} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it")
+    if output.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in output.iterdir()):
+        raise VideoError(f"{output} holds other files than frames that were written before")
+    check_encoding(output, options.codec, options.crf, options.preset, options.fps)
+
+
 def parts_folder(output: Path) -> Path:
     """Where parts lie until an output is complete."""
     return output.with_name(output.name + ".parts")
@@ -391,6 +418,33 @@ def outputs_of(output: Path, resume: bool, overwrite: bool, keep_partial: bool, 
     return written + ([] if preview is None else [(preview, may_be_there)])
 
 
+def check_places(
+    source: Union[str, Path], output: Path, options: VideoOptions, resume: bool, overwrite: bool, keep_partial: bool, preview: Optional[Path]
+) -> None:
+    """
+    Refuse, before anything is decoded, what would be written over, and what `check_output` refuses.
+
+    Args:
+        options: checked; the others are as in `interpolate_video`.
+
+    Raises:
+        VideoError: if something would be lost, or cannot be written as asked.
+        ValueError: if `preview` is no image file's name.
+    """
+    read = Source(source, options.image_fps)
+    if preview is not None:
+        image_format(preview)
+        if not preview.absolute().parent.is_dir():
+            raise VideoError(f"there is no folder {preview.parent} for `preview`")
+    try:
+        check_outputs(outputs_of(output, resume, overwrite, keep_partial, preview), read.images or [read.path], "; `overwrite` replaces it")
+    except ValueError as error:
+        raise VideoError(str(error)) from error
+    if preview is not None and read.takes(preview):
+        raise VideoError(f"`preview` {preview} would become one of the images of {source}")
+    check_output(output, options)
+
+
 def interpolate_video(
     pipeline: MADiffPipeline,
     source: Union[str, Path],
@@ -400,7 +454,7 @@ def interpolate_video(
     overwrite: bool = False,
     keep_partial: bool = False,
     preview: Union[str, Path, None] = None,
-    progress: bool = True,
+    progress: Union[bool, Progress] = True,
     processes: Any = None,
     **options,
 ) -> VideoResult:
@@ -418,7 +472,8 @@ def interpolate_video(
         overwrite: replace an output, and parts, that are there; with `resume`, parts only if they are of other work.
         keep_partial: when the work is stopped or fails, or the source is damaged, write what is good as `NAME.partial.ENDING`.
         preview: image file to write the latest frames into, side by side, with each part.
-        progress: whether to show a bar.
+        progress: whether to show a bar; or what is called instead, with "reading" or the output's name, frames that are done, and all
+            of them if that is known. What it raises stops the work.
         processes: an `accelerate.PartialState`; its processes share the work, and all call this.
         options: the fields of [`VideoOptions`].
 
@@ -429,18 +484,8 @@ def interpolate_video(
         VideoError: for what cannot be read, or not be written as asked; nothing is left then.
         OSError: if a disk is full, or a file cannot be written.
     """
-    output, read = Path(output), Source(source)
-    if preview is not None:
-        preview = Path(preview)
-        image_format(preview)
-        if not preview.absolute().parent.is_dir():
-            raise VideoError(f"there is no folder {preview.parent} for `preview`")
-    try:
-        check_outputs(outputs_of(output, resume, overwrite, keep_partial, preview), read.images or [read.path], "; `overwrite` replaces it")
-    except ValueError as error:
-        raise VideoError(str(error)) from error
-    if preview is not None and read.takes(preview):
-        raise VideoError(f"`preview` {preview} would become one of the images of {source}")
+    output, preview = Path(output), None if preview is None else Path(preview)
+    check_places(source, output, VideoOptions(**options).checked(), resume, overwrite, keep_partial, preview)
     if processes is not None:
         processes.wait_for_everyone()  # one that looks later would find what others have made
     return make_video(
@@ -450,12 +495,12 @@ def interpolate_video(
 
 def make_video(
     pipeline: MADiffPipeline, source: Union[str, Path], output: Path, *, resume: bool, overwrite: bool, keep_partial: bool, preview: Optional[Path],
-    progress: bool = True, processes: Any = None, **options,
+    progress: Union[bool, Progress] = True, processes: Any = None, **options,
 ) -> VideoResult:  # fmt: skip
     """`interpolate_video` without its look at what would be written over, for callers that have looked at all of several videos."""
     count, rank = (1, 0) if processes is None else (processes.num_processes, processes.process_index)
     wait = (lambda: None) if processes is None else processes.wait_for_everyone
-    show = progress and rank == 0
+    show = progress if rank == 0 else False
     with _bar(show, desc="reading", unit="frame") as bar:
         job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
     if rank == 0:
@@ -511,11 +556,26 @@ def _naming(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(show: bool, **settings) -> Iterator[tqdm]:
+def _bar(show: Union[bool, Progress], **settings) -> Iterator[Union[tqdm, "_Told"]]:
+    if callable(show):
+        yield _Told(show, settings["desc"], settings.get("initial", 0), settings.get("total"))
+        return
     if not sys.stderr.isatty():
         settings.update(file=_Lines(), mininterval=LOG_SECONDS, bar_format="{desc}: {n_fmt} of {total_fmt} frames, {elapsed} gone, {remaining} left, {rate_fmt}")
-    with tqdm(disable=not show, dynamic_ncols=True, **settings) as bar:
+    with tqdm(disable=not show, **bar_size(), **settings) as bar:
         yield bar
+
+
+class _Told:
+    """A caller's own bar."""
+
+    def __init__(self, tell: Progress, name: str, done: int, total: Optional[int]):
+        self._tell, self._name, self._done, self._total = tell, name, done, total
+        tell(name, done, total)
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        self._tell(self._name, self._done, self._total)
 
 
 class _Lines:

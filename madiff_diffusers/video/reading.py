@@ -61,7 +61,7 @@ class Source:
         if self.images is None and self.path.stat().st_size == 0:
             raise VideoError(f"{self.path} is empty")
         if self.images is None and image_rate is not None:
-            raise VideoError(f"a rate of images was given, but {self.path} is a video file, which has its own")
+            raise VideoError(f"`image_fps` is for images, but {self.path} is a video file, which has a rate of its own")
         # Seconds that times are counted in, and the rate that the file tells, if it does.
         self.rate = None if self.images is None else image_rate or IMAGE_RATE
         self.time_base = Fraction(1) if self.rate is None else 1 / self.rate

@@ -63,6 +63,9 @@ class Codec(NamedTuple):
         presets: from fast to slow, or the other way about; empty where there are none.
         preset: unless told otherwise.
         options: that are always set.
+        quality: the encoder's own name for what `crf` sets.
+        pace: the encoder's own name for what `preset` sets.
+        standard: another name in `CODECS`, of which this is the same kind of pictures, by a chip; None for what the processor encodes.
     """
 
     encoder: str
@@ -71,6 +74,9 @@ class Codec(NamedTuple):
     presets: Tuple[str, ...] = ()
     preset: Optional[str] = None
     options: Dict[str, str] = {}
+    quality: str = "crf"
+    pace: str = "preset"
+    standard: Optional[str] = None
 
 
 _X26X = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -78,7 +84,7 @@ CODECS = {
     # Its macroblock tree makes other bytes of the same frames from one run to the next.
     "h264": Codec("libx264", 18, 51, _X26X, "medium", {"mbtree": "0"}),
     "hevc": Codec("libx265", 20, 51, _X26X, "medium", {"x265-params": "log-level=none"}),
-    "vp9": Codec("libvpx-vp9", 24, 63, tuple("876543210"), "2", {"b:v": "0", "row-mt": "1"}),
+    "vp9": Codec("libvpx-vp9", 24, 63, tuple("876543210"), "2", {"b:v": "0", "row-mt": "1"}, pace="cpu-used"),
     "av1": Codec("libsvtav1", 24, 63, tuple("13 12 11 10 9 8 7 6 5 4 3 2 1 0".split()), "8"),
     "prores": Codec("prores_ks"),
     "ffv1": Codec("ffv1", options={"level": "3", "g": "1", "slicecrc": "1"}),
@@ -87,6 +93,24 @@ CODECS = {
     "gif": Codec("ffv1", options={"level": "3", "g": "1"}),
     "png": Codec("png"),
 }
+
+# Encoders of graphics cards and other chips. How good a number of `crf` looks is their own matter.
+_NVENC = {"presets": tuple(f"p{number}" for number in range(1, 8)), "preset": "p5", "options": {"rc": "vbr", "b:v": "0"}, "quality": "cq"}
+_QSV = {"presets": _X26X[2:], "preset": "medium", "quality": "global_quality"}
+_VIDEOTOOLBOX = {"options": {"allow_sw": "0"}}
+_VAAPI = {"quality": "qp"}
+for _standard in ("h264", "hevc", "av1", "vp9"):
+    _usual = CODECS[_standard].crf
+    for _chip, _settings in (("nvenc", _NVENC), ("qsv", _QSV), ("vaapi", _VAAPI)):
+        if (_standard, _chip) != ("vp9", "nvenc"):
+            CODECS[f"{_standard}_{_chip}"] = Codec(f"{_standard}_{_chip}", _usual, standard=_standard, **_settings)
+    if _standard in ("h264", "hevc"):  # which is told a rate in bits, not a quality
+        CODECS[f"{_standard}_videotoolbox"] = Codec(f"{_standard}_videotoolbox", standard=_standard, **_VIDEOTOOLBOX)
+
+# What holds the samples of a planar format in fewer planes: all that some chips take.
+_INTERLEAVED = {"yuv420p": "nv12", "yuv420p10le": "p010le"}
+
+MOST_GIF_RATE = 50  # frames a second that players keep; see `assembling.LEAST_DELAY`
 
 
 class Hdr10(NamedTuple):
@@ -152,6 +176,11 @@ class Encoding(NamedTuple):
     mirrored: bool
     turned: int
 
+    @property
+    def standard(self) -> str:
+        """The kind of pictures, whoever encodes them: a name in `CODECS`."""
+        return CODECS[self.codec].standard or self.codec
+
     def add_stream(self, output: av.container.OutputContainer) -> av.video.stream.VideoStream:
         """A stream that encodes in this way, and says so in the file's header."""
         os.environ.setdefault("SVT_LOG", "1")  # or the AV1 encoder tells its settings on stderr
@@ -166,7 +195,7 @@ class Encoding(NamedTuple):
             context.sample_aspect_ratio = self.pixel_aspect
         if self.matrix is not None:
             stream.set_display_matrix(self.matrix)
-        if self.codec == "hevc" and self.container.format in ("mp4", "mov"):
+        if self.standard == "hevc" and self.container.format in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # what Apple's players know it by
         return stream
 
@@ -195,6 +224,66 @@ def container_of(output: Path) -> Container:
     return CONTAINERS[suffix]
 
 
+def check_encoding(output: Path, codec: Optional[str] = None, crf: Optional[int] = None, preset: Optional[str] = None, fps: Optional[Fraction] = None) -> None:
+    """
+    Refuse, before anything of a source is read, what no source could make right.
+
+    Args:
+        output: file or folder.
+        codec, crf, preset, fps: as they were given.
+
+    Raises:
+        VideoError: for a kind of file, codec, quality or rate that cannot be, and for an encoder that this machine has not.
+    """
+    container = container_of(output)
+    if codec is not None:
+        able = [name for name, kind in CODECS.items() if (kind.standard or name) in container.codecs]
+        if codec not in able:
+            built = [name for name in able if CODECS[name].encoder in av.codecs_available]
+            raise VideoError(f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(built)}, but is {codec!r}")
+        _check_encoder(codec)
+    refusals = [_refusal(name, crf, preset) for name in ([codec] if codec is not None else container.codecs)]
+    if all(refusals):
+        raise VideoError(refusals[0])
+    if container.format == "gif" and fps is not None and fps > MOST_GIF_RATE:
+        raise VideoError(f"`fps` for .gif must be at most {MOST_GIF_RATE}, as players show shorter frames slower, but is {float(fps):g}")
+
+
+def _refusal(name: str, crf: Optional[int], preset: Optional[str]) -> Optional[str]:
+    """What is wrong with settings of an encoder, in words."""
+    kind = CODECS[name]
+    if crf is not None and kind.crf is None:
+        return f"`crf` cannot be set for {name}"
+    if crf is not None and not 0 <= crf <= kind.worst:
+        return f"`crf` for {name} must be from 0 (best) to {kind.worst}, but is {crf}"
+    if preset is not None and preset not in kind.presets:
+        return f"`preset` for {name} must be one of {', '.join(kind.presets) or 'none'}, but is {preset!r}"
+    return None
+
+
+def _check_encoder(name: str) -> None:
+    """
+    Raises:
+        VideoError: if FFmpeg was built without it, or it is a chip's and cannot be opened on this machine.
+    """
+    kind = CODECS[name]
+    instead = "" if kind.standard is None else f"; {kind.standard} encodes on the processor"
+    if kind.encoder not in av.codecs_available:
+        raise VideoError(f"`codec` {name} cannot be used: this build of PyAV ({av.__version__}) has no {kind.encoder}{instead}")
+    if kind.standard is None:
+        return
+    formats = [each.name for each in av.Codec(kind.encoder, "w").video_formats or []]
+    pixel_format = next((each for each in ("yuv420p", "nv12") if each in formats), None)
+    if pixel_format is None:
+        raise VideoError(f"`codec` {name} cannot be used: it takes pictures in the memory of a graphics card alone, where PyAV puts none{instead}")
+    encoder = av.CodecContext.create(kind.encoder, "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 640, 360, pixel_format, Fraction(1, 25)
+    try:
+        encoder.open()
+    except av.FFmpegError as error:
+        raise VideoError(f"`codec` {name} cannot be used: this machine has no such chip, or no driver for it ({error.strerror}){instead}") from error
+
+
 def choose_encoding(
     output: Path, analysis: Analysis, time_base: Fraction, rate: Fraction, codec: Optional[str] = None, crf: Optional[int] = None,
     preset: Optional[str] = None, hdr10: Optional[Hdr10] = None,
@@ -214,33 +303,27 @@ def choose_encoding(
     """
     container = container_of(output)
     source = av.VideoFormat(analysis.pixel_format)
-    if codec is not None and codec not in container.codecs:
-        raise VideoError(f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(container.codecs)}, but is {codec!r}")
     # The first that keeps ten bits where there are as many, and HDR10's metadata where there are such.
     able = [each for each in container.codecs if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))]
     able = [each for each in able if hdr10 is not None and each in _HDR10_OPTIONS] or able
     name = codec or (able or container.codecs)[0]
     kind = CODECS[name]
     options = dict(kind.options)
-    if crf is not None and kind.crf is None:
-        raise VideoError(f"`crf` cannot be set for {name}")
-    if crf is not None and not 0 <= crf <= kind.worst:
-        raise VideoError(f"`crf` for {name} must be from 0 (best) to {kind.worst}, but is {crf}")
-    if preset is not None and preset not in kind.presets:
-        raise VideoError(f"`preset` for {name} must be one of {', '.join(kind.presets) or 'none'}, but is {preset!r}")
+    refusal = _refusal(name, crf, preset)
+    if refusal is not None:
+        raise VideoError(refusal)
     if kind.crf is not None:
-        options["crf"] = str(kind.crf if crf is None else crf)
-        options["cpu-used" if name == "vp9" else "preset"] = preset or kind.preset
+        options[kind.quality] = str(kind.crf if crf is None else crf)
+    if kind.preset is not None:
+        options[kind.pace] = preset or kind.preset
     if hdr10 is not None and name in _HDR10_OPTIONS:
         place = _HDR10_OPTIONS[name]
         options[place] = ":".join(filter(None, (options.get(place), hdr10.options(name))))
     pixel_format = analogous_format(source, name)
     if name == "prores":
         options["profile"] = "4" if "444" in pixel_format else "3"
-    if container.format == "avi" and name == "h264":
+    if container.format == "avi" and (kind.standard or name) == "h264":
         options["bf"] = "0"  # AVI cannot tell that frames are decoded in another order than they are shown
-    if name == "gif" and rate > 100:
-        raise VideoError(f"a GIF has at most 100 frames a second, but would have {float(rate):.2f}; set `fps`")
     rotation = 0 if container.turns else analysis.rotation
     height, width = analysis.size[::-1] if rotation in (90, 270) else analysis.size
     tags = told_tags(analysis.tags, analysis.pixel_format)
@@ -249,7 +332,7 @@ def choose_encoding(
         tags = ColourTags(1, 1, *(1 if told == 2 else told for told in (tags.primaries, tags.transfer)))
     elif is_rgb(av.VideoFormat(pixel_format)):
         tags = tags._replace(range=2, matrix=0)
-    if name in ("h264", "hevc"):  # their 4:2:0 and 4:2:2 have no odd sizes
+    if (kind.standard or name) in ("h264", "hevc"):  # their 4:2:0 and 4:2:2 have no odd sizes
         across, down = chroma_of(av.VideoFormat(pixel_format))
         width, height = width + -width % across, height + -height % down
     aspect = analysis.pixel_aspect
@@ -296,8 +379,9 @@ def analogous_format(source: av.VideoFormat, codec: str) -> str:
     wanted = 8 if bits <= 8 else 10 if bits <= 10 or is_rgb(source) else 12 if bits <= 12 else 16
     for depth in sorted(depths, key=lambda depth: (abs(depth - wanted) if depth >= wanted else 100 - depth)):
         for family in families:
-            if family + depths[depth] in encodable:
-                return family + depths[depth]
+            for pixel_format in (family + depths[depth], _INTERLEAVED.get(family + depths[depth])):
+                if pixel_format in encodable:
+                    return pixel_format
     raise VideoError(f"{codec} has nothing like the pixels of the source ({source.name})")
 
 

@@ -1,0 +1,331 @@
+"""`madiff demo`: interpolation in a browser (Gradio); also what a Space of the Hub runs."""
+
+import base64
+import html
+import io
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import av
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from .image_io import open_image
+from .image_processor import rgb_of_image
+from .pipeline_madiff import MADiffPipeline
+from .video.jobs import Progress, interpolate_video
+from .video.reading import Source, VideoError, main_stream
+
+POLL_SECONDS = 0.3  # between looks at how far the work is
+CLEAN_SECONDS = 600  # between looks for old uploads and results
+KEEP_SECONDS = 3600  # that these stay; those of a page that is closed, too
+
+SINGLE = "one at a time"  # the pipeline's, whatever page asks it
+
+EXAMPLE = [Path(__file__).parent / "examples" / f"{name}.jpg" for name in ("prev", "next")]
+
+INTRO = """# MADiff
+Frames between frames, by [motion-aware latent diffusion](https://arxiv.org/abs/2404.13534)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    What the demo takes on.
+
+    Args:
+        pixels: of a frame.
+        seconds: of a video, as it is uploaded.
+        frames: that one request makes.
+        upload: size of a file, as Gradio takes it, such as "200mb".
+        waiting: requests in the queue.
+    """
+
+    pixels: int = 1920 * 1088
+    seconds: float = 20.0
+    frames: int = 2000
+    upload: str = "200mb"
+    waiting: int = 20
+
+
+class Stopped(Exception):
+    """The user's wish; no fault."""
+
+
+class Work:
+    """
+    Something that is made in a thread, so that a page can be told how far it is, and can stop it.
+
+    Args:
+        make: what is to be done; called with a function to tell how far it is, which raises [`Stopped`] once it is asked to.
+    """
+
+    def __init__(self, make: Callable[[Progress], Any]):
+        self.failure: Optional[BaseException] = None
+        self.result: Any = None
+        self._make, self._stop, self._begun, self._first = make, threading.Event(), time.monotonic(), 0
+        self._told: Tuple[str, int, Optional[int]] = ("", 0, None)
+        self._thread = threading.Thread(target=self._run, name="madiff work")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._make(self._tell)
+        except BaseException as error:
+            self.failure = error
+
+    def _tell(self, name: str, done: int, total: Optional[int]) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        if name != self._told[0]:
+            self._begun, self._first = time.monotonic(), done
+        self._told = name, done, total
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def updates(self) -> Iterator[str]:
+        """How far it is, as HTML, until it ends; then what it raised, if it did."""
+        try:
+            while self._thread.is_alive():
+                yield self._html()
+                self._thread.join(POLL_SECONDS)
+        finally:  # also of a page that is gone
+            self._stop.set()
+            self._thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _html(self) -> str:
+        name, done, total = self._told
+        if total is None:
+            return f"Reading: {done} frames …" if done else "Beginning …"
+        gone, left = time.monotonic() - self._begun, ""
+        if done > self._first:
+            seconds = round(gone / (done - self._first) * (total - done))
+            left = f", {seconds // 60}:{seconds % 60:02} left"
+        return f'<progress max="{total}" value="{done}" style="width:100%;accent-color:#f97316"></progress> {done} of {total} frames{left}'
+
+
+class Demo:
+    """
+    The page.
+
+    Args:
+        pipeline: what makes the frames.
+        limits: what it takes on.
+        name: of the checkpoint, for the page.
+    """
+
+    def __init__(self, pipeline: MADiffPipeline, limits: Limits = Limits(), name: str = "madiff-compact"):
+        self.pipeline, self.limits, self.name = pipeline, limits, name
+        pipeline.set_progress_bar_config(disable=True)
+        self._works: Dict[str, Work] = {}  # by the page that waits for it
+
+    def build(self) -> gr.Blocks:
+        limits = self.limits
+        with gr.Blocks(title="MADiff", analytics_enabled=False, delete_cache=(CLEAN_SECONDS, KEEP_SECONDS)) as page:
+            gr.Markdown(f"{INTRO} Checkpoint: `{self.name}`, on {self.pipeline.device}.")
+            with gr.Tab("Two frames"):
+                with gr.Row():
+                    prev = picture_file(label="Previous frame", elem_id="prev", height=240)
+                    next_ = picture_file(label="Next frame", elem_id="next", height=240)
+                with gr.Row():
+                    count = gr.Slider(1, 15, value=3, step=1, label="Frames to make", elem_id="count")
+                    make = gr.Button("Make", variant="primary", elem_id="make-pair")
+                    cancel_pair = gr.Button("Cancel", elem_id="cancel-pair")
+                pair_status = gr.HTML(elem_id="pair-status", min_height=40)
+                frames = gr.State([], time_to_live=KEEP_SECONDS)
+                instant = gr.Slider(0, 1, value=0.5, step=0.01, label="Instant: 0 is the previous frame, 1 the next", elem_id="instant", visible=False)
+                with gr.Row():
+                    shown = gr.HTML(elem_id="shown")
+                    compare = gr.ImageSlider(label="Left: both frames mixed. Right: made.", elem_id="compare", interactive=False, visible=False)
+                gr.Examples([[str(path) for path in EXAMPLE]], [prev, next_], label="Example", elem_id="pair-example")
+            with gr.Tab("Video"):
+                with gr.Row():
+                    video = gr.Video(label=f"Video, of at most {limits.seconds:g} seconds", sources=["upload"], elem_id="video-in", height=320)
+                    result = gr.Video(label="Result", interactive=False, elem_id="video-out", height=320)
+                with gr.Row():
+                    fps = gr.Slider(0, 120, value=0, step=1, label="Frames a second (0: twice as many, or as many as slow motion asks for)", elem_id="fps")
+                    slow = gr.Slider(1, 8, value=1, step=0.5, label="Slow motion: times that it lasts longer", elem_id="slow")
+                with gr.Row():
+                    smooth = gr.Button("Make it smooth", variant="primary", elem_id="make-video")
+                    cancel_video = gr.Button("Cancel", elem_id="cancel-video")
+                    download = gr.DownloadButton("Download", elem_id="download", interactive=False)
+                video_status = gr.HTML(elem_id="video-status", min_height=40)
+
+            one = {"concurrency_limit": 1, "concurrency_id": SINGLE, "show_progress": "hidden"}
+            make.click(self._make_pair, [prev, next_, count], [frames, pair_status, shown, compare, instant], **one)
+            moved = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+            instant.input(show_instant, [frames, instant], [shown, compare], **moved)
+            smooth.click(self._make_video, [video, fps, slow], [result, download, video_status], **one)
+            for button, status in ((cancel_pair, pair_status), (cancel_video, video_status)):
+                button.click(self._cancel, outputs=status, queue=False)
+            page.unload(self._stop)
+        return page.queue(max_size=limits.waiting)
+
+    def _stop(self, request: gr.Request) -> None:
+        if request.session_hash in self._works:
+            self._works[request.session_hash].stop()
+
+    def _cancel(self, request: gr.Request) -> Any:
+        self._stop(request)
+        return "Stopping …" if request.session_hash in self._works else gr.skip()
+
+    def _follow(self, request: gr.Request, make: Callable[[Progress], Any]) -> Iterator[Tuple[Optional[str], Any]]:
+        """What to say, and at the end the result."""
+        work = self._works[request.session_hash] = Work(make)
+        try:
+            for said in work.updates():
+                yield said, None
+            yield None, work.result
+        finally:
+            self._works.pop(request.session_hash, None)
+
+    def _make_pair(self, prev: Optional[str], next_: Optional[str], count: int, request: gr.Request) -> Iterator[List[Any]]:
+        try:
+            if prev is None or next_ is None:
+                raise ValueError("Both frames are needed: upload the previous and the next one.")
+            pair = [rgb_of_image(open_image(path).image, path) for path in (prev, next_)]
+            for array in pair:
+                self._check_size(array.shape[1], array.shape[0])
+            if pair[0].shape != pair[1].shape:
+                sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in pair]
+                raise ValueError(f"Both frames must have the same size, but have {sizes[0]} and {sizes[1]}.")
+
+            def make(tell: Progress) -> List[Image.Image]:
+                steps = 0
+
+                def step(pipe: MADiffPipeline, number: int, timestep: Any, tensors: Dict[str, Any]) -> None:
+                    nonlocal steps
+                    steps += 1
+                    tell("frames", steps * count // pipe.num_timesteps, count)
+
+                tell("frames", 0, count)
+                frames = self.pipeline(*pair, num_frames=int(count), generator=torch.Generator().manual_seed(0), callback_on_step_end=step).frames[0]
+                ends = [Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)) for array in pair]
+                return [ends[0], *frames, ends[1]]
+
+            for said, frames in self._follow(request, make):
+                yield [gr.skip(), said, *[gr.skip()] * 3] if said is not None else [
+                    frames, f"{count} made.", *show_instant(frames, 0.5), gr.update(visible=True, value=0.5, step=1 / (len(frames) - 1)),
+                ]  # fmt: skip
+        except Exception as error:
+            yield [[], message_of(error, prev, next_), "", gr.update(visible=False, value=None), gr.update(visible=False)]
+
+    def _make_video(self, path: Optional[str], fps: float, slow: float, request: gr.Request) -> Iterator[List[Any]]:
+        nothing = [gr.update(value=None), gr.update(value=None, interactive=False)]
+        try:
+            if path is None:
+                raise ValueError("A video is needed: upload one.")
+            source = Path(path)
+            rate = Fraction(int(fps)) if fps else None
+            self._check_video(source, rate, Fraction(str(slow)))
+            # Gone once the page has its copy, or the work has failed.
+            with tempfile.TemporaryDirectory(prefix="madiff-demo-") as folder:
+                output = Path(folder) / f"{source.stem[:50]}-smooth.mp4"
+
+                def make(tell: Progress) -> Any:
+                    return interpolate_video(self.pipeline, source, output, fps=rate, slow_motion=Fraction(str(slow)), progress=tell)
+
+                yield [*nothing, "Beginning …"]
+                for said, made in self._follow(request, make):
+                    if said is not None:
+                        yield [gr.skip(), gr.skip(), said]
+                        continue
+                    notes = "".join(f"<br>Note: {html.escape(note)}" for note in made.notes)
+                    done = f"{made.frames} frames, {made.made} of them made.{notes}"
+                    yield [str(output), gr.update(value=str(output), interactive=True), done]
+        except Exception as error:
+            yield [*nothing, message_of(error, path)]
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.limits.pixels:
+            raise ValueError(f"Frames may have at most {self.limits.pixels} pixels here, but have {width}x{height} = {width * height}.")
+
+    def _check_video(self, path: Path, rate: Optional[Fraction], slow: Fraction) -> None:
+        """
+        Looks at packets, not at frames.
+
+        Raises:
+            ValueError: if it is no video, or beyond the limits.
+        """
+        with Source(path).open() as container:
+            stream = main_stream(container, path)
+            self._check_size(stream.codec_context.width, stream.codec_context.height)
+            times = []
+            for packet in container.demux(stream):
+                if packet.pts is not None:
+                    times.append(packet.pts * packet.time_base)
+                if times and times[-1] - times[0] > self.limits.seconds:
+                    raise ValueError(f"Videos may last at most {self.limits.seconds:g} seconds here; this one is longer.")
+        if not times:
+            raise VideoError(f"cannot read {path} as a video: it has no pictures")
+        seconds = (max(times) - min(times)) * len(times) / max(1, len(times) - 1)
+        frames = int(seconds * slow * rate) if rate else len(times) * (2 if slow == 1 else int(-(-slow // 1)))
+        if frames > self.limits.frames:
+            raise ValueError(f"At most {self.limits.frames} frames are made here at once, but these would be {frames}.")
+
+
+def picture_file(**settings: Any) -> gr.Image:
+    """An image as the file that was uploaded, readable or not: Gradio would refuse with a message of its own what it cannot read."""
+    picture = gr.Image(type="filepath", sources=["upload", "clipboard"], **settings)
+    picture.preprocess = lambda payload: None if payload is None else payload.path  # not of a subclass, for which Gradio writes files beside the code
+    return picture
+
+
+def show_instant(frames: List[Image.Image], instant: float) -> Tuple[Any, Any]:
+    """The frame nearest to an instant as a picture, and beside the same instant of a mere mixture."""
+    if not frames:
+        return gr.skip(), gr.skip()
+    number = round(instant * (len(frames) - 1))
+    share = number / (len(frames) - 1)
+    mixed = Image.blend(frames[0], frames[-1], share)
+    file = io.BytesIO()
+    frames[number].save(file, "PNG", compress_level=1)
+    data = base64.b64encode(file.getvalue()).decode()
+    label = "previous frame" if number == 0 else "next frame" if number == len(frames) - 1 else f"made, at {share:.2f}"
+    return f'<figure><img src="data:image/png;base64,{data}" style="max-width:100%" alt="{label}"><figcaption>{label}</figcaption></figure>', gr.update(
+        value=(mixed, frames[number]), visible=True
+    )
+
+
+def message_of(error: BaseException, *paths: Optional[str]) -> str:
+    """One line for the page: without folders of the server, and nothing of what is not the user's to mend."""
+    if isinstance(error, Stopped):
+        return "Stopped."
+    if not isinstance(error, (OSError, ValueError, TypeError, torch.OutOfMemoryError, av.FFmpegError)):
+        raise error
+    text = " ".join(str(error).split())
+    for path in filter(None, paths):
+        text = text.replace(str(path), Path(path).name)
+    return f'<span class="madiff-error" style="color:#c00">{html.escape(text)}</span>'
+
+
+def serve(demo: Demo, host: str, port: Optional[int]) -> None:
+    """
+    Show the page until the process is stopped. Uploads and results lie in a folder that goes with it.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="madiff-demo-files-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when components are made
+        page = demo.build()
+        signal.signal(signal.SIGTERM, _exit)
+        page.launch(server_name=host, server_port=port, max_file_size=demo.limits.upload, show_error=True, footer_links=[], ssr_mode=False)
+
+
+def _exit(number: int, frame: Any) -> None:
+    """Ends the process in the way in which folders are removed."""
+    raise SystemExit(128 + number)
