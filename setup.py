@@ -6,7 +6,8 @@ EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22", "torch-fidelity>=0.
 TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
 # What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
 TRAIN += ["numpy>=2.0", "opencv-python-headless>=4.10", "scikit-image>=0.24"]
-TEST = ["pytest>=8.0", "nbclient>=0.10", "ipykernel>=6.29", "pytest-xdist>=3.6", "hypothesis>=6.100", *TRAIN]
+ONNX = ["onnx>=1.23", "onnxscript>=0.7.2", "onnxruntime>=1.20"]
+TEST = ["pytest>=8.0", "nbclient>=0.10", "ipykernel>=6.29", "pytest-xdist>=3.6", "hypothesis>=6.100", *TRAIN, *ONNX]
 
 DEMO = ["gradio>=6.31"]
 
@@ -37,6 +38,7 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "demo": DEMO,
+        "onnx": ONNX,
         "test": TEST,
         "all": [*TEST, *DEMO],
     },

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -173,7 +173,10 @@ def build_parser() -> argparse.ArgumentParser:
         "the code that DiffusionPipeline.from_pretrained needs where this package is not installed, licence and model card. "
         "Push it with madiff push.",
     )
-    export.add_argument("output", metavar="DIR", help="folder to write; must not exist")
+    export.add_argument("output", metavar="DIR", nargs="?", help="folder to write; must not exist; may be left out with --onnx")
+    export.add_argument(
+        "--onnx", metavar="DIR", help="folder to write, with the networks as ONNX graphs for other runtimes; must not exist; takes some minutes"
+    )
     export.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
     export.add_argument(
         "--variant", nargs="+", default=[], choices=tuple(VARIANTS), metavar="V", help="weights in half precision beside them: fp16, bf16"
@@ -678,29 +681,52 @@ def run_export(args: argparse.Namespace) -> None:
     size = args.max_shard_size
     if size is not None and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size):
         raise CommandError(f"--max-shard-size must be a number with KB, MB, GB or TB, such as 5GB, but is {size!r}")
-    if args.space and (args.variant or size is not None or args.results is not None):
-        raise CommandError("--space takes --checkpoint and --license alone: a Space's weights are its own, in float32")
-    with new_folder(args.output, "DIR") as folder:
+    if args.output is None and args.onnx is None:
+        raise CommandError("DIR or --onnx must be given")
+    if args.space and (args.output is None or args.onnx or args.variant or size is not None or args.results is not None):
+        raise CommandError("--space takes DIR, --checkpoint and --license alone: a Space's weights are its own, in float32")
+    for name in ("variant", "max_shard_size", "results", "license"):
+        if args.output is None and getattr(args, name):
+            raise CommandError(f"--{name.replace('_', '-')} is for DIR, which is not given")
+    with ExitStack() as folders:
+        # Both are made sure of before the work.
+        graphs = folders.enter_context(new_folder(args.onnx, "--onnx")) if args.onnx is not None else None
+        folder = folders.enter_context(new_folder(args.output, "DIR")) if args.output is not None else None
         source = checkpoint_folder(args.checkpoint, args.trust_remote_code)
         pipeline = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
+        if graphs is not None:
+            export_graphs(graphs, pipeline)
         if args.space:
             write_space(folder, pipeline, source.name, args.license)
-            print(args.output)
-            return
-        metadata = {"license": args.license} if args.license else {}
-        if args.results is not None:
-            metadata.update(results_metadata(args.results, source, pipeline))
-        pipeline.save_pretrained(folder, max_shard_size=size)
-        for variant in args.variant:
-            half = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
-            for part in half.components.values():
-                if isinstance(part, torch.nn.Module):
-                    # Not by the pipeline's or the model's own method, which warn of running in half precision.
-                    torch.nn.Module.to(part, getattr(torch, VARIANTS[variant]))
-            half.save_pretrained(folder, variant=variant, max_shard_size=size)
-        if metadata:
-            add_to_card(folder / "README.md", metadata)
-    print(args.output)
+        elif folder is not None:
+            metadata = {"license": args.license} if args.license else {}
+            if args.results is not None:
+                metadata.update(results_metadata(args.results, source, pipeline))
+            pipeline.save_pretrained(folder, max_shard_size=size)
+            for variant in args.variant:
+                half = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
+                for part in half.components.values():
+                    if isinstance(part, torch.nn.Module):
+                        # Not by the pipeline's or the model's own method, which warn of running in half precision.
+                        torch.nn.Module.to(part, getattr(torch, VARIANTS[variant]))
+                half.save_pretrained(folder, variant=variant, max_shard_size=size)
+            if metadata:
+                add_to_card(folder / "README.md", metadata)
+    for written in filter(None, (args.output, args.onnx)):
+        print(written)
+
+
+def export_graphs(folder: Path, pipeline: "MADiffPipeline") -> None:  # noqa: F821
+    """
+    Raises:
+        CommandError: if packages are missing, or a part cannot become a graph.
+    """
+    from .onnx_export import export_onnx
+
+    try:
+        export_onnx(folder, pipeline.vqvae, pipeline.unet, pipeline.scheduler, getattr(pipeline, "hint_model", None))
+    except (ImportError, ValueError) as error:
+        raise CommandError(error) from error
 
 
 def results_metadata(results: str, folder: Path, pipeline: "MADiffPipeline") -> "Dict[str, Any]":  # noqa: F821

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
 from .components import CheckpointComponent
-from .warping import correlate, warp
+from .warping import correlate, halves, warp
 
 FlowPair = Tuple[torch.Tensor, torch.Tensor]
 
@@ -186,8 +186,8 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
             guess = torch.cat([mid[number], mid[number]])
             correlation = correlate(match(guess), match(warped), self.config.reach[number])
             flow = flow + self.refine_levels[self.level_of_scale[number]](guess, warped, correlation, (0.25 * flow).to(warped.dtype))
-            found.append(flow.chunk(2))
-        return (*found, self._at_size(torch.cat(flow.chunk(2), dim=1), size))
+            found.append(halves(flow))
+        return (*found, self._at_size(torch.cat(halves(flow), dim=1), size))
 
     @staticmethod
     def _at_size(flow: torch.Tensor, size: Sequence[int]) -> FlowPair:
@@ -274,4 +274,4 @@ class RIFEFlowModel(CheckpointComponent, ModelMixin, ConfigMixin):
     ) -> FlowPair:
         """See [`MotionHintModel`]. Flow from the guess to a neighbour is what leads there an instant after the guess."""
         _, flow = self(torch.cat([frame_mid, frame_mid]), torch.cat([frame_prev, frame_next]), 0.05)
-        return flow.chunk(2)
+        return halves(flow)

@@ -20,7 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch.func import functional_call
 
 from .components import CheckpointComponent
-from .warping import correlate, laid_out_as, warp
+from .warping import correlate, halves, laid_out_as, warp
 
 
 @dataclass
@@ -293,7 +293,7 @@ class MAWarpBlock(nn.Module):
 
         # 3. warp, blend, add
         warped = warp(features, offsets)
-        warped_prev, warped_next = warped.chunk(2)  # [B,C,U,V]
+        warped_prev, warped_next = halves(warped)  # [B,C,U,V]
         first, *layers = self.gate_net
         logits = first(warped_prev, warped_next)
         for layer in layers:
@@ -377,20 +377,20 @@ class FrameHead(nn.Module):
         """
         hidden_states = self.act(self.conv_norm(hidden_states))
         if self.compare_warps:
-            hidden_states = torch.cat([hidden_states, *warped.chunk(2)], dim=1)
+            hidden_states = torch.cat([hidden_states, *halves(warped)], dim=1)
         pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride).to(frames.dtype)
         if not self.warp_frames:
             return pixels, None, None
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
         logits = pixels[:, 4:5]
         gate = torch.sigmoid(logits if log_odds is None else logits + log_odds.to(frames.dtype))
-        warped_prev, warped_next = warp(frames, offsets).chunk(2)  # [B,3,H,W]
+        warped_prev, warped_next = halves(warp(frames, offsets))  # [B,3,H,W]
         image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
         if self.refine is not None:
             seen = torch.cat([warped_prev, warped_next, image, gate], dim=1).to(hidden_states.dtype)
             image = image + self.refine(seen).to(frames.dtype)
         if self.still_threshold > 0:
-            prev, next_ = frames.chunk(2)
+            prev, next_ = halves(frames)
             difference = (prev - next_).abs().amax(dim=1, keepdim=True)
             difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
             moving = (difference / self.still_threshold).clamp(max=1)
@@ -494,7 +494,7 @@ class MotionDecoder(nn.Module):
                 warp_block(*arguments) if run is None else run(warp_block, *arguments)
             )
             corrections = _upsample_offsets(corrections) if self.coarse_to_fine and i < len(self.levels) else None
-            all_offsets.append(torch.cat(offsets.chunk(2), dim=1))
+            all_offsets.append(torch.cat(halves(offsets), dim=1))
             all_gates.append(gate)
 
         # 3. the frames themselves; what the last warp found is where they start
@@ -508,7 +508,7 @@ class MotionDecoder(nn.Module):
         share = None if log_odds is None else torch.sigmoid(log_odds.to(features[0].dtype))
         image, offsets, gate = self.head(hidden_states, features[0], start, warped, log_odds, share)
         if offsets is not None:
-            all_offsets.append(torch.cat(offsets.chunk(2), dim=1))
+            all_offsets.append(torch.cat(halves(offsets), dim=1))
             all_gates.append(gate)
         return image, tuple(all_offsets), tuple(all_gates)
 
@@ -572,13 +572,13 @@ class JointWarpBlock(nn.Module):
         if hidden_states.shape[-1] != features.shape[-1]:
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         both = torch.cat([offsets[:, :2], offsets[:, 2:]])
-        warped_prev, warped_next = warp(features, both).chunk(2)
+        warped_prev, warped_next = halves(warp(features, both))
         motion = torch.cat([0.25 * offsets, logits], dim=1).to(dtype)
         hidden_states = self.act(self.conv_in(hidden_states, warped_prev, warped_next, motion))
         hidden_states = self.residual(hidden_states)
         change = self.conv_out(self.act(hidden_states)).float()
         offsets, logits = offsets + change[:, :4], logits + change[:, 4:]
-        warped_prev, warped_next = warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]])).chunk(2)
+        warped_prev, warped_next = halves(warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]])))
         gate = torch.sigmoid(logits).to(dtype)
         return gate * warped_prev + (1 - gate) * warped_next + hidden_states, offsets, logits
 
@@ -658,7 +658,7 @@ class NewsDecoder(nn.Module):
         logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
         share = torch.sigmoid(log_odds.to(frames.dtype))
         image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share)
-        return image, (*all_offsets, torch.cat(offsets.chunk(2), dim=1)), (*all_gates, gate)
+        return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
 
 
 class VQMAGANModel(CheckpointComponent, VQModel):
@@ -859,7 +859,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         mean = (1 - share) * warped[0] + share * warped[1]
         motion = torch.cat(hints, dim=1) / 16
         seen = [torch.cat([each, each]).to(self.dtype) for each in (*warped, motion)]
-        latents, expected = self.news_encoder(torch.cat([frame_mid, mean]).to(self.dtype), seen[:2], seen[2]).float().chunk(2)
+        latents, expected = halves(self.news_encoder(torch.cat([frame_mid, mean]).to(self.dtype), seen[:2], seen[2]).float())
         news = latents - expected
         rms = self.news_rms
         if self.training:
@@ -888,10 +888,10 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         """
         features = torch.cat([features_prev[-1], features_next[-1]])
         hints = self.resize_hints(torch.cat([hints_prev, hints_next]), features.shape[-2:])
-        warped_prev, warped_next = warp(self.evidence_conv(features), hints[:, -2:]).chunk(2)
+        warped_prev, warped_next = halves(warp(self.evidence_conv(features), hints[:, -2:]))
         correlation = correlate(warped_prev, warped_next, self.config.evidence_reach)
         seen = [warped_prev, warped_next, warped_prev - warped_next, correlation]
-        return torch.cat([*seen, *(0.25 * hints).to(warped_prev.dtype).chunk(2)], dim=1)
+        return torch.cat([*seen, *halves((0.25 * hints).to(warped_prev.dtype))], dim=1)
 
     @apply_forward_hook
     def decode(
@@ -1009,7 +1009,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         batch = sample.shape[0]
         if self.config.news_latents:
             features = self.encode(torch.cat([frame_prev, frame_next])).features
-            features_prev, features_next = ([feature.chunk(2)[side] for feature in features] for side in (0, 1))
+            features_prev, features_next = ([halves(feature)[side] for feature in features] for side in (0, 1))
             latents = decoded_latents = self.encode_news(sample, features_prev, features_next, hints_prev, hints_next, time)
             if latent_noise is not None:
                 decoded_latents = latents + latent_noise

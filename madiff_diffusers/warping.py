@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features and frames moved along offsets, and compared with each other pixel by pixel."""
 
+from typing import Tuple
+
 import torch
 import torch.nn.functional as F
 
@@ -33,8 +35,14 @@ def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Te
         windows = F.unfold(second, side, padding=reach).view(batch, -1, side**2, height, width)
         return (first.unsqueeze(2) * windows).mean(dim=1)
     padded = F.pad(second, (reach, reach, reach, reach))
-    rows = [(first.unsqueeze(3) * padded[:, :, y : y + height].unfold(3, width, 1)).mean(dim=1) for y in range(side)]
-    return torch.cat([row.transpose(1, 2) for row in rows], dim=1)  # each [B,side,U,V]
+    shifted = [padded[:, :, y : y + height, x : x + width] for y in range(side) for x in range(side)]
+    return torch.cat([(first * each).mean(dim=1, keepdim=True) for each in shifted], dim=1)
+
+
+def halves(tensor: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Both halves of a batch `(2B, …)`, as views. Unlike `chunk`, it does not tie a compiled or exported network to one batch size."""
+    half = tensor.shape[0] // 2
+    return tensor[:half], tensor[half:]
 
 
 def laid_out_as(other: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

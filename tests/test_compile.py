@@ -1,0 +1,100 @@
+"""`torch.compile` takes the networks whole, and once for all frame sizes."""
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+
+from madiff_diffusers.onnx_export import build_graphs, example_tensors, frame_multiple
+from madiff_diffusers.warping import correlate
+from tests.conftest import load_config
+from tests.test_onnx_export import build, tiny_news
+
+CONFIGS = {"latents of frames": lambda: load_config("tiny"), "latents of news": tiny_news}
+
+
+def mark_sizes(value) -> None:
+    """Heights and widths are dynamic."""
+    if isinstance(value, torch.Tensor) and value.ndim == 4:
+        torch._dynamo.mark_dynamic(value, (2, 3))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            mark_sizes(each)
+
+
+def tensors_in(value) -> list:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for each in value if each is not None for tensor in tensors_in(each)]
+
+
+@pytest.fixture(params=CONFIGS)
+def graphs(request) -> dict:
+    vqvae, unet, _, hint_model = build(CONFIGS[request.param]())
+    found = build_graphs(vqvae, unet, hint_model)
+    for graph in found.values():
+        graph.to(memory_format=torch.channels_last)  # as in the pipeline
+    return {"graphs": found, "multiple": frame_multiple(vqvae, unet, hint_model)}
+
+
+def calls(graphs: dict, name: str):
+    """A method of the networks, and what gives its arguments of all tensors."""
+    vqvae, unet = graphs["decode"].vqvae, graphs["denoise"].unet
+    channels_in = unet.config.in_channels
+
+    def neighbours(tensors: dict) -> list:
+        features = graphs["decode"].features
+        return [[tensors[f"frame_{which}"], *(tensors[pair[side]] for pair in features)] for side, which in enumerate(("prev", "next"))]
+
+    def hints(tensors: dict) -> list:
+        return [tensors["hints_prev"], tensors["hints_next"]]
+
+    def unet_input(tensors: dict) -> torch.Tensor:
+        return tensors["latents"].repeat(1, channels_in, 1, 1)[:, :channels_in]
+
+    labels = {"class_labels": torch.full((2,), 500.0)} if unet.config.class_embed_type == "timestep" else {}
+    found = {
+        "encode": (vqvae.encode, lambda t: ([t["frames"]], {"return_dict": False})),
+        "decode": (vqvae.decode, lambda t: ([t["latents"], *neighbours(t), *hints(t)], {"return_dict": False, "time": t["time"]})),
+        "unet": (unet, lambda t: ([unet_input(t), torch.tensor(999)], {"return_dict": False, **labels})),
+        "condition": (vqvae.condition, lambda t: ([*neighbours(t), *hints(t)], {})),
+    }
+    if "hints" in graphs:
+        model = graphs["hints"].hint_model
+        found["hints"] = (model, lambda t: ([t["frame_prev"], t["frame_next"], t["time"]], {}))
+        found["refine"] = (model.refine, lambda t: ([t["frame_prev"], t["frame_mid"], t["frame_next"], hints(t)], {}))
+    return found[name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["encode", "condition", *(pytest.param(name, marks=pytest.mark.slow) for name in ("decode", "unet", "hints", "refine"))]
+)
+def test_one_graph_for_all_sizes(name, backend, graphs):
+    multiple, graphs = graphs["multiple"], graphs["graphs"]
+    if name in ("condition", "hints", "refine") and "hints" not in graphs:
+        pytest.skip("of latents of news alone")
+    function, arguments = calls(graphs, name)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for number, (rows, columns) in enumerate([(3, 4), (5, 2), (2, 7)]):
+        tensors = example_tensors(graphs, (rows * multiple, columns * multiple), batch=2)
+        given, named = arguments({key: each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for key, each in tensors.items()})
+        mark_sizes(given)
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            found = compiled(*given, **named)
+        for mine, theirs in zip(tensors_in(found), tensors_in(function(*given, **named)), strict=True):
+            # The other backend takes operations apart, whose parts round differently.
+            assert torch.allclose(mine, theirs, atol=1e-5 if backend == "eager" else 1e-3), (mine - theirs).abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3])
+def test_correlation_is_one_thing_with_and_without_gradients(reach):
+    first, second = (torch.randn(2, 5, 6, 9) for _ in range(2))
+    windows = F.unfold(second, 2 * reach + 1, padding=reach).view(2, 5, -1, 6, 9)
+    expected = (first.unsqueeze(2) * windows).mean(dim=1)
+    assert torch.allclose(correlate(first, second, reach), expected, atol=1e-6)
+    assert torch.allclose(correlate(first, second.requires_grad_(), reach), expected, atol=1e-6)
