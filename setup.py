@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["madiff_diffusers", "madiff_diffusers.*"]),
-    package_data={"madiff_diffusers": ["LICENSE", "examples/*.jpg", "checkpoints/*/README.md", "checkpoints/*/examples/*.png", "checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors", "evaluation/pages/*"]},
+    package_data={"madiff_diffusers": ["LICENSE", "py.typed", "examples/*.jpg", "checkpoints/*/README.md", "checkpoints/*/examples/*.png", "checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors", "evaluation/pages/*"]},
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.42.1",

@@ -7,7 +7,9 @@ __version__ = "0.1.0"
 
 # Where each public name lives; loaded on first use, so that importing the package stays quick.
 _LOCATIONS = {
+    "EncodedFrames": "pipeline_madiff",
     "EventGANModel": "eventgan",
+    "EventGANOutput": "eventgan",
     "EventHints": "motion_hints",
     "FlowHints": "motion_hints",
     "FrameProcessor": "image_processor",
@@ -18,7 +20,12 @@ _LOCATIONS = {
     "MotionHintModel": "motion_flow",
     "RIFEFlowModel": "motion_flow",
     "StackedHints": "motion_hints",
+    "VQMAGANDecoderOutput": "vq_magan",
+    "VQMAGANEncoderOutput": "vq_magan",
     "VQMAGANModel": "vq_magan",
+    "VideoError": "video.reading",
+    "VideoOptions": "video.options",
+    "VideoResult": "video.jobs",
     "build_hint_source": "motion_hints",
     "convert_eventgan_checkpoint": "convert_eventgan",
     "convert_rife_checkpoint": "convert_rife",
@@ -32,14 +39,24 @@ __all__ = sorted(_LOCATIONS)
 if TYPE_CHECKING:
     from .convert_eventgan import convert_eventgan_checkpoint
     from .convert_rife import convert_rife_checkpoint
-    from .eventgan import EventGANModel
+    from .eventgan import EventGANModel, EventGANOutput
     from .image_processor import FrameProcessor
     from .motion_flow import MotionHintModel, RIFEFlowModel
-    from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, StackedHints, build_hint_source, register_hint_source
-    from .pipeline_madiff import MADiffPipeline, MADiffPipelineOutput
-    from .video.jobs import interpolate_video
+    from .motion_hints import (
+        EventHints,
+        FlowHints,
+        HintSource,
+        ModelHints,
+        StackedHints,
+        build_hint_source,
+        register_hint_source,
+    )
+    from .pipeline_madiff import EncodedFrames, MADiffPipeline, MADiffPipelineOutput
+    from .video.jobs import VideoResult, interpolate_video
     from .video.middles import interpolate_frames
-    from .vq_magan import VQMAGANModel
+    from .video.options import VideoOptions
+    from .video.reading import VideoError
+    from .vq_magan import VQMAGANDecoderOutput, VQMAGANEncoderOutput, VQMAGANModel
 
 
 def __getattr__(name: str) -> Any:
