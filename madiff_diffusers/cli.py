@@ -869,8 +869,8 @@ def new_folder(output: str, argument: str) -> Iterator[Path]:
 
 
 def in_flags(message: str, flags: Dict[str, str]) -> str:
-    """A message of Python's, with its arguments as the command line has them: `` `max_memory` `` is `--max-memory`."""
-    return re.sub(r"`(\w+)(=[^`]*)?`", lambda found: flags[found[1]] + (found[2] or "").replace("=", " ") if found[1] in flags else found[0], message)
+    """A message of Python's, with its arguments as the command line has them: `` `max_memory` `` is `--max-memory`, `` `resume=True` `` is `--resume`."""
+    return re.sub(r"`(\w+)(?:=True)?`", lambda found: flags.get(found[1], found[0]), message)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -188,7 +188,7 @@ def test_several_instants(septuplets, peer, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "### vimeo-septuplet (1 triplets)" in printed and "instant" not in printed
     assert main([*options, "--skip", "5", "--method", "peers:blend"]) == 2
-    assert "`method` 'peers:blend' must take (prev, next, time) for other instants than the middle" in capsys.readouterr().err
+    assert "--method 'peers:blend' must take (prev, next, time) for other instants than the middle" in capsys.readouterr().err
 
 
 def test_motion_in_steps_of_one_length(pipeline, root, peer, monkeypatch, capsys):
@@ -482,18 +482,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, checkpoint, tmp_path, ca
     Image.fromarray(moving_picture(0, 40, 40)).save(truth)
     fails("12/frame_01_gt.png is 40x40, but .*12/frame_00.png is 64x40", "--method", "average")
     truth.write_bytes(good)
-    fails("`root` must hold ucf101", "--root", tmp_path / "nowhere", "--method", "average")
-    fails("`benchmark` must be one of", "--benchmark", "kodak", "--method", "average")
+    fails("--root must hold ucf101", "--root", tmp_path / "nowhere", "--method", "average")
+    fails("--benchmark must be one of", "--benchmark", "kodak", "--method", "average")
     fails("--method must be madiff, average, flow or MODULE:FUNCTION, but is 'rife'", "--method", "rife")
-    fails("`method` 'nowhere:f' cannot be loaded", "--method", "nowhere:f")
+    fails("--method 'nowhere:f' cannot be loaded", "--method", "nowhere:f")
     fails("--checkpoint must be a folder", "--checkpoint", tmp_path)
-    fails("`steps` must be a positive integer", "--checkpoint", checkpoint, "--steps", "0")
-    fails("`scheduler` must be the name of a scheduler", "--checkpoint", checkpoint, "--scheduler", "Nothing")
-    fails("`scheduler` PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
-    fails("`metrics` must be among", "--metrics", "vmaf")
+    fails("--steps must be a positive integer", "--checkpoint", checkpoint, "--steps", "0")
+    fails("--scheduler must be the name of a scheduler", "--checkpoint", checkpoint, "--scheduler", "Nothing")
+    fails("--scheduler PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
+    fails("--metrics must be among", "--metrics", "vmaf")
     fails("--label is for one method", "--method", "average", "flow", "--label", "both")
     fails("different labels", "--method", "average", "average")
-    fails("`batch_size` must be at least 1", "--method", "average", "--batch-size", "0")
+    fails("--batch-size must be at least 1", "--method", "average", "--batch-size", "0")
     fails("--device 'warp9'", "--device", "warp9")
     fails("--seed must be in", "--seed", "-1")
 

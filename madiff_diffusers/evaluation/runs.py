@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..image_io import read_image, write_image
+from ..terminal import bar_settings
 from .benchmarks import Triplet
 from .methods import MIDDLE, Method
 from .metrics import METRICS, Scorer
@@ -231,7 +232,7 @@ class BenchmarkRun:
         batches = [batch for batch in batches if any(map(wanted, batch))]
         mine = batches[self.state.process_index :: self.state.num_processes]
         title = f"{self.label} on {self.benchmark}: {what}"
-        return tqdm(mine, title, leave=False, disable=None if self.state.is_main_process else True)
+        return tqdm(mine, title, leave=False, disable=not self.state.is_main_process, **bar_settings("batch", "batches"))
 
     def _progress_file(self) -> "_ProgressFile":
         return _ProgressFile(self.folder / f"progress-{self.state.process_index}.jsonl")

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from ..outputs import UnwritableError, check_outputs, unwritable
 from ..pipeline_madiff import MADiffPipeline
 from ..properties import lost
 from ..scene_cuts import cuts_of_changes
-from ..terminal import bar_size
+from ..terminal import bar_settings
 from .assembling import assemble, write_pictures
 from .colour import ColourPath, ColourTags, chroma_of, is_rgb
 from .found import found_in_video, hdr10_of
@@ -41,7 +40,6 @@ from .writing import FOLDER, MOST_GIF_RATE, PartWriter, check_encoding, choose_e
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
 MOST_NOTES = 5  # of damaged places
-LOG_SECONDS = 30  # between lines about how far it is, where there is no terminal for a bar
 PREVIEW_FRAMES, PREVIEW_HEIGHT = 8, 180
 
 T = TypeVar("T")
@@ -501,7 +499,7 @@ def make_video(
     count, rank = (1, 0) if processes is None else (processes.num_processes, processes.process_index)
     wait = (lambda: None) if processes is None else processes.wait_for_everyone
     show = progress if rank == 0 else False
-    with _bar(show, desc="reading", unit="frame") as bar:
+    with _bar(show, desc="reading") as bar:
         job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
     if rank == 0:
         with _naming(job.output):
@@ -511,7 +509,7 @@ def make_video(
     try:
         mine = job.parts[rank::count]
         finished = sum(part.count for part in mine if is_complete(job.path(part)))
-        with _bar(show, desc=job.output.name, unit="frame", total=sum(part.count for part in mine), initial=finished) as bar:
+        with _bar(show, desc=job.output.name, total=sum(part.count for part in mine), initial=finished) as bar:
             made = job.make_parts(mine, None if rank else preview, bar.update)
         wait()
         if rank == 0 and job.is_cut_short:
@@ -560,9 +558,7 @@ def _bar(show: Union[bool, Progress], **settings) -> Iterator[Union[tqdm, "_Told
     if callable(show):
         yield _Told(show, settings["desc"], settings.get("initial", 0), settings.get("total"))
         return
-    if not sys.stderr.isatty():
-        settings.update(file=_Lines(), mininterval=LOG_SECONDS, bar_format="{desc}: {n_fmt} of {total_fmt} frames, {elapsed} gone, {remaining} left, {rate_fmt}")
-    with tqdm(disable=not show, **bar_size(), **settings) as bar:
+    with tqdm(disable=not show, **bar_settings("frame", "frames"), **settings) as bar:
         yield bar
 
 
@@ -576,17 +572,6 @@ class _Told:
     def update(self, count: int = 1) -> None:
         self._done += count
         self._tell(self._name, self._done, self._total)
-
-
-class _Lines:
-    """What a bar draws again and again in one place of a terminal, as lines of a log."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 @contextmanager
