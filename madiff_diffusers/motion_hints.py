@@ -311,7 +311,6 @@ def damp_hints(hints: HintPair, refined: HintPair, number: int) -> HintPair:
 
 # Files of this package that a checkpoint holds, by their stems.
 TRAVELLING = (
-    "components",
     "eventgan",
     "hub_repository",
     "image_processor",
@@ -321,7 +320,6 @@ TRAVELLING = (
     "precision",
     "tiling",
     "vq_magan",
-    "warping",
 )
 
 _OWN = ("events", "flow", "fine_flow", "model")

@@ -351,7 +351,7 @@ def test_save_and_load_gives_identical_frames(pipeline, pair, tmp_path):
     pipeline.save_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.bin"))
     loaded = MADiffPipeline.from_pretrained(tmp_path)
-    assert set(loaded.components) == {"vqvae", "unet", "scheduler", "i2e"}
+    assert set(loaded.components) == {"vqvae", "unet", "scheduler", "i2e", "hint_model"}
     assert isinstance(loaded.vqvae, VQMAGANModel)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(run(loaded, pair), expected)

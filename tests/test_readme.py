@@ -28,8 +28,9 @@ DOCS = {f"docs/{path.name}": path.read_text() for path in sorted((REPOSITORY / "
 PAGES = {"README.md": README, **DOCS, "comfyui/README.md": (REPOSITORY / "comfyui" / "README.md").read_text()}
 EVALUATION = DOCS["docs/evaluation.md"]
 
-# Whose test is elsewhere: `test_hint_sources.py` runs what this one prints, with weights of RAFT's shape.
-ELSEWHERE = ("docs/hint-sources.md",)
+# Whose tests are elsewhere: `test_hint_sources.py` runs what the first prints, with weights of RAFT's shape, and `test_onnx_export.py` what the second
+# does, with small networks.
+ELSEWHERE = ("docs/hint-sources.md", "docs/onnx.md")
 
 
 def blocks(language: str, page: str = "README.md") -> list:
@@ -63,7 +64,7 @@ def test_python_snippets_run(page, tmp_path):
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     phone_clip(tmp_path / "in.mp4", 3)
     for command in commands(page, "madiff export"):
-        assert main([*command[1:-1], str(tmp_path / command[-1])] if "--space" in command else [command[1], str(tmp_path / command[2]), *command[3:]]) == 0
+        assert main([*command[1:-1], str(tmp_path / command[-1])] if command[2].startswith("--") else [command[1], str(tmp_path / command[2]), *command[3:]]) == 0
     code = "\n".join(blocks("python", page)).replace(".resize((640, 480))", ".resize((96, 64))")
     if not torch.cuda.is_available():
         code = code.replace('.to("cuda")', '.to("cpu")')
