@@ -27,7 +27,8 @@ from .warping import correlate, halves, laid_out_as, warp
 class VQMAGANEncoderOutput(VQEncoderOutput):
     """
     Args:
-        latents (`torch.Tensor` of shape `(B, latent_channels, H / f, W / f)`): latents before quantisation.
+        latents (`torch.Tensor` of shape `(B, latent_channels, H / f, W / f)`): latents before quantisation; None with
+            `news_latents`, which a frame alone has not.
         features (`tuple` of `torch.Tensor`):
             The frame itself, then one feature map per scale from the finest (stride `stem_stride`) to the coarsest
             (stride `f`). They depend on the frame alone: compute them once and hand them to every `decode`.
@@ -666,7 +667,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     Motion-aware autoencoder of MADiff (VQ-MAGAN): a [`~diffusers.VQModel`] whose decoder sees the two neighbouring
     frames and motion hints.
 
-    The downsampling factor is `f = stem_stride * 2 ** len(block_out_channels)`; frame sizes must be multiples of it.
+    The downsampling factor is `f = stem_stride * 2 ** len(block_out_channels)`, or `2 ** len(block_out_channels)` with
+    `news_latents`; frame sizes must be multiples of it.
     The defaults are the paper's behaviour; the flags below it are this implementation's options.
 
     Args:
@@ -695,6 +697,13 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             `warp_frames`.
         time_conditioned (`bool`): let the gates start from the instant of the middle frame: the nearer a neighbour in time, the
             larger its share. Without it, as in the paper, they know the frame half-way alone.
+        news_latents (`bool`): let the latents tell what the middle frame adds to its neighbours warped along the hints
+            (`encode_news`), instead of the frame as a whole; the decoder's offsets and gates then start from the hints and the
+            latents. Needs `offset_hints`, `warp_frames`, `time_conditioned`, `stem_stride=2` and `vq_embed_dim` equal to
+            `latent_channels`; `f = 2 ** len(block_out_channels)`, and neither norms nor attention are built.
+        news_block_out_channels (`tuple` of `int`): widths of the encoder of news, from stride 2 to stride f.
+        evidence_channels (`int`): channels that each neighbour's features are reduced to for the denoiser (`condition`).
+        evidence_reach (`int`): half-width of the window in which these are correlated, in latents.
     """
 
     _supports_gradient_checkpointing = True
