@@ -167,7 +167,7 @@ def test_a_plain_video_loses_nothing_but_what_is_said(pipeline, tmp_path):
 
 
 def test_what_frames_carry(pipeline, tmp_path):
-    hdr = "log-level=none:hdr10=1:master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1):max-cll=1000,400"
+    hdr = "hdr10=1:master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1):max-cll=1000,400"
     source = film_clip(tmp_path / "hdr.mkv", 2, codec="libx265", pixel_format="yuv420p10le", colours=(1, 9, 9, 16), options={"x265-params": hdr})
     assert notes(pipeline, source, tmp_path / "out.mp4", codec="h264") == names("HDR10") == notes(pipeline, source, tmp_path / "out.mkv", codec="ffv1")
     told = Hdr10(tuple(map(Fraction, "0.68 0.32 0.265 0.69 0.15 0.06 0.3127 0.329".split())), Fraction(1, 10000), Fraction(1000), 1000, 400)

@@ -93,6 +93,9 @@ def write_video(
     subtitle: Optional[bytes] = None,
 ) -> Path:
     """Frames `(H, W, 3)` RGB uint8 at their times; with seconds of `sound`, and a subtitle from 0.2 to 0.5 s."""
+    if codec == "libx265":
+        # A clip shorter than the delay of B-frames leaves x265 without times of decoding: what it tells then is uninitialised memory.
+        options = {"x265-params": ":".join(["bframes=0", "log-level=none", (options or {}).get("x265-params", "")]).rstrip(":")}
     with av.open(str(path), "w") as file:
         rate = Fraction(len(times)) / ((times[-1] + (last or times[-1] - times[-2])) * time_base)
         video = file.add_stream(codec, rate=rate.limit_denominator(10000), options=options or {})
