@@ -2,6 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+
 EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22", "torch-fidelity>=0.4.0", "matplotlib>=3.9", "Jinja2>=3.1"]
 TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
 # What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
@@ -20,7 +21,19 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["madiff_diffusers", "madiff_diffusers.*"]),
-    package_data={"madiff_diffusers": ["LICENSE", "py.typed", "examples/*.jpg", "checkpoints/*/README.md", "checkpoints/*/examples/*.png", "checkpoints/*/*.json", "checkpoints/*/*/*.json", "checkpoints/*/*/*.safetensors", "evaluation/pages/*"]},
+    package_data={
+        "madiff_diffusers": [
+            "LICENSE",
+            "py.typed",
+            "examples/*.jpg",
+            "checkpoints/*/README.md",
+            "checkpoints/*/examples/*.png",
+            "checkpoints/*/*.json",
+            "checkpoints/*/*/*.json",
+            "checkpoints/*/*/*.safetensors",
+            "evaluation/pages/*",
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.42.1",

@@ -13,9 +13,10 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.cli import DTYPES, CommandError, checkpoint_folder, chosen_dtype, load_pipeline
 from madiff_diffusers.evaluation.methods import FunctionMethod
 from madiff_diffusers.evaluation.runs import describe_environment
+
 
 STAGES = ("encode", "hints start", "hints from guess", "denoise", "decode guess", "decode last", "rest")
 # What is counted where several frames are made, by the stages that it sums up.
@@ -46,7 +48,7 @@ class Stage(NamedTuple):
     flop: int
 
 
-def panned_frames(width: int, height: int, count: int, step: int = 4) -> List[np.ndarray]:
+def panned_frames(width: int, height: int, count: int, step: int = 4) -> list[np.ndarray]:
     """RGB uint8 frames `(height, width, 3)` of a picture with coarse and fine detail that moves by `step` pixels a frame."""
     generator, whole = np.random.default_rng(0), width + step * (count - 1)
     picture = np.zeros((height, whole, 3), np.float32)
@@ -65,9 +67,9 @@ def clock(pipeline: MADiffPipeline) -> float:
 
 
 @contextmanager
-def watched(pipeline: MADiffPipeline, flop: Callable[[], int]) -> Iterator[List[Tuple[str, Stage]]]:
+def watched(pipeline: MADiffPipeline, flop: Callable[[], int]) -> Iterator[list[tuple[str, Stage]]]:
     """The list that the pipeline's networks and hint source add to whenever they are called inside the block."""
-    seen: List[Tuple[str, Stage]] = []
+    seen: list[tuple[str, Stage]] = []
     methods = [
         (pipeline.vqvae, "encode", "encode"),
         (pipeline.vqvae, "decode", "decode"),
@@ -95,7 +97,9 @@ def watched(pipeline: MADiffPipeline, flop: Callable[[], int]) -> Iterator[List[
             delattr(owner, name)  # the class's own shows again
 
 
-def stages_of(pipeline: MADiffPipeline, call: Callable[[], Any], flop: Callable[[], int] = lambda: 0) -> Dict[str, Stage]:
+def stages_of(
+    pipeline: MADiffPipeline, call: Callable[[], Any], flop: Callable[[], int] = lambda: 0
+) -> dict[str, Stage]:
     """Runs a function that calls the pipeline, and tells what each stage had part in it. `flop` counts operations up to now."""
     with watched(pipeline, flop) as seen:
         start, before = clock(pipeline), flop()
@@ -107,13 +111,17 @@ def stages_of(pipeline: MADiffPipeline, call: Callable[[], Any], flop: Callable[
         if name == "decode":
             name = "decode last" if i == last else "decode guess"
         stages[name] = Stage(*(sum(each) for each in zip(stages[name], part)))
-    stages["rest"] = Stage(0, whole.seconds - sum(each.seconds for each in stages.values()), whole.flop - sum(each.flop for each in stages.values()))
+    stages["rest"] = Stage(
+        0,
+        whole.seconds - sum(each.seconds for each in stages.values()),
+        whole.flop - sum(each.flop for each in stages.values()),
+    )
     return stages
 
 
-def in_turn(pipeline: MADiffPipeline, calls: Sequence[Callable[[], Any]], rounds: int) -> List[List[float]]:
+def in_turn(pipeline: MADiffPipeline, calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
     """Seconds of each call in each round, after one that does not count."""
-    seconds: List[List[float]] = [[] for _ in calls]
+    seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(1 + rounds):
         for call, own in zip(calls, seconds):
             start = clock(pipeline)
@@ -122,7 +130,7 @@ def in_turn(pipeline: MADiffPipeline, calls: Sequence[Callable[[], Any]], rounds
     return [own[1:] for own in seconds]
 
 
-def peak_gib(pipeline: MADiffPipeline) -> Dict[str, float]:
+def peak_gib(pipeline: MADiffPipeline) -> dict[str, float]:
     """The most memory that was taken up to now: by the process, and of the GPU by tensors."""
     unit = 2**30 if platform.system() == "Darwin" else 2**20  # bytes there, KiB elsewhere
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
@@ -131,7 +139,7 @@ def peak_gib(pipeline: MADiffPipeline) -> Dict[str, float]:
     return peak
 
 
-def measure_stages(pipeline: MADiffPipeline, call: Callable[[], Any], rounds: int) -> Dict[str, Dict[str, float]]:
+def measure_stages(pipeline: MADiffPipeline, call: Callable[[], Any], rounds: int) -> dict[str, dict[str, float]]:
     """By stage: calls, GFLOP, median seconds, and the share of the sum of these."""
     with FlopCounterMode(display=False) as counter:
         counted = stages_of(pipeline, call, counter.get_total_flops)
@@ -139,12 +147,19 @@ def measure_stages(pipeline: MADiffPipeline, call: Callable[[], Any], rounds: in
     seconds = {name: statistics.median(each[name].seconds for each in timed) for name in STAGES}
     whole = sum(seconds.values())
     return {
-        name: {"calls": counted[name].calls, "seconds": seconds[name], "gflop": counted[name].flop / 1e9, "share": seconds[name] / whole}
+        name: {
+            "calls": counted[name].calls,
+            "seconds": seconds[name],
+            "gflop": counted[name].flop / 1e9,
+            "share": seconds[name] / whole,
+        }
         for name in STAGES
     }
 
 
-def measure_factor(make: Callable, pipeline: MADiffPipeline, frames: List[np.ndarray], rounds: int) -> Dict[str, Dict[str, Any]]:
+def measure_factor(
+    make: Callable, pipeline: MADiffPipeline, frames: list[np.ndarray], rounds: int
+) -> dict[str, dict[str, Any]]:
     """Calls of the networks and median seconds for as many frames, made in three ways: between two straight, between two as middles of
     middles, and one each between neighbours that have nothing in common."""
     count = len(frames) - 1
@@ -167,7 +182,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(flush=True)
 
 
-def parse_size(text: str) -> Tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) > 0 and int(height) > 0):
         raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, such as 640x480, but is {text!r}")
@@ -180,12 +195,23 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=parse_size, default=(640, 480), metavar="WxH", help="of the frames (default: 640x480)")
-    parser.add_argument("--peer", metavar="M:F", help="a function of two frames to compare with, as for `madiff evaluate --method`")
-    parser.add_argument("--factor", type=int, choices=(4, 8), help="also make so many frames of one, straight, recursively and as separate pairs")
-    parser.add_argument("--threads", type=parse_count, metavar="N", help="of torch and OpenCV (default: as they choose)")
+    parser.add_argument(
+        "--size", type=parse_size, default=(640, 480), metavar="WxH", help="of the frames (default: 640x480)"
+    )
+    parser.add_argument(
+        "--peer", metavar="M:F", help="a function of two frames to compare with, as for `madiff evaluate --method`"
+    )
+    parser.add_argument(
+        "--factor",
+        type=int,
+        choices=(4, 8),
+        help="also make so many frames of one, straight, recursively and as separate pairs",
+    )
+    parser.add_argument(
+        "--threads", type=parse_count, metavar="N", help="of torch and OpenCV (default: as they choose)"
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for `madiff interpolate`")
     parser.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for `madiff interpolate`")
     parser.add_argument("--device", default="cpu", metavar="D", help="as for `madiff interpolate`")
@@ -214,12 +240,25 @@ def main(argv: Optional[List[str]] = None) -> None:
     stages = measure_stages(pipeline, one, args.rounds)
     total, gflop = (sum(each[key] for each in stages.values()) for key in ("seconds", "gflop"))
     size, environment = "x".join(map(str, args.size)), describe_environment(processes=1)
-    result = {"size": size, "checkpoint": args.checkpoint, "device": args.device, "dtype": str(pipeline.vqvae.dtype).removeprefix("torch.")}
+    result = {
+        "size": size,
+        "checkpoint": args.checkpoint,
+        "device": args.device,
+        "dtype": str(pipeline.vqvae.dtype).removeprefix("torch."),
+    }
     result.update(rounds=args.rounds, stages=stages, seconds=total, peak_gib=peak, environment=environment)
     machine = environment["hardware"]["gpu" if pipeline.device.type == "cuda" else "cpu"]
-    print(f"{size}, {result['dtype']}, {args.device}: {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    rows = [[name, str(each["calls"] or ""), f"{each['seconds']:.4f}", f"{each['gflop']:.2f}", f"{each['share']:.1%}"] for name, each in stages.items()]
-    table(["stage", "calls", "seconds", "GFLOP", "share"], [*rows, ["whole", "", f"{total:.4f}", f"{gflop:.2f}", "100.0%"]])
+    print(
+        f"{size}, {result['dtype']}, {args.device}: {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
+    rows = [
+        [name, str(each["calls"] or ""), f"{each['seconds']:.4f}", f"{each['gflop']:.2f}", f"{each['share']:.1%}"]
+        for name, each in stages.items()
+    ]
+    table(
+        ["stage", "calls", "seconds", "GFLOP", "share"],
+        [*rows, ["whole", "", f"{total:.4f}", f"{gflop:.2f}", "100.0%"]],
+    )
     print(f"Peak memory: {', '.join(f'{gib:.2f} GiB ({what})' for what, gib in peak.items())}\n")
 
     # 2. The peer.
@@ -231,9 +270,17 @@ def main(argv: Optional[List[str]] = None) -> None:
             parser.error(f"argument --peer: {error}")
         own_seconds, peer_seconds = statistics.median(own), statistics.median(others)
         ratios = [mine / other for mine, other in zip(own, others)]
-        result["peer"] = {"name": args.peer, "seconds": peer_seconds, "own_seconds": own_seconds, "ratio": own_seconds / peer_seconds, "ratios": ratios}
-        print(f"Pipeline {own_seconds:.4f} s, {args.peer} {peer_seconds:.4f} s: ratio {own_seconds / peer_seconds:.3f} "
-              f"(of rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios)})\n")  # fmt: skip
+        result["peer"] = {
+            "name": args.peer,
+            "seconds": peer_seconds,
+            "own_seconds": own_seconds,
+            "ratio": own_seconds / peer_seconds,
+            "ratios": ratios,
+        }
+        print(
+            f"Pipeline {own_seconds:.4f} s, {args.peer} {peer_seconds:.4f} s: ratio {own_seconds / peer_seconds:.3f} "
+            f"(of rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios)})\n"
+        )
 
     # 3. Several frames.
     if args.factor is not None:

@@ -14,8 +14,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +26,17 @@ from madiff_diffusers.cli import CommandError, checkpoint_folder, load_pipeline
 from madiff_diffusers.evaluation.runs import describe_environment
 from madiff_diffusers.onnx_export import Graph, Tensors, build_graphs, example_tensors, export_onnx, frame_multiple
 
+
 Runner = Callable[[], Sequence[Any]]
 WARM_UP = 2
 
 
 def in_torch(graph: Graph, inputs: Tensors, path: Path, threads: int) -> Runner:
     # The pipeline's layout.
-    given = {name: each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for name, each in inputs.items()}
+    given = {
+        name: each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each
+        for name, each in inputs.items()
+    }
     return lambda: graph(given)
 
 
@@ -59,7 +64,7 @@ def in_openvino(graph: Graph, inputs: Tensors, path: Path, threads: int) -> Runn
     return lambda: list(model(given).values())
 
 
-RUNTIMES: Dict[str, Callable[[Graph, Tensors, Path, int], Runner]] = {
+RUNTIMES: dict[str, Callable[[Graph, Tensors, Path, int], Runner]] = {
     "torch": in_torch,
     "torch.compile": compiled,
     "onnxruntime": in_onnxruntime,
@@ -67,7 +72,7 @@ RUNTIMES: Dict[str, Callable[[Graph, Tensors, Path, int], Runner]] = {
 }
 
 
-def measure(run: Runner, rounds: int) -> Tuple[float, List[np.ndarray]]:
+def measure(run: Runner, rounds: int) -> tuple[float, list[np.ndarray]]:
     """Median seconds, and what came out."""
     seconds = []
     for _ in range(WARM_UP + rounds):
@@ -77,7 +82,7 @@ def measure(run: Runner, rounds: int) -> Tuple[float, List[np.ndarray]]:
     return statistics.median(seconds[WARM_UP:]), [np.asarray(each) for each in values]
 
 
-def networks_of(args: argparse.Namespace) -> Tuple[Any, Any, Any, Any]:
+def networks_of(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """VQ-MAGAN, U-Net, scheduler and hint model, of a checkpoint or of a training configuration."""
     if args.config is None:
         pipeline = load_pipeline(checkpoint_folder(args.checkpoint), "cpu", torch.float32)
@@ -98,16 +103,36 @@ def networks_of(args: argparse.Namespace) -> Tuple[Any, Any, Any, Any]:
             MotionHintModel(**config["hint_model"]) if "hint_model" in config else None,
         )
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise CommandError(f"--config must be a training configuration, but {str(args.config)!r} is not: {error}") from error
+        raise CommandError(
+            f"--config must be a training configuration, but {str(args.config)!r} is not: {error}"
+        ) from error
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=parse_size, default=(640, 480), metavar="WxH", help="of the frames, padded as the networks need it (default: 640x480)")
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default=(640, 480),
+        metavar="WxH",
+        help="of the frames, padded as the networks need it (default: 640x480)",
+    )
     parser.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for `madiff interpolate`")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="measure the untrained networks of this training configuration instead")
-    parser.add_argument("--onnx", type=Path, metavar="DIR", help="graphs of the same networks, by `madiff export --onnx` (default: made anew, which takes minutes)")
-    parser.add_argument("--threads", type=parse_count, metavar="N", help="of every runtime (default: as torch chooses)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="measure the untrained networks of this training configuration instead",
+    )
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="DIR",
+        help="graphs of the same networks, by `madiff export --onnx` (default: made anew, which takes minutes)",
+    )
+    parser.add_argument(
+        "--threads", type=parse_count, metavar="N", help="of every runtime (default: as torch chooses)"
+    )
     parser.add_argument("--rounds", type=parse_count, default=7, metavar="N", help="that medians are of (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, too")
     args = parser.parse_args(argv)
@@ -129,13 +154,19 @@ def main(argv: Optional[List[str]] = None) -> None:
             graphs = build_graphs(vqvae, unet, hint_model)
             absent = [name for name in graphs if not (folder / f"{name}.onnx").is_file()]
             if absent:
-                raise CommandError(f"--onnx must hold graphs of these networks, but {str(folder)!r} lacks {absent[0]}.onnx")
-            seconds, differences, size = compare(graphs, folder, args.size, frame_multiple(vqvae, unet, hint_model), threads, args.rounds)
+                raise CommandError(
+                    f"--onnx must hold graphs of these networks, but {str(folder)!r} lacks {absent[0]}.onnx"
+                )
+            seconds, differences, size = compare(
+                graphs, folder, args.size, frame_multiple(vqvae, unet, hint_model), threads, args.rounds
+            )
     except (CommandError, ImportError, ValueError) as error:
         parser.error(str(error))
 
     environment = describe_environment(processes=1)
-    print(f"{size[0]}x{size[1]}, float32, {threads} threads: {environment['hardware']['cpu']}, torch {torch.__version__}\n")
+    print(
+        f"{size[0]}x{size[1]}, float32, {threads} threads: {environment['hardware']['cpu']}, torch {torch.__version__}\n"
+    )
     rows = [[name, *(f"{own[runtime]:.4f}" for runtime in RUNTIMES)] for name, own in seconds.items()]
     whole = {runtime: sum(own[runtime] for own in seconds.values()) for runtime in RUNTIMES}
     rows.append(["together", *(f"{each:.4f}" for each in whole.values())])
@@ -144,19 +175,25 @@ def main(argv: Optional[List[str]] = None) -> None:
     fastest = min(whole, key=whole.get)
     print(f"The fastest together is {fastest}: {whole['torch'] / whole[fastest]:.2f} times as fast as torch")
     if args.json is not None:
-        result = {"size": "x".join(map(str, size)), "rounds": args.rounds, "seconds": seconds, "differences": differences, "environment": environment}
+        result = {
+            "size": "x".join(map(str, size)),
+            "rounds": args.rounds,
+            "seconds": seconds,
+            "differences": differences,
+            "environment": environment,
+        }
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
 def compare(
-    graphs: Dict[str, Graph], folder: Path, asked: Tuple[int, int], multiple: int, threads: int, rounds: int
-) -> Tuple[Dict[str, Dict[str, float]], Dict[str, float], Tuple[int, int]]:
+    graphs: dict[str, Graph], folder: Path, asked: tuple[int, int], multiple: int, threads: int, rounds: int
+) -> tuple[dict[str, dict[str, float]], dict[str, float], tuple[int, int]]:
     """Median seconds by graph and runtime; each runtime's largest difference from torch, of all that the graphs give; and the frames'
     width and height, padded."""
     width, height = (side + -side % multiple for side in asked)
     tensors = example_tensors(graphs, (height, width))
-    seconds: Dict[str, Dict[str, float]] = {}
+    seconds: dict[str, dict[str, float]] = {}
     differences = dict.fromkeys(RUNTIMES, 0.0)
     for name, graph in graphs.items():
         seconds[name] = {}

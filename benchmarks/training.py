@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -28,8 +27,9 @@ from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions
 
+
 STAGES = {"train_i2e": I2EOptions, "train_vq_magan": VQMAGANOptions, "train_denoiser": DenoiserOptions}
-VARIANTS: Dict[str, List[str]] = {
+VARIANTS: dict[str, list[str]] = {
     "as configured": [],
     "without channels_last": ["--channels_last", "false"],
     "torch.compile": ["--compile", "true"],
@@ -38,7 +38,7 @@ VARIANTS: Dict[str, List[str]] = {
 }
 
 
-def flags_of(stage: str, args: argparse.Namespace, output: str) -> List[str]:
+def flags_of(stage: str, args: argparse.Namespace, output: str) -> list[str]:
     flags = ["--config", args.config, "--data", args.data, "--output", output]
     if args.workers is not None:
         flags += ["--workers", str(args.workers)]
@@ -51,7 +51,7 @@ def flags_of(stage: str, args: argparse.Namespace, output: str) -> List[str]:
     return flags
 
 
-def measure(stage: str, args: argparse.Namespace, extra: List[str]) -> Tuple[float, float]:
+def measure(stage: str, args: argparse.Namespace, extra: list[str]) -> tuple[float, float]:
     """Samples per second and peak memory in GiB of a short run."""
     with tempfile.TemporaryDirectory() as folder:
         steps = args.warmup + args.steps
@@ -76,7 +76,9 @@ def loader_speed(stage: str, args: argparse.Namespace) -> float:
     maker = EventMaker(config["i2e"]["num_bins"], options.frames) if stage == "train_i2e" else TripletMaker()
     samples = build_samples(options, maker)
     count = options.batch_size * 40
-    batches = iter(DataLoader(Subset(samples, range(count)), batch_size=options.batch_size, num_workers=options.workers))
+    batches = iter(
+        DataLoader(Subset(samples, range(count)), batch_size=options.batch_size, num_workers=options.workers)
+    )
     for _ in range(10):  # the workers' start and what they have made ahead
         next(batches)
     start, seen = time.perf_counter(), 0
@@ -85,22 +87,26 @@ def loader_speed(stage: str, args: argparse.Namespace) -> float:
     return seen / (time.perf_counter() - start)
 
 
-def table(title: str, header: List[str], rows: List[List[str]]) -> None:
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     print(f"\n{title}\n")
     for row in (header, ["---"] * len(header), *rows):
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="compact", help="as in the training scripts")
     parser.add_argument("--data", required=True, help="as in the training scripts")
     parser.add_argument("--lpips_backbone", default="", help="as in the training scripts")
     shipped = Path(__file__).parents[1] / "madiff_diffusers" / "checkpoints" / "madiff-compact"
-    parser.add_argument("--checkpoint", type=Path, default=shipped, help="pipeline folder whose networks are trained on")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=shipped, help="pipeline folder whose networks are trained on"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--crops", nargs="*", type=int, default=[], help="also measure these crops, at as many pixels a batch")
+    parser.add_argument(
+        "--crops", nargs="*", type=int, default=[], help="also measure these crops, at as many pixels a batch"
+    )
     parser.add_argument("--workers", type=int, help="loader processes; as configured if not given")
     parser.add_argument("--warmup", type=int, default=10, help="steps before the measured ones")
     parser.add_argument("--steps", type=int, default=30, help="measured steps")

@@ -65,8 +65,12 @@ def main() -> None:
         seconds = [(own(), whole()) for _ in range(args.rounds)]
     own_seconds, whole_seconds = (statistics.median(each) for each in zip(*seconds))
     height, width = arrays[0].shape[:2]
-    print(f"{width}x{height}, {args.device}, {torch.get_num_threads()} threads: pipeline {own_seconds:.3f} s, video {whole_seconds:.3f} s per made frame")
-    print(f"ratio {whole_seconds / own_seconds:.3f} (of rounds: {', '.join(f'{whole / own:.3f}' for own, whole in seconds)})")
+    print(
+        f"{width}x{height}, {args.device}, {torch.get_num_threads()} threads: pipeline {own_seconds:.3f} s, video {whole_seconds:.3f} s per made frame"
+    )
+    print(
+        f"ratio {whole_seconds / own_seconds:.3f} (of rounds: {', '.join(f'{whole / own:.3f}' for own, whole in seconds)})"
+    )
 
 
 if __name__ == "__main__":

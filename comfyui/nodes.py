@@ -3,7 +3,7 @@
 import importlib
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import torch
 
@@ -11,6 +11,7 @@ from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.precision import best_device, fastest_dtype
 from madiff_diffusers.video.frame_times import Timeline
 from madiff_diffusers.video.middles import FrameMaker, Neighbour
+
 
 DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -24,10 +25,12 @@ def load(checkpoint: str, device: str, dtype: str) -> MADiffPipeline:
     return pipeline
 
 
-def host() -> Tuple[Any, Any]:
+def host() -> tuple[Any, Any]:
     """ComfyUI's progress bar and its check for Cancel; None where this runs without ComfyUI."""
     try:
-        return importlib.import_module("comfy.utils").ProgressBar, importlib.import_module("comfy.model_management").throw_exception_if_processing_interrupted
+        return importlib.import_module("comfy.utils").ProgressBar, importlib.import_module(
+            "comfy.model_management"
+        ).throw_exception_if_processing_interrupted
     except ModuleNotFoundError:
         return None, None
 
@@ -42,27 +45,70 @@ class MADiffInterpolate:
     RETURN_NAMES = ("images", "fps")
 
     @classmethod
-    def INPUT_TYPES(cls) -> Dict[str, Dict[str, Tuple]]:
+    def INPUT_TYPES(cls) -> dict[str, dict[str, tuple]]:
         return {
             "required": {
                 "images": ("IMAGE",),
-                "multiplier": ("INT", {"default": 2, "min": 1, "max": 64, "tooltip": "frames in the place of each one, where target_fps is 0"}),
-                "source_fps": ("FLOAT", {"default": 24.0, "min": 0.01, "max": 1000.0, "step": 0.01, "tooltip": "frames a second of images"}),
-                "target_fps": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1000.0, "step": 0.01, "tooltip": "frames a second of the result; 0: by the multiplier"}),
+                "multiplier": (
+                    "INT",
+                    {
+                        "default": 2,
+                        "min": 1,
+                        "max": 64,
+                        "tooltip": "frames in the place of each one, where target_fps is 0",
+                    },
+                ),
+                "source_fps": (
+                    "FLOAT",
+                    {
+                        "default": 24.0,
+                        "min": 0.01,
+                        "max": 1000.0,
+                        "step": 0.01,
+                        "tooltip": "frames a second of images",
+                    },
+                ),
+                "target_fps": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1000.0,
+                        "step": 0.01,
+                        "tooltip": "frames a second of the result; 0: by the multiplier",
+                    },
+                ),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1}),
                 "device": (["auto", "cpu", "cuda", "mps", "xpu"],),
                 "dtype": (list(DTYPES),),
             },
             "optional": {
-                "steps": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": "of sampling; 0: the checkpoint's own"}),
-                "checkpoint": ("STRING", {"default": "madiff-compact", "tooltip": "what comes with the package, a folder, or USER/NAME on the Hub"}),
+                "steps": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 1000, "tooltip": "of sampling; 0: the checkpoint's own"},
+                ),
+                "checkpoint": (
+                    "STRING",
+                    {
+                        "default": "madiff-compact",
+                        "tooltip": "what comes with the package, a folder, or USER/NAME on the Hub",
+                    },
+                ),
             },
         }
 
     def interpolate(
-        self, images: torch.Tensor, multiplier: int, source_fps: float, target_fps: float, seed: int, device: str, dtype: str, steps: int = 0,
+        self,
+        images: torch.Tensor,
+        multiplier: int,
+        source_fps: float,
+        target_fps: float,
+        seed: int,
+        device: str,
+        dtype: str,
+        steps: int = 0,
         checkpoint: str = "madiff-compact",
-    ) -> Tuple[torch.Tensor, float]:
+    ) -> tuple[torch.Tensor, float]:
         """
         Args:
             images: `(B, H, W, C)` in [0, 1]; of four channels, transparency is left out.
@@ -77,14 +123,20 @@ class MADiffInterpolate:
         frames = images[..., :3].float().cpu().numpy()
         source_rate = Fraction(str(source_fps))
         rate = Fraction(str(target_fps)) if target_fps else None
-        timeline = Timeline(range(len(frames)), len(frames), 1 / source_rate, factor=None if rate else multiplier, rate=rate)
+        timeline = Timeline(
+            range(len(frames)), len(frames), 1 / source_rate, factor=None if rate else multiplier, rate=rate
+        )
         bar, check = host()
         progress = bar(len(timeline) if rate else (len(frames) - 1) * multiplier + 1) if bar else None
         maker = FrameMaker(pipeline, steps or None, seed)
         result, prev = [], Neighbour(frames[0])
         for index, shown in enumerate(timeline.shown()):
             next_ = Neighbour(frames[index + 1]) if index + 1 < len(frames) else None
-            made = maker.between(prev, next_, [frame.position for frame in shown if frame.position]) if next_ else iter(())
+            made = (
+                maker.between(prev, next_, [frame.position for frame in shown if frame.position])
+                if next_
+                else iter(())
+            )
             for frame in shown[:1] if next_ is None and rate is None else shown:
                 result.append(torch.from_numpy(next(made) if frame.position else frames[frame.index]))
                 if check:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from skimage import data
 
+
 SIZE = (480, 320)  # width, height
 
 
@@ -37,4 +38,8 @@ if __name__ == "__main__":
         picture = cv2.cvtColor(frame(time), cv2.COLOR_RGB2BGR)
         cv2.imwrite(str(path), picture)
         if name != "truth":
-            cv2.imwrite(str(path.parent.parent / "madiff_diffusers" / "examples" / f"{name}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 92])
+            cv2.imwrite(
+                str(path.parent.parent / "madiff_diffusers" / "examples" / f"{name}.jpg"),
+                picture,
+                [cv2.IMWRITE_JPEG_QUALITY, 92],
+            )

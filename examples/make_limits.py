@@ -6,8 +6,8 @@ A ball flies three times its size between the frames; a thin rod turns; the phot
 and comes closer fast. Backgrounds are of the CC0 photograph "coffee" by Rachel Michetti. All come with scikit-image.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, List
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from skimage import data
 
 from madiff_diffusers import MADiffPipeline
+
 
 SIZE = (256, 192)  # width, height
 
@@ -49,5 +50,5 @@ def row(pipe: MADiffPipeline, scene: Callable[[float], np.ndarray]) -> np.ndarra
 
 if __name__ == "__main__":
     pipe = MADiffPipeline.from_pretrained("madiff-compact")
-    rows: List[np.ndarray] = [row(pipe, scene) for scene in (ball, rod, face)]
+    rows: list[np.ndarray] = [row(pipe, scene) for scene in (ball, rod, face)]
     Image.fromarray(np.concatenate(rows)).save(Path(__file__).with_name("limits.png"), optimize=True)

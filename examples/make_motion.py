@@ -7,13 +7,13 @@ The scene is that of `make_frames.py`, made from two CC0 photographs, swaying to
 
 import math
 from pathlib import Path
-from typing import List
 
 import numpy as np
 from make_frames import frame
 from PIL import Image, ImageDraw
 
 from madiff_diffusers import MADiffPipeline, interpolate_frames
+
 
 SOURCE_FRAMES, FACTOR = 12, 4  # of one sway
 HUNDREDTHS = 4  # of a second, that each frame of the result is shown
@@ -40,7 +40,7 @@ def side_by_side(source: Image.Image, result: Image.Image) -> Image.Image:
     return both
 
 
-def write_gif(frames: List[Image.Image], path: Path) -> None:
+def write_gif(frames: list[Image.Image], path: Path) -> None:
     """With one palette, of all frames, and without dithering, which would not compress."""
     sheet = np.concatenate([np.array(each)[::4, ::4] for each in frames])
     palette = Image.fromarray(sheet).quantize(COLOURS, method=Image.Quantize.MEDIANCUT, kmeans=3)

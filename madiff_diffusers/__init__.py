@@ -1,7 +1,8 @@
 """MADiff: motion-aware latent diffusion for video frame interpolation, as a Diffusers pipeline."""
 
 import importlib
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING, Any
+
 
 __version__ = "0.1.0"
 
@@ -65,5 +66,5 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_LOCATIONS[name]}", __name__), name)
 
 
-def __dir__() -> List[str]:
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

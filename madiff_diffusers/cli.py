@@ -7,13 +7,14 @@ import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
 
 from . import __version__
+
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -26,9 +27,21 @@ _OTHER_NAMES = {"num_inference_steps": "steps", "image_prev": "prev", "image_nex
 VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
 
 BENCHMARK_NAMES = (
-    "middlebury", "ucf101", "davis", "snu-film-easy", "snu-film-medium", "snu-film-hard", "snu-film-extreme", "vimeo-triplet",
-    "vimeo-septuplet", "xiph-2k", "xiph-4k", "vfitex", "triplets", "frames",
-)  # fmt: skip
+    "middlebury",
+    "ucf101",
+    "davis",
+    "snu-film-easy",
+    "snu-film-medium",
+    "snu-film-hard",
+    "snu-film-extreme",
+    "vimeo-triplet",
+    "vimeo-septuplet",
+    "xiph-2k",
+    "xiph-4k",
+    "vfitex",
+    "triplets",
+    "frames",
+)
 
 
 class CommandError(Exception):
@@ -40,7 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="madiff", description="Video frame interpolation by motion-aware latent diffusion (MADiff)."
     )
     parser.add_argument("--version", action="version", version=f"madiff {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="where a command fails, show the whole error; as MADIFF_DEBUG=1 in the environment does")
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="where a command fails, show the whole error; as MADIFF_DEBUG=1 in the environment does",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     interpolate = commands.add_parser(
@@ -58,9 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="image file to write; with more than one frame, OUT.png stands for OUT_1.png, OUT_2.png, …",
     )
     instants = interpolate.add_mutually_exclusive_group()
-    instants.add_argument("--num-frames", type=int, default=1, metavar="N", help="frames to make, evenly spaced in time (default: 1)")
     instants.add_argument(
-        "--times", type=parse_instant, nargs="+", metavar="T", help="instants of the frames to make instead, between 0 (PREV) and 1 (NEXT): 0.25, 1/3, …"
+        "--num-frames", type=int, default=1, metavar="N", help="frames to make, evenly spaced in time (default: 1)"
+    )
+    instants.add_argument(
+        "--times",
+        type=parse_instant,
+        nargs="+",
+        metavar="T",
+        help="instants of the frames to make instead, between 0 (PREV) and 1 (NEXT): 0.25, 1/3, …",
     )
     interpolate.add_argument(
         "--steps", type=int, metavar="N", help="sampling steps per frame (default: the checkpoint's own)"
@@ -75,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a saved pipeline's folder, a repository of the Hub (USER/NAME), or what comes with the package (default: madiff-compact)",
     )
     add_device_options(interpolate)
-    interpolate.add_argument("--overwrite", action="store_true", help="replace OUT if it is there; PREV and NEXT never are")
+    interpolate.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is there; PREV and NEXT never are"
+    )
     interpolate.set_defaults(run=run_interpolate)
 
     video = commands.add_parser(
@@ -85,41 +110,89 @@ def build_parser() -> argparse.ArgumentParser:
         "subtitles, chapters, metadata, rotation and colours are kept. Finished parts lie in OUTPUT.parts until OUTPUT is complete. "
         "Several processes share the work: accelerate launch --num_processes N -m madiff_diffusers video …",
     )
-    video.add_argument("input", metavar="INPUT", help="video file, folder or pattern of images, or folder of video files")
     video.add_argument(
-        "output", metavar="OUTPUT", help=".mp4, .m4v, .mov, .mkv, .webm, .avi, .gif or .y4m file; a folder for PNG files, or for the videos of a folder"
+        "input", metavar="INPUT", help="video file, folder or pattern of images, or folder of video files"
+    )
+    video.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help=".mp4, .m4v, .mov, .mkv, .webm, .avi, .gif or .y4m file; a folder for PNG files, or for the videos of a folder",
     )
     timing = video.add_mutually_exclusive_group()
-    timing.add_argument("--factor", type=int, metavar="N", help="frames in the place of each one (default: 2, or what --slow-motion asks for)")
+    timing.add_argument(
+        "--factor",
+        type=int,
+        metavar="N",
+        help="frames in the place of each one (default: 2, or what --slow-motion asks for)",
+    )
     timing.add_argument("--fps", metavar="R", help="frames a second instead: 60, 23.976, 30000/1001, …")
     video.add_argument("--slow-motion", metavar="N", help="times that the result lasts longer (default: 1)")
     video.add_argument(
-        "--audio", choices=("keep", "stretch", "drop"), metavar="A", help="in slow motion, stretch (default; at the same pitch) or drop; else keep (default) or drop"
+        "--audio",
+        choices=("keep", "stretch", "drop"),
+        metavar="A",
+        help="in slow motion, stretch (default; at the same pitch) or drop; else keep (default) or drop",
     )
     video.add_argument(
-        "--codec", metavar="C", help="h264, hevc, vp9, av1, prores or ffv1; of a chip that this machine has, h264_nvenc, hevc_qsv, … (default: what suits OUTPUT)"
+        "--codec",
+        metavar="C",
+        help="h264, hevc, vp9, av1, prores or ffv1; of a chip that this machine has, h264_nvenc, hevc_qsv, … (default: what suits OUTPUT)",
     )
-    video.add_argument("--crf", type=int, metavar="Q", help="quality; less is better and larger (default: 18 for h264, 20 for hevc, 24 for vp9, av1)")
+    video.add_argument(
+        "--crf",
+        type=int,
+        metavar="Q",
+        help="quality; less is better and larger (default: 18 for h264, 20 for hevc, 24 for vp9, av1)",
+    )
     video.add_argument("--preset", metavar="P", help="the encoder's: fast, slow, …; numbers for vp9 and av1")
     video.add_argument(
-        "--cut-threshold", metavar="X", help="least change of thumbnails, of 1, that may be a scene cut; 2: none is (default: 0.08)"
+        "--cut-threshold",
+        metavar="X",
+        help="least change of thumbnails, of 1, that may be a scene cut; 2: none is (default: 0.08)",
     )
-    video.add_argument("--cut-ratio", metavar="X", help="times that a cut changes more than frames around it (default: 3)")
-    video.add_argument("--max-gap", metavar="S", help="seconds between frames above which none are made (default: 1)")
-    video.add_argument("--dedup", action="store_true", help="leave out frames that only repeat the one before, and make motion go on across them")
     video.add_argument(
-        "--dedup-threshold", metavar="X", help="change, of 255, of the 8x8 pixels that change most, up to which a frame is a repetition (default: 2)"
+        "--cut-ratio", metavar="X", help="times that a cut changes more than frames around it (default: 3)"
     )
-    video.add_argument("--dedup-run", type=int, metavar="N", help="repetitions in a row above which the picture stands still (default: 3)")
+    video.add_argument("--max-gap", metavar="S", help="seconds between frames above which none are made (default: 1)")
+    video.add_argument(
+        "--dedup",
+        action="store_true",
+        help="leave out frames that only repeat the one before, and make motion go on across them",
+    )
+    video.add_argument(
+        "--dedup-threshold",
+        metavar="X",
+        help="change, of 255, of the 8x8 pixels that change most, up to which a frame is a repetition (default: 2)",
+    )
+    video.add_argument(
+        "--dedup-run",
+        type=int,
+        metavar="N",
+        help="repetitions in a row above which the picture stands still (default: 3)",
+    )
     video.add_argument("--input-fps", dest="image_fps", metavar="R", help="frames a second of images (default: 24)")
-    video.add_argument("--steps", type=int, metavar="N", help="sampling steps per frame (default: the checkpoint's own)")
-    video.add_argument("--seed", type=int, metavar="S", help="seed of the noise, the same for every frame (default: 0)")
-    video.add_argument("--max-memory", metavar="SIZE", help="that the process may take; larger frames are made by tiles (default: 8GiB)")
-    video.add_argument("--preview", metavar="FILE", help="image file for the latest frames side by side, written every two seconds of the result")
+    video.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps per frame (default: the checkpoint's own)"
+    )
+    video.add_argument(
+        "--seed", type=int, metavar="S", help="seed of the noise, the same for every frame (default: 0)"
+    )
+    video.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="that the process may take; larger frames are made by tiles (default: 8GiB)",
+    )
+    video.add_argument(
+        "--preview",
+        metavar="FILE",
+        help="image file for the latest frames side by side, written every two seconds of the result",
+    )
     video.add_argument("--resume", action="store_true", help="go on with what a stopped command left in OUTPUT.parts")
     video.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and OUTPUT.parts, if they are there")
     video.add_argument(
-        "--keep-partial", action="store_true", help="when stopped, or when something fails or is damaged, write what is good as NAME.partial.ENDING"
+        "--keep-partial",
+        action="store_true",
+        help="when stopped, or when something fails or is damaged, write what is good as NAME.partial.ENDING",
     )
     video.add_argument("--skip-damage", action="store_true", help="go on behind damaged places of INPUT")
     video.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
@@ -141,7 +214,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="madiff (a checkpoint), average, flow (OpenCV's DIS), or MODULE:FUNCTION that takes two (H, W, 3) uint8 arrays and "
         "gives the one between; for other instants than the middle, it is given these, from 0 to 1, besides (default: madiff)",
     )
-    evaluate.add_argument("--label", metavar="TEXT", help="row in the tables, for a single method (default: what it is)")
+    evaluate.add_argument(
+        "--label", metavar="TEXT", help="row in the tables, for a single method (default: what it is)"
+    )
     evaluate.set_defaults(run=run_evaluate)
 
     ablate = commands.add_parser(
@@ -159,7 +234,10 @@ def build_parser() -> argparse.ArgumentParser:
         "their nearest codes or not; latents: what is decoded (denoised, zero, noise, mirrored: denoised of the pair mirrored, true: of the true frame)",
     )
     ablate.add_argument(
-        "--values", nargs="+", metavar="V", help="what to compare, instead of: all hints; all sources; intervals 1 2 4 8; steps "
+        "--values",
+        nargs="+",
+        metavar="V",
+        help="what to compare, instead of: all hints; all sources; intervals 1 2 4 8; steps "
         "1 2 5 10 25 50; six schedulers; quantised yes no; all latents",
     )
     ablate.set_defaults(run=run_ablate)
@@ -173,20 +251,41 @@ def build_parser() -> argparse.ArgumentParser:
         "the code that DiffusionPipeline.from_pretrained needs where this package is not installed, licence and model card. "
         "Push it with madiff push.",
     )
-    export.add_argument("output", metavar="DIR", nargs="?", help="folder to write; must not exist; may be left out with --onnx")
     export.add_argument(
-        "--onnx", metavar="DIR", help="folder to write, with the networks as ONNX graphs for other runtimes; must not exist; takes some minutes"
+        "output", metavar="DIR", nargs="?", help="folder to write; must not exist; may be left out with --onnx"
+    )
+    export.add_argument(
+        "--onnx",
+        metavar="DIR",
+        help="folder to write, with the networks as ONNX graphs for other runtimes; must not exist; takes some minutes",
     )
     export.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
     export.add_argument(
-        "--variant", nargs="+", default=[], choices=tuple(VARIANTS), metavar="V", help="weights in half precision beside them: fp16, bf16"
+        "--variant",
+        nargs="+",
+        default=[],
+        choices=tuple(VARIANTS),
+        metavar="V",
+        help="weights in half precision beside them: fp16, bf16",
     )
-    export.add_argument("--max-shard-size", metavar="SIZE", help="size of a weight file above which it becomes several, such as 5GB")
     export.add_argument(
-        "--results", metavar="FILE", help="results.json of madiff evaluate, whose scores of this checkpoint go into the card's header"
+        "--max-shard-size", metavar="SIZE", help="size of a weight file above which it becomes several, such as 5GB"
     )
-    export.add_argument("--license", metavar="ID", help="licence of the weights for the card's header, as the Hub names it: apache-2.0, …")
-    export.add_argument("--space", action="store_true", help="write a Space instead, which shows madiff demo with this checkpoint: app.py, requirements.txt, README.md")
+    export.add_argument(
+        "--results",
+        metavar="FILE",
+        help="results.json of madiff evaluate, whose scores of this checkpoint go into the card's header",
+    )
+    export.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the weights for the card's header, as the Hub names it: apache-2.0, …",
+    )
+    export.add_argument(
+        "--space",
+        action="store_true",
+        help="write a Space instead, which shows madiff demo with this checkpoint: app.py, requirements.txt, README.md",
+    )
     export.set_defaults(run=run_export)
 
     push = commands.add_parser(
@@ -196,10 +295,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     push.add_argument("folder", metavar="DIR", help="folder of a saved pipeline or component")
     push.add_argument("repository", metavar="USER/NAME", help="repository; made if there is none")
-    push.add_argument("--private", action="store_true", help="make a new repository private (default: as the account has it)")
-    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to; made if there is none (default: the main one)")
+    push.add_argument(
+        "--private", action="store_true", help="make a new repository private (default: as the account has it)"
+    )
+    push.add_argument(
+        "--revision", metavar="BRANCH", help="branch to commit to; made if there is none (default: the main one)"
+    )
     push.add_argument("--message", metavar="TEXT", help="commit message")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to the branch")
+    push.add_argument(
+        "--create-pr", action="store_true", help="open a pull request instead of committing to the branch"
+    )
     push.set_defaults(run=run_push)
 
     demo = commands.add_parser(
@@ -208,13 +313,38 @@ def build_parser() -> argparse.ArgumentParser:
         description="Show a page, in a browser of this machine, that makes frames between two pictures, and videos smoother or slower. Needs pip install "
         "'madiff_diffusers[demo]'. What is uploaded is deleted after an hour, and when the page is stopped (Ctrl-C).",
     )
-    demo.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at; 0.0.0.0 shows the page to other machines (default: 127.0.0.1)")
-    demo.add_argument("--port", type=int, metavar="P", help="port to listen at (default: the first free one from 7860 on)")
-    demo.add_argument("--max-pixels", type=int, default=1920 * 1088, metavar="N", help="of a frame (default: 2088960, which is 1920x1088)")
-    demo.add_argument("--max-seconds", type=float, default=20.0, metavar="S", help="that an uploaded video may last (default: 20)")
-    demo.add_argument("--max-frames", type=int, default=2000, metavar="N", help="that one request may ask for (default: 2000)")
-    demo.add_argument("--max-upload", default="200mb", metavar="SIZE", help="of a file: 500kb, 200mb, 1gb, … (default: 200mb)")
-    demo.add_argument("--max-waiting", type=int, default=20, metavar="N", help="requests in the queue; one is worked on at a time (default: 20)")
+    demo.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="address to listen at; 0.0.0.0 shows the page to other machines (default: 127.0.0.1)",
+    )
+    demo.add_argument(
+        "--port", type=int, metavar="P", help="port to listen at (default: the first free one from 7860 on)"
+    )
+    demo.add_argument(
+        "--max-pixels",
+        type=int,
+        default=1920 * 1088,
+        metavar="N",
+        help="of a frame (default: 2088960, which is 1920x1088)",
+    )
+    demo.add_argument(
+        "--max-seconds", type=float, default=20.0, metavar="S", help="that an uploaded video may last (default: 20)"
+    )
+    demo.add_argument(
+        "--max-frames", type=int, default=2000, metavar="N", help="that one request may ask for (default: 2000)"
+    )
+    demo.add_argument(
+        "--max-upload", default="200mb", metavar="SIZE", help="of a file: 500kb, 200mb, 1gb, … (default: 200mb)"
+    )
+    demo.add_argument(
+        "--max-waiting",
+        type=int,
+        default=20,
+        metavar="N",
+        help="requests in the queue; one is worked on at a time (default: 20)",
+    )
     demo.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
     add_device_options(demo)
     demo.set_defaults(run=run_demo)
@@ -238,30 +368,47 @@ def build_parser() -> argparse.ArgumentParser:
     rife.set_defaults(run=run_convert_rife)
     for command in (interpolate, video, evaluate, ablate, export, demo):
         command.add_argument(
-            "--trust-remote-code", action="store_true", help="run code of the checkpoint that is not this package's: its own source of motion hints"
+            "--trust-remote-code",
+            action="store_true",
+            help="run code of the checkpoint that is not this package's: its own source of motion hints",
         )
     for command in set(commands.choices.values()):
         # Behind the command's name, too; what stands before it is not put back by a default.
-        command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="where it fails, show the whole error")
-        flags = {action.dest: action.option_strings[-1] if action.option_strings else action.metavar for action in command._actions}
-        command.set_defaults(flags=flags | {name: flags[other] for name, other in _OTHER_NAMES.items() if other in flags})
+        command.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="where it fails, show the whole error"
+        )
+        flags = {
+            action.dest: action.option_strings[-1] if action.option_strings else action.metavar
+            for action in command._actions
+        }
+        command.set_defaults(
+            flags=flags | {name: flags[other] for name, other in _OTHER_NAMES.items() if other in flags}
+        )
     return parser
 
 
 def add_device_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps, xpu, …; auto: a GPU if there is one; cuda is each process's own (default: auto)"
+        "--device",
+        default="auto",
+        metavar="D",
+        help="cpu, cuda, cuda:1, mps, xpu, …; auto: a GPU if there is one; cuda is each process's own (default: auto)",
     )
     command.add_argument(
-        "--dtype", default="float32", type=parse_dtype, metavar="T",
+        "--dtype",
+        default="float32",
+        type=parse_dtype,
+        metavar="T",
         help="fp32, fp16 or bf16 (or float32, float16, bfloat16), or auto: the fastest that the device computes in by itself (default: fp32)",
-    )  # fmt: skip
+    )
 
 
 def parse_dtype(text: str) -> str:
     name = SHORT_DTYPES.get(text, text)
     if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"must be one of auto, {', '.join(SHORT_DTYPES)} or {', '.join(SHORT_DTYPES.values())}, but is {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be one of auto, {', '.join(SHORT_DTYPES)} or {', '.join(SHORT_DTYPES.values())}, but is {text!r}"
+        )
     return name
 
 
@@ -310,7 +457,9 @@ def run_interpolate(args: argparse.Namespace) -> None:
 
     device, dtype = usable_device(args.device), chosen_dtype(args)
     say_where(device, dtype)
-    pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code)
+    pipeline = load_pipeline(
+        checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code
+    )
     pipeline.set_progress_bar_config(disable=None, **bar_size())  # but on a terminal
     try:
         frames = pipeline(
@@ -345,32 +494,51 @@ def run_video(args: argparse.Namespace) -> None:
     from .video.options import VideoOptions
 
     # What is not given has its default there.
-    options = {name: value for name, value in vars(args).items() if name in VideoOptions.__dataclass_fields__ and value is not None}
+    options = {
+        name: value
+        for name, value in vars(args).items()
+        if name in VideoOptions.__dataclass_fields__ and value is not None
+    }
     state = this_process(usable_device(args.device))
     try:
         checked = VideoOptions(**options).checked()
         batch, is_folder, left_out = video_batch(Path(args.input), Path(args.output))
         if is_folder:
             # With --resume, those that are there are done.
-            written = [each for _, output in batch for each in outputs_of(output, args.resume, args.overwrite or args.resume, args.keep_partial)]
+            written = [
+                each
+                for _, output in batch
+                for each in outputs_of(output, args.resume, args.overwrite or args.resume, args.keep_partial)
+            ]
             written += [] if args.preview is None else [(Path(args.preview), args.overwrite or args.resume)]
-            check_outputs(written, [path for path in Path(args.input).iterdir() if path.is_file()], "; --overwrite replaces it, --resume leaves it")
+            check_outputs(
+                written,
+                [path for path in Path(args.input).iterdir() if path.is_file()],
+                "; --overwrite replaces it, --resume leaves it",
+            )
             state.wait_for_everyone()  # one that looks later would find what others have made
             Path(args.output).mkdir(parents=True, exist_ok=True)
             for _, output in batch:
                 check_output(output, checked)
         else:
             preview = None if args.preview is None else Path(args.preview)
-            check_places(args.input, Path(args.output), checked, args.resume, args.overwrite, args.keep_partial, preview)
+            check_places(
+                args.input, Path(args.output), checked, args.resume, args.overwrite, args.keep_partial, preview
+            )
         device, dtype = own_device(state, usable_device(args.device)), chosen_dtype(args)
         if state.is_main_process:
             say_where(device, dtype)
-        pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code)
+        pipeline = load_pipeline(
+            checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise CommandError(error) from error
     pipeline.set_progress_bar_config(disable=True)
     if left_out and state.is_main_process:
-        print(f"madiff: note: left out, for there is no video in them: {', '.join(path.name for path in left_out)}", file=sys.stderr)
+        print(
+            f"madiff: note: left out, for there is no video in them: {', '.join(path.name for path in left_out)}",
+            file=sys.stderr,
+        )
     failed = 0
     # Of a single video, each process makes some parts; of several, each makes some of the videos.
     for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
@@ -411,7 +579,7 @@ def run_video(args: argparse.Namespace) -> None:
 
 def what_is_kept(output: Path) -> str:
     """Of a video that could not be finished, for the end of a message."""
-    from .video.jobs import parts_folder, partial_path
+    from .video.jobs import partial_path, parts_folder
 
     folder, partial = parts_folder(output), partial_path(output)
     kept = f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""
@@ -420,20 +588,41 @@ def what_is_kept(output: Path) -> str:
 
 def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> None:
     command.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(BENCHMARK_NAMES)}")
-    command.add_argument("--root", required=True, metavar="DIR", help="folder of the benchmark; a wrong one is told the layout")
+    command.add_argument(
+        "--root", required=True, metavar="DIR", help="folder of the benchmark; a wrong one is told the layout"
+    )
     command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write into, or to go on in")
     command.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for interpolate")
     command.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the checkpoint's own)")
-    command.add_argument("--hint-policy", metavar="P", help="sampling, damped, start, neighbours or none (default: the checkpoint's own)")
-    command.add_argument("--hint-interval", type=int, metavar="N", help="steps between re-extractions (default: the checkpoint's)")
-    command.add_argument("--hint-source", metavar="S", help="use only this part of the checkpoint's hints: events, flow, fine_flow or one of its own")
-    command.add_argument("--scheduler", metavar="CLASS", help="a scheduler class of Diffusers (default: the checkpoint's own)")
-    command.add_argument("--no-quantise", action="store_true", help="decode latents as they are, not as their nearest codes")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every item (default: 0)")
+    command.add_argument(
+        "--hint-policy",
+        metavar="P",
+        help="sampling, damped, start, neighbours or none (default: the checkpoint's own)",
+    )
+    command.add_argument(
+        "--hint-interval", type=int, metavar="N", help="steps between re-extractions (default: the checkpoint's)"
+    )
+    command.add_argument(
+        "--hint-source",
+        metavar="S",
+        help="use only this part of the checkpoint's hints: events, flow, fine_flow or one of its own",
+    )
+    command.add_argument(
+        "--scheduler", metavar="CLASS", help="a scheduler class of Diffusers (default: the checkpoint's own)"
+    )
+    command.add_argument(
+        "--no-quantise", action="store_true", help="decode latents as they are, not as their nearest codes"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every item (default: 0)"
+    )
     add_device_options(command)
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument(
-        "--skip", type=int, metavar="N", help="of frames and vimeo-septuplet, leave N frames out between two neighbours and make them (default: 1)"
+        "--skip",
+        type=int,
+        metavar="N",
+        help="of frames and vimeo-septuplet, leave N frames out between two neighbours and make them (default: 1)",
     )
     command.add_argument(
         "--metrics",
@@ -454,7 +643,11 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
         "--batch-size", type=int, default=1, metavar="N", help="items of one size made and scored at once (default: 1)"
     )
     command.add_argument(
-        "--gallery", type=int, default=gallery, metavar="N", help=f"items on a run's page, worst first; 0: none (default: {gallery})"
+        "--gallery",
+        type=int,
+        default=gallery,
+        metavar="N",
+        help=f"items on a run's page, worst first; 0: none (default: {gallery})",
     )
 
 
@@ -462,7 +655,6 @@ class EvaluationCommand:
     """What `evaluate` and `ablate` share: loads what the options name, runs methods, prints the table."""
 
     def __init__(self, args: argparse.Namespace):
-        import torch
 
         from .evaluation.methods import Settings
         from .evaluation.metrics import Scorer
@@ -478,9 +670,16 @@ class EvaluationCommand:
         if self.state.is_main_process:
             say_where(self.device, self.dtype)
         quantised = False if args.no_quantise else None
-        self.settings = Settings(args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised)
+        self.settings = Settings(
+            args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised
+        )
         self.scorer = Scorer(
-            args.metrics, self.device, args.lpips_backbone, args.lpips_vgg_backbone, args.raft_weights, args.inception_weights
+            args.metrics,
+            self.device,
+            args.lpips_backbone,
+            args.lpips_vgg_backbone,
+            args.raft_weights,
+            args.inception_weights,
         )
         for name, reason in self.scorer.left_out.items():
             print(f"madiff: {name} is left out: {reason}", file=sys.stderr)
@@ -512,10 +711,12 @@ class EvaluationCommand:
     def checkpoint(self, settings: "Settings") -> "MADiffMethod":  # noqa: F821
         from .evaluation.methods import MADiffMethod, checkpoint_digest
 
-        name = Path(self.args.checkpoint).resolve().name if Path(self.args.checkpoint).exists() else self.args.checkpoint
+        name = (
+            Path(self.args.checkpoint).resolve().name if Path(self.args.checkpoint).exists() else self.args.checkpoint
+        )
         return MADiffMethod(self.pipeline, name, checkpoint_digest(self.folder), settings, self.args.seed)
 
-    def run(self, methods: "Sequence[Method]", label: Optional[str] = None, compare: bool = False) -> None:  # noqa: F821
+    def run(self, methods: "Sequence[Method]", label: str | None = None, compare: bool = False) -> None:  # noqa: F821
         """Run methods and print the table; with `compare` also how far each is from the checkpoint's own settings, or from the first."""
         from .evaluation.evaluate import evaluate
         from .evaluation.report import differences, markdown
@@ -609,7 +810,9 @@ def checkpoint_folder(checkpoint: str, with_code: bool = False) -> Path:
     try:
         return Path(download_repository(checkpoint, code=["*.py"] if with_code else []))
     except (OSError, ValueError) as error:
-        raise CommandError(f"--checkpoint {checkpoint!r} is no folder, and no repository of the Hub that can be had: {error}") from error
+        raise CommandError(
+            f"--checkpoint {checkpoint!r} is no folder, and no repository of the Hub that can be had: {error}"
+        ) from error
 
 
 def chosen_dtype(args: argparse.Namespace) -> "torch.dtype":  # noqa: F821
@@ -628,7 +831,12 @@ def say_where(device: "torch.device", dtype: "torch.dtype") -> None:  # noqa: F8
     print(f"madiff: on {device}{name}, in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
 
-def load_pipeline(folder: Path, device: str, dtype: "torch.dtype", trust_remote_code: bool = False) -> "MADiffPipeline":  # noqa: F821
+def load_pipeline(
+    folder: Path,
+    device: str,
+    dtype: "torch.dtype",  # noqa: F821
+    trust_remote_code: bool = False,
+) -> "MADiffPipeline":  # noqa: F821
     """A pipeline on a device.
 
     Raises:
@@ -645,7 +853,9 @@ def load_pipeline(folder: Path, device: str, dtype: "torch.dtype", trust_remote_
     try:
         pipeline = MADiffPipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged checkpoint shows in errors of every kind
-        raise CommandError(f"--checkpoint {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise CommandError(
+            f"--checkpoint {str(folder)!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     return pipeline.to(place)
@@ -683,8 +893,12 @@ def run_export(args: argparse.Namespace) -> None:
         raise CommandError(f"--max-shard-size must be a number with KB, MB, GB or TB, such as 5GB, but is {size!r}")
     if args.output is None and args.onnx is None:
         raise CommandError("DIR or --onnx must be given")
-    if args.space and (args.output is None or args.onnx or args.variant or size is not None or args.results is not None):
-        raise CommandError("--space takes DIR, --checkpoint and --license alone: a Space's weights are its own, in float32")
+    if args.space and (
+        args.output is None or args.onnx or args.variant or size is not None or args.results is not None
+    ):
+        raise CommandError(
+            "--space takes DIR, --checkpoint and --license alone: a Space's weights are its own, in float32"
+        )
     for name in ("variant", "max_shard_size", "results", "license"):
         if args.output is None and getattr(args, name):
             raise CommandError(f"--{name.replace('_', '-')} is for DIR, which is not given")
@@ -729,7 +943,7 @@ def export_graphs(folder: Path, pipeline: "MADiffPipeline") -> None:  # noqa: F8
         raise CommandError(error) from error
 
 
-def results_metadata(results: str, folder: Path, pipeline: "MADiffPipeline") -> "Dict[str, Any]":  # noqa: F821
+def results_metadata(results: str, folder: Path, pipeline: "MADiffPipeline") -> "dict[str, Any]":  # noqa: F821
     """What a file of results says of a checkpoint, for its model card.
 
     Raises:
@@ -747,7 +961,7 @@ def results_metadata(results: str, folder: Path, pipeline: "MADiffPipeline") -> 
         raise CommandError(f"--results {results!r}: {error}") from error
 
 
-def add_to_card(path: Path, metadata: "Dict[str, Any]") -> None:  # noqa: F821
+def add_to_card(path: Path, metadata: "dict[str, Any]") -> None:  # noqa: F821
     """
     Raises:
         CommandError: if the card's header cannot be read.
@@ -779,7 +993,9 @@ def run_demo(args: argparse.Namespace) -> None:
 
     device, dtype = usable_device(args.device), chosen_dtype(args)
     say_where(device, dtype)
-    pipeline = load_pipeline(checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code)
+    pipeline = load_pipeline(
+        checkpoint_folder(args.checkpoint, args.trust_remote_code), str(device), dtype, args.trust_remote_code
+    )
     limits = Limits(args.max_pixels, args.max_seconds, args.max_frames, args.max_upload, args.max_waiting)
     try:
         serve(Demo(pipeline, limits, args.checkpoint), args.host, args.port)
@@ -806,10 +1022,12 @@ def run_push(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise CommandError(error) from error
     except OSError as error:
-        raise CommandError(f"{error}. Nothing is lost: {args.folder} is as it was, and the same command tries again.") from error
+        raise CommandError(
+            f"{error}. Nothing is lost: {args.folder} is as it was, and the same command tries again."
+        ) from error
 
 
-def component_card(folder: Path) -> "Optional[ModelCard]":  # noqa: F821
+def component_card(folder: Path) -> "ModelCard | None":  # noqa: F821
     """A model card for a component that was saved without one; None for a pipeline, which is not.
 
     Raises:
@@ -825,7 +1043,9 @@ def component_card(folder: Path) -> "Optional[ModelCard]":  # noqa: F821
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return model_card(getattr(madiff_diffusers, config["_class_name"]).from_config(config))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no component's of this package: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} is no component's of this package: {type(error).__name__}: {error}"
+        ) from error
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -868,12 +1088,12 @@ def new_folder(output: str, argument: str) -> Iterator[Path]:
         raise CommandError(error) from error
 
 
-def in_flags(message: str, flags: Dict[str, str]) -> str:
+def in_flags(message: str, flags: dict[str, str]) -> str:
     """A message of Python's, with its arguments as the command line has them: `` `max_memory` `` is `--max-memory`, `` `resume=True` `` is `--resume`."""
     return re.sub(r"`(\w+)(?:=True)?`", lambda found: flags.get(found[1], found[0]), message)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:

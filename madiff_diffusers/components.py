@@ -5,9 +5,10 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any
 
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
@@ -27,7 +28,7 @@ class CheckpointComponent:
     """Mixin for a [`~diffusers.ModelMixin`], before it in the order of bases. A class's file may import from files beside it that
     import nothing of this package themselves."""
 
-    _auto_class: Optional[str] = "AutoModel"
+    _auto_class: str | None = "AutoModel"
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -36,7 +37,7 @@ class CheckpointComponent:
         cls._auto_class = "AutoModel" if here else None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, os.PathLike], **kwargs) -> "CheckpointComponent":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CheckpointComponent":
         """As [`~ModelMixin.from_pretrained`], from safetensors alone.
 
         Raises:
@@ -54,7 +55,9 @@ class CheckpointComponent:
             if not all(str(shard).endswith(".safetensors") for shard in shards):
                 raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
         asked = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
+        )
         if info["missing_keys"]:  # which would be left as they were drawn
             missing = sorted(info["missing_keys"])
             raise ValueError(
@@ -66,9 +69,9 @@ class CheckpointComponent:
     @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
     def save_pretrained(
         self,
-        save_directory: Union[str, os.PathLike],
+        save_directory: str | os.PathLike,
         is_main_process: bool = True,
-        save_function: Optional[Callable] = None,
+        save_function: Callable | None = None,
         safe_serialization: bool = True,
         *others,
         **kwargs,
@@ -83,7 +86,7 @@ class CheckpointComponent:
             raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
         super().save_pretrained(save_directory, is_main_process, save_function, True, *others, **kwargs)
 
-    def save_config(self, save_directory: Union[str, os.PathLike], **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, **kwargs) -> None:
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             own = Path(inspect.getfile(type(self)))
@@ -96,6 +99,8 @@ class CheckpointComponent:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def extract_init_dict(cls, config_dict: Dict[str, Any], **kwargs) -> Tuple[Dict[str, Any], ...]:
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict[str, Any], ...]:
         # What `AutoModel` reads would be reported as an argument that nobody expected.
-        return super().extract_init_dict({key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs)
+        return super().extract_init_dict(
+            {key: value for key, value in config_dict.items() if key != "auto_map"}, **kwargs
+        )

@@ -4,11 +4,12 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Dict, Union
+from typing import Union
 
 import torch
 
 from .eventgan import EventGANModel
+
 
 # (pattern of the original's parameter names, name here). The original's decoders and residual blocks may be wrapped in
 # spectral norm, whose weight is stored as `module.weight_bar` beside its power iteration's vectors.
@@ -46,7 +47,9 @@ def convert_eventgan_checkpoint(path: Union[str, "os.PathLike[str]"]) -> EventGA
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors alone: {error}") from error
     state = checkpoint.get("gen", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or "head.conv2d.weight" not in state:
-        raise ValueError(f"{path} is no EventGAN generator: it has no `head.conv2d.weight`, at the root or under `gen`.")
+        raise ValueError(
+            f"{path} is no EventGAN generator: it has no `head.conv2d.weight`, at the root or under `gen`."
+        )
 
     try:
         return _convert(state)
@@ -54,7 +57,7 @@ def convert_eventgan_checkpoint(path: Union[str, "os.PathLike[str]"]) -> EventGA
         raise ValueError(f"{path} does not fit the EventGAN generator: {error}") from error
 
 
-def _convert(state: Dict[str, torch.Tensor]) -> EventGANModel:
+def _convert(state: dict[str, torch.Tensor]) -> EventGANModel:
     converted = {}
     for name, value in _fold_spectral_norm(state).items():
         for pattern, replacement in _RENAMES:
@@ -78,7 +81,7 @@ def _convert(state: Dict[str, torch.Tensor]) -> EventGANModel:
     return model.eval()
 
 
-def _fold_spectral_norm(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def _fold_spectral_norm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     folded = {}
     for name, value in state.items():
         if name.endswith((".module.weight_u", ".module.weight_v")):

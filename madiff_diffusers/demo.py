@@ -8,11 +8,11 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 
 import av
 import gradio as gr
@@ -25,6 +25,7 @@ from .image_processor import rgb_of_image
 from .pipeline_madiff import MADiffPipeline
 from .video.jobs import Progress, interpolate_video
 from .video.reading import Source, VideoError, main_stream
+
 
 POLL_SECONDS = 0.3  # between looks at how far the work is
 CLEAN_SECONDS = 600  # between looks for old uploads and results
@@ -71,10 +72,10 @@ class Work:
     """
 
     def __init__(self, make: Callable[[Progress], Any]):
-        self.failure: Optional[BaseException] = None
+        self.failure: BaseException | None = None
         self.result: Any = None
         self._make, self._stop, self._begun, self._first = make, threading.Event(), time.monotonic(), 0
-        self._told: Tuple[str, int, Optional[int]] = ("", 0, None)
+        self._told: tuple[str, int, int | None] = ("", 0, None)
         self._thread = threading.Thread(target=self._run, name="madiff work")
         self._thread.start()
 
@@ -84,7 +85,7 @@ class Work:
         except BaseException as error:
             self.failure = error
 
-    def _tell(self, name: str, done: int, total: Optional[int]) -> None:
+    def _tell(self, name: str, done: int, total: int | None) -> None:
         if self._stop.is_set():
             raise Stopped
         if name != self._told[0]:
@@ -130,7 +131,7 @@ class Demo:
     def __init__(self, pipeline: MADiffPipeline, limits: Limits = Limits(), name: str = "madiff-compact"):
         self.pipeline, self.limits, self.name = pipeline, limits, name
         pipeline.set_progress_bar_config(disable=True)
-        self._works: Dict[str, Work] = {}  # by the page that waits for it
+        self._works: dict[str, Work] = {}  # by the page that waits for it
 
     def build(self) -> gr.Blocks:
         limits = self.limits
@@ -146,18 +147,45 @@ class Demo:
                     cancel_pair = gr.Button("Cancel", elem_id="cancel-pair")
                 pair_status = gr.HTML(elem_id="pair-status", min_height=40)
                 frames = gr.State([], time_to_live=KEEP_SECONDS)
-                instant = gr.Slider(0, 1, value=0.5, step=0.01, label="Instant: 0 is the previous frame, 1 the next", elem_id="instant", visible=False)
+                instant = gr.Slider(
+                    0,
+                    1,
+                    value=0.5,
+                    step=0.01,
+                    label="Instant: 0 is the previous frame, 1 the next",
+                    elem_id="instant",
+                    visible=False,
+                )
                 with gr.Row():
                     shown = gr.HTML(elem_id="shown")
-                    compare = gr.ImageSlider(label="Left: both frames mixed. Right: made.", elem_id="compare", interactive=False, visible=False)
+                    compare = gr.ImageSlider(
+                        label="Left: both frames mixed. Right: made.",
+                        elem_id="compare",
+                        interactive=False,
+                        visible=False,
+                    )
                 gr.Examples([[str(path) for path in EXAMPLE]], [prev, next_], label="Example", elem_id="pair-example")
             with gr.Tab("Video"):
                 with gr.Row():
-                    video = gr.Video(label=f"Video, of at most {limits.seconds:g} seconds", sources=["upload"], elem_id="video-in", height=320)
+                    video = gr.Video(
+                        label=f"Video, of at most {limits.seconds:g} seconds",
+                        sources=["upload"],
+                        elem_id="video-in",
+                        height=320,
+                    )
                     result = gr.Video(label="Result", interactive=False, elem_id="video-out", height=320)
                 with gr.Row():
-                    fps = gr.Slider(0, 120, value=0, step=1, label="Frames a second (0: twice as many, or as many as slow motion asks for)", elem_id="fps")
-                    slow = gr.Slider(1, 8, value=1, step=0.5, label="Slow motion: times that it lasts longer", elem_id="slow")
+                    fps = gr.Slider(
+                        0,
+                        120,
+                        value=0,
+                        step=1,
+                        label="Frames a second (0: twice as many, or as many as slow motion asks for)",
+                        elem_id="fps",
+                    )
+                    slow = gr.Slider(
+                        1, 8, value=1, step=0.5, label="Slow motion: times that it lasts longer", elem_id="slow"
+                    )
                 with gr.Row():
                     smooth = gr.Button("Make it smooth", variant="primary", elem_id="make-video")
                     cancel_video = gr.Button("Cancel", elem_id="cancel-video")
@@ -182,7 +210,7 @@ class Demo:
         self._stop(request)
         return "Stopping …" if request.session_hash in self._works else gr.skip()
 
-    def _follow(self, request: gr.Request, make: Callable[[Progress], Any]) -> Iterator[Tuple[Optional[str], Any]]:
+    def _follow(self, request: gr.Request, make: Callable[[Progress], Any]) -> Iterator[tuple[str | None, Any]]:
         """What to say, and at the end the result."""
         work = self._works[request.session_hash] = Work(make)
         try:
@@ -192,7 +220,7 @@ class Demo:
         finally:
             self._works.pop(request.session_hash, None)
 
-    def _make_pair(self, prev: Optional[str], next_: Optional[str], count: int, request: gr.Request) -> Iterator[List[Any]]:
+    def _make_pair(self, prev: str | None, next_: str | None, count: int, request: gr.Request) -> Iterator[list[Any]]:
         try:
             if prev is None or next_ is None:
                 raise ValueError("Both frames are needed: upload the previous and the next one.")
@@ -203,27 +231,45 @@ class Demo:
                 sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in pair]
                 raise ValueError(f"Both frames must have the same size, but have {sizes[0]} and {sizes[1]}.")
 
-            def make(tell: Progress) -> List[Image.Image]:
+            def make(tell: Progress) -> list[Image.Image]:
                 steps = 0
 
-                def step(pipe: MADiffPipeline, number: int, timestep: Any, tensors: Dict[str, Any]) -> None:
+                def step(pipe: MADiffPipeline, number: int, timestep: Any, tensors: dict[str, Any]) -> None:
                     nonlocal steps
                     steps += 1
                     tell("frames", steps * count // pipe.num_timesteps, count)
 
                 tell("frames", 0, count)
-                frames = self.pipeline(*pair, num_frames=int(count), generator=torch.Generator().manual_seed(0), callback_on_step_end=step).frames[0]
-                ends = [Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)) for array in pair]
+                frames = self.pipeline(
+                    *pair, num_frames=int(count), generator=torch.Generator().manual_seed(0), callback_on_step_end=step
+                ).frames[0]
+                ends = [
+                    Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
+                    for array in pair
+                ]
                 return [ends[0], *frames, ends[1]]
 
             for said, frames in self._follow(request, make):
-                yield [gr.skip(), said, *[gr.skip()] * 3] if said is not None else [
-                    frames, f"{count} made.", *show_instant(frames, 0.5), gr.update(visible=True, value=0.5, step=1 / (len(frames) - 1)),
-                ]  # fmt: skip
+                yield (
+                    [gr.skip(), said, *[gr.skip()] * 3]
+                    if said is not None
+                    else [
+                        frames,
+                        f"{count} made.",
+                        *show_instant(frames, 0.5),
+                        gr.update(visible=True, value=0.5, step=1 / (len(frames) - 1)),
+                    ]
+                )
         except Exception as error:
-            yield [[], message_of(error, prev, next_), "", gr.update(visible=False, value=None), gr.update(visible=False)]
+            yield [
+                [],
+                message_of(error, prev, next_),
+                "",
+                gr.update(visible=False, value=None),
+                gr.update(visible=False),
+            ]
 
-    def _make_video(self, path: Optional[str], fps: float, slow: float, request: gr.Request) -> Iterator[List[Any]]:
+    def _make_video(self, path: str | None, fps: float, slow: float, request: gr.Request) -> Iterator[list[Any]]:
         nothing = [gr.update(value=None), gr.update(value=None, interactive=False)]
         try:
             if path is None:
@@ -236,7 +282,9 @@ class Demo:
                 output = Path(folder) / f"{source.stem[:50]}-smooth.mp4"
 
                 def make(tell: Progress) -> Any:
-                    return interpolate_video(self.pipeline, source, output, fps=rate, slow_motion=Fraction(str(slow)), progress=tell)
+                    return interpolate_video(
+                        self.pipeline, source, output, fps=rate, slow_motion=Fraction(str(slow)), progress=tell
+                    )
 
                 yield [*nothing, "Beginning …"]
                 for said, made in self._follow(request, make):
@@ -251,9 +299,11 @@ class Demo:
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.limits.pixels:
-            raise ValueError(f"Frames may have at most {self.limits.pixels} pixels here, but have {width}x{height} = {width * height}.")
+            raise ValueError(
+                f"Frames may have at most {self.limits.pixels} pixels here, but have {width}x{height} = {width * height}."
+            )
 
-    def _check_video(self, path: Path, rate: Optional[Fraction], slow: Fraction) -> None:
+    def _check_video(self, path: Path, rate: Fraction | None, slow: Fraction) -> None:
         """
         Looks at packets, not at frames.
 
@@ -268,23 +318,29 @@ class Demo:
                 if packet.pts is not None:
                     times.append(packet.pts * packet.time_base)
                 if times and times[-1] - times[0] > self.limits.seconds:
-                    raise ValueError(f"Videos may last at most {self.limits.seconds:g} seconds here; this one is longer.")
+                    raise ValueError(
+                        f"Videos may last at most {self.limits.seconds:g} seconds here; this one is longer."
+                    )
         if not times:
             raise VideoError(f"cannot read {path} as a video: it has no pictures")
         seconds = (max(times) - min(times)) * len(times) / max(1, len(times) - 1)
         frames = int(seconds * slow * rate) if rate else len(times) * (2 if slow == 1 else int(-(-slow // 1)))
         if frames > self.limits.frames:
-            raise ValueError(f"At most {self.limits.frames} frames are made here at once, but these would be {frames}.")
+            raise ValueError(
+                f"At most {self.limits.frames} frames are made here at once, but these would be {frames}."
+            )
 
 
 def picture_file(**settings: Any) -> gr.Image:
     """An image as the file that was uploaded, readable or not: Gradio would refuse with a message of its own what it cannot read."""
     picture = gr.Image(type="filepath", sources=["upload", "clipboard"], **settings)
-    picture.preprocess = lambda payload: None if payload is None else payload.path  # not of a subclass, for which Gradio writes files beside the code
+    picture.preprocess = lambda payload: (
+        None if payload is None else payload.path
+    )  # not of a subclass, for which Gradio writes files beside the code
     return picture
 
 
-def show_instant(frames: List[Image.Image], instant: float) -> Tuple[Any, Any]:
+def show_instant(frames: list[Image.Image], instant: float) -> tuple[Any, Any]:
     """The frame nearest to an instant as a picture, and beside the same instant of a mere mixture."""
     if not frames:
         return gr.skip(), gr.skip()
@@ -295,12 +351,13 @@ def show_instant(frames: List[Image.Image], instant: float) -> Tuple[Any, Any]:
     frames[number].save(file, "PNG", compress_level=1)
     data = base64.b64encode(file.getvalue()).decode()
     label = "previous frame" if number == 0 else "next frame" if number == len(frames) - 1 else f"made, at {share:.2f}"
-    return f'<figure><img src="data:image/png;base64,{data}" style="max-width:100%" alt="{label}"><figcaption>{label}</figcaption></figure>', gr.update(
-        value=(mixed, frames[number]), visible=True
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" style="max-width:100%" alt="{label}"><figcaption>{label}</figcaption></figure>',
+        gr.update(value=(mixed, frames[number]), visible=True),
     )
 
 
-def message_of(error: BaseException, *paths: Optional[str]) -> str:
+def message_of(error: BaseException, *paths: str | None) -> str:
     """One line for the page: without folders of the server, and nothing of what is not the user's to mend."""
     if isinstance(error, Stopped):
         return "Stopped."
@@ -312,7 +369,7 @@ def message_of(error: BaseException, *paths: Optional[str]) -> str:
     return f'<span class="madiff-error" style="color:#c00">{html.escape(text)}</span>'
 
 
-def serve(demo: Demo, host: str, port: Optional[int]) -> None:
+def serve(demo: Demo, host: str, port: int | None) -> None:
     """
     Show the page until the process is stopped. Uploads and results lie in a folder that goes with it.
 
@@ -323,7 +380,14 @@ def serve(demo: Demo, host: str, port: Optional[int]) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when components are made
         page = demo.build()
         signal.signal(signal.SIGTERM, _exit)
-        page.launch(server_name=host, server_port=port, max_file_size=demo.limits.upload, show_error=True, footer_links=[], ssr_mode=False)
+        page.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=demo.limits.upload,
+            show_error=True,
+            footer_links=[],
+            ssr_mode=False,
+        )
 
 
 def _exit(number: int, frame: Any) -> None:

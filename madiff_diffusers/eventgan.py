@@ -6,7 +6,6 @@ Cameras", 2019), which MADiff (arXiv 2404.13534) uses as its source of motion hi
 """
 
 from dataclasses import dataclass
-from typing import Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -92,7 +91,7 @@ class EventGANModel(CheckpointComponent, ModelMixin, ConfigMixin):
 
     def forward(
         self, frame_first: torch.Tensor, frame_second: torch.Tensor, return_dict: bool = True
-    ) -> Union[EventGANOutput, Tuple[torch.Tensor]]:
+    ) -> EventGANOutput | tuple[torch.Tensor]:
         """
         Args:
             frame_first, frame_second (`torch.Tensor` of shape `(B, 1, H, W)`): grey frames in `[-1, 1]`, any size.

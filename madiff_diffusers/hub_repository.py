@@ -3,19 +3,32 @@
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    snapshot_download,
+)
 from huggingface_hub.utils import validate_repo_id
+
 
 # What a model card that is not written for one repository calls the one it is in.
 PLACEHOLDER = "REPOSITORY"
 
 # What a saved pipeline or component has: its index, and the code that a reader without the package needs.
-_MARKS = (("model_index.json", "pipeline_madiff.py"), ("config.json", "vq_magan.py"), ("config.json", "eventgan.py"), ("config.json", "motion_flow.py"))
+_MARKS = (
+    ("model_index.json", "pipeline_madiff.py"),
+    ("config.json", "vq_magan.py"),
+    ("config.json", "eventgan.py"),
+    ("config.json", "motion_flow.py"),
+)
 
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -46,14 +59,14 @@ _CITATION = """\
 }"""
 
 
-def weights_kind(name: str) -> Optional[Tuple[str, Optional[str]]]:
+def weights_kind(name: str) -> tuple[str, str | None] | None:
     """The folder and the variant of a file of weights, or of their index; None of any other file."""
     folder, _, file = name.rpartition("/")
     match = _WEIGHTS.fullmatch(file) or _WEIGHTS_INDEX.fullmatch(file)
     return None if match is None else (folder, match["variant"])
 
 
-def replaced_weights(before: Iterable[str], after: Iterable[str]) -> Set[str]:
+def replaced_weights(before: Iterable[str], after: Iterable[str]) -> set[str]:
     """
     Which files of weights are left over once others were saved: an index and its files where there is one file now, or the other
     way round. Variants that were not saved stay.
@@ -68,7 +81,7 @@ def replaced_weights(before: Iterable[str], after: Iterable[str]) -> Set[str]:
 
 
 def model_card(
-    model: Union[DiffusionPipeline, ModelMixin], sections: Sequence[str] = (), variant: Optional[str] = None, **metadata
+    model: DiffusionPipeline | ModelMixin, sections: Sequence[str] = (), variant: str | None = None, **metadata
 ) -> ModelCard:
     """
     A model card that claims no more than the weights themselves tell.
@@ -80,7 +93,11 @@ def model_card(
         metadata: more fields for the card's header, as [`~huggingface_hub.ModelCardData`] has them.
     """
     is_pipeline = isinstance(model, DiffusionPipeline)
-    parts = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)} if is_pipeline else {"": model}
+    parts = (
+        {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
+        if is_pipeline
+        else {"": model}
+    )
     rows = [f"| `{name}` | `{type(part).__name__}` | {_count(part)} |" for name, part in parts.items()]
     arguments = f'"{PLACEHOLDER}"' + (f', variant="{variant}"' if variant else "")
     what = "Whole pipeline" if is_pipeline else f"`{type(model).__name__}`: one part"
@@ -120,15 +137,15 @@ def _count(part: torch.nn.Module) -> str:
 
 
 def upload_repository(
-    folder: Union[str, os.PathLike],
+    folder: str | os.PathLike,
     repo_id: str,
-    private: Optional[bool] = None,
-    revision: Optional[str] = None,
-    commit_message: Optional[str] = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
     create_pr: bool = False,
-    token: Union[str, bool, None] = None,
+    token: str | bool | None = None,
     keep_card: bool = False,
-    spare_card: Optional[ModelCard] = None,
+    spare_card: ModelCard | None = None,
 ) -> str:
     """
     Send a saved pipeline or component to the Hub, in one commit: all of it arrives, or nothing. Weights there that these take the
@@ -181,7 +198,7 @@ def upload_repository(
     return commit.pr_url or commit.commit_url
 
 
-def repository_files(folder: Path) -> List[str]:
+def repository_files(folder: Path) -> list[str]:
     """Names of the files of a saved pipeline or component.
 
     Raises:
@@ -200,7 +217,7 @@ def repository_files(folder: Path) -> List[str]:
     return names
 
 
-def download_repository(repo_id: str, variant: Optional[str] = None, code: Sequence[str] = (), **hub) -> str:
+def download_repository(repo_id: str, variant: str | None = None, code: Sequence[str] = (), **hub) -> str:
     """
     Fetch a repository's configurations, weights and model card, and none of its code but what is asked for, into the Hub's cache. What is cached is not fetched again,
     and where the Hub cannot be reached, it is enough.
@@ -219,16 +236,24 @@ def download_repository(repo_id: str, variant: Optional[str] = None, code: Seque
         ValueError: for a name that no repository can have.
     """
 
-    def weights(variant: Optional[str]) -> List[str]:
+    def weights(variant: str | None) -> list[str]:
         stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
         return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors"]
 
     try:
-        folder = Path(snapshot_download(repo_id, **hub, allow_patterns=["README.md", "*.json", *code, *(f"*/{name}" for name in weights(variant))]))
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                **hub,
+                allow_patterns=["README.md", "*.json", *code, *(f"*/{name}" for name in weights(variant))],
+            )
+        )
         parts = [path.parent for path in folder.glob("*/config.json")]
         without = [part.name for part in parts if not any(list(part.glob(name)) for name in weights(variant))]
         if variant and 0 < len(without) < len(parts):  # else none has it, as who loads the folder will say
-            snapshot_download(repo_id, **hub, allow_patterns=[f"{part}/{name}" for part in without for name in weights(None)])
+            snapshot_download(
+                repo_id, **hub, allow_patterns=[f"{part}/{name}" for part in without for name in weights(None)]
+            )
     except ValueError:
         raise
     except Exception as error:  # unreachable, or it refuses, by whatever name the client's libraries raise it

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple, Optional, Set, Tuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -10,6 +10,7 @@ from PIL import ExifTags, Image
 from .image_processor import rgb_of_image, rgba_of_transparent
 from .outputs import PathLike, unwritable
 from .properties import exif_tags, found_in_image, pixel_aspect
+
 
 WRITABLE_FORMATS = {
     ".png": "PNG",
@@ -49,9 +50,9 @@ class OpenedImage(NamedTuple):
     """
 
     image: Image.Image
-    found: Set[str]
-    profile: Optional[bytes]
-    resolution: Optional[Tuple[float, float]]
+    found: set[str]
+    profile: bytes | None
+    resolution: tuple[float, float] | None
 
 
 def open_image(path: PathLike) -> OpenedImage:
@@ -75,7 +76,7 @@ def open_image(path: PathLike) -> OpenedImage:
         raise ValueError(f"Cannot read {path} as an image: {error}") from error
 
 
-def _resolution(file: Image.Image, is_on_its_side: bool) -> Optional[Tuple[float, float]]:
+def _resolution(file: Image.Image, is_on_its_side: bool) -> tuple[float, float] | None:
     if "dpi" in file.info and min(file.info["dpi"]) > 0:
         across, down = file.info["dpi"]
     elif pixel_aspect(file) is not None:  # by itself, without inches
@@ -117,7 +118,7 @@ def image_format(path: PathLike) -> str:
 
 
 def write_image(
-    image: Image.Image, path: PathLike, profile: Optional[bytes] = None, resolution: Optional[Tuple[float, float]] = None
+    image: Image.Image, path: PathLike, profile: bytes | None = None, resolution: tuple[float, float] | None = None
 ) -> None:
     """Write an image under a temporary name beside `path`, then rename it: the file is whole or not there.
 
@@ -133,7 +134,12 @@ def write_image(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         settings = {"icc_profile": profile, "dpi": resolution}
-        image.save(temporary, format=format_name, **_SETTINGS.get(format_name, {}), **{name: value for name, value in settings.items() if value})
+        image.save(
+            temporary,
+            format=format_name,
+            **_SETTINGS.get(format_name, {}),
+            **{name: value for name, value in settings.items() if value},
+        )
         os.replace(temporary, path)
     except OSError as error:
         raise unwritable(path, error) from error

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames in and out: load, check and pad pairs of frames for the pipeline; crop and convert what it made."""
 
-from typing import List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-FrameInput = Union[
-    PIL.Image.Image, np.ndarray, torch.Tensor, List[PIL.Image.Image], List[np.ndarray], List[torch.Tensor]
-]
+
+FrameInput = (
+    PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
+)
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
@@ -49,7 +50,7 @@ class FrameProcessor:
         return torch.cat(tensors).contiguous(memory_format=torch.channels_last)
 
     @staticmethod
-    def _one_to_tensor(frame: Union[PIL.Image.Image, np.ndarray, torch.Tensor], name: str) -> torch.Tensor:
+    def _one_to_tensor(frame: PIL.Image.Image | np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
         if isinstance(frame, PIL.Image.Image):
             frame = rgb_of_image(frame, f"`{name}`")
         if isinstance(frame, np.ndarray):
@@ -87,13 +88,13 @@ class FrameProcessor:
         height, width = frames.shape[-2:]
         return F.pad(frames, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
 
-    def crop(self, frames: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    def crop(self, frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Undo `pad`: the upper left `(height, width)`."""
         return frames[..., : size[0], : size[1]]
 
     def postprocess(
         self, frames: torch.Tensor, output_type: str
-    ) -> Union[torch.Tensor, np.ndarray, List[List[PIL.Image.Image]]]:
+    ) -> torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]:
         """Frames `(B, F, 3, H, W)` in [-1, 1] as `"pt"` `(B, F, 3, H, W)` or `"np"` `(B, F, H, W, 3)`, both float32 in
         [0, 1], or `"pil"`, a list of F images for each of B."""
         frames = (frames.float() / 2 + 0.5).clamp(0, 1)
@@ -129,11 +130,13 @@ def rgb_of_image(image: PIL.Image.Image, name: str = "an image") -> np.ndarray:
     grey, most = np.array(image), 1 if image.mode == "F" else 65535
     low, high = (grey.min(), grey.max()) if grey.size else (0, 0)
     if not (low >= 0 and high <= most):  # also catches NaN
-        raise ValueError(f"{name} as a PIL image of mode {image.mode} must lie in [0, {most}], but lies in [{low:.6g}, {high:.6g}].")
+        raise ValueError(
+            f"{name} as a PIL image of mode {image.mode} must lie in [0, {most}], but lies in [{low:.6g}, {high:.6g}]."
+        )
     return np.repeat((grey / np.float32(most)).astype(np.float32)[..., None], 3, axis=-1)
 
 
-def rgba_of_transparent(image: PIL.Image.Image) -> Optional[PIL.Image.Image]:
+def rgba_of_transparent(image: PIL.Image.Image) -> PIL.Image.Image | None:
     """A PIL image as RGBA, if something in it is not opaque; else None."""
     if not image.has_transparency_data or image.mode[0] in "IF":
         return None

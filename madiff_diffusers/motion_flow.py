@@ -5,7 +5,7 @@ Both answer the same two questions, so that either can be a pipeline's `hint_mod
 frames move to both of them, and `refine`, the same once there is a guess of the frame of that instant.
 """
 
-from typing import Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from .components import CheckpointComponent
 from .warping import correlate, halves, warp
 
-FlowPair = Tuple[torch.Tensor, torch.Tensor]
+
+FlowPair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _resize_flow(flow: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -74,11 +75,11 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        channels: Tuple[int, ...] = (16, 32, 64, 96, 96),
-        start_channels: Tuple[int, ...] = (32, 64, 96, 96),
-        refine_channels: Tuple[int, ...] = (24, 40, 64, 64),
+        channels: tuple[int, ...] = (16, 32, 64, 96, 96),
+        start_channels: tuple[int, ...] = (32, 64, 96, 96),
+        refine_channels: tuple[int, ...] = (24, 40, 64, 64),
         match_channels: int = 24,
-        reach: Tuple[int, ...] = (2, 3, 4, 4),
+        reach: tuple[int, ...] = (2, 3, 4, 4),
     ):
         super().__init__()
         count = len(channels) - 1
@@ -96,7 +97,9 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         self.level_of_scale = []
         for number, width in enumerate(channels[1:]):
             window = (2 * reach[number] + 1) ** 2
-            same = number > 0 and all(each[number] == each[number - 1] for each in (channels[1:], start_channels, refine_channels, reach))
+            same = number > 0 and all(
+                each[number] == each[number - 1] for each in (channels[1:], start_channels, refine_channels, reach)
+            )
             self.level_of_scale.append(len(self.start_levels) - same)
             if same:
                 continue
@@ -109,7 +112,7 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         """Frame sizes are padded to multiples of this."""
         return 2 ** len(self.config.channels)
 
-    def features(self, frames: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    def features(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Features of frames `(B, 3, H, W)` in [-1, 1], at strides 4, 8, …; sizes are padded to multiples of `multiple`."""
         multiple = self.multiple
         padding = (0, -frames.shape[-1] % multiple, 0, -frames.shape[-2] % multiple)
@@ -122,7 +125,9 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
             pyramid.append(hidden_states)
         return tuple(pyramid[1:])
 
-    def forward(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: Union[float, torch.Tensor] = 0.5) -> FlowPair:
+    def forward(
+        self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5
+    ) -> FlowPair:
         """
         Args:
             frame_prev, frame_next (`torch.Tensor` of shape `(B, 3, H, W)`): neighbours, in [-1, 1].
@@ -134,15 +139,23 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         return self.estimates(self.features(frame_prev), self.features(frame_next), frame_prev.shape[-2:], time)[-1]
 
     def estimates(
-        self, prev: Sequence[torch.Tensor], next_: Sequence[torch.Tensor], size: Sequence[int], time: Union[float, torch.Tensor]
-    ) -> Tuple[FlowPair, ...]:
+        self,
+        prev: Sequence[torch.Tensor],
+        next_: Sequence[torch.Tensor],
+        size: Sequence[int],
+        time: float | torch.Tensor,
+    ) -> tuple[FlowPair, ...]:
         """Flow of every scale from the coarsest, in its pixels, and last at a size in pixels; from both neighbours' features."""
         batch = prev[0].shape[0]
         time = torch.as_tensor(time, dtype=torch.float32, device=prev[0].device).expand(batch).view(-1, 1, 1, 1)
         flow, found = None, []
         for number in reversed(range(len(prev))):
             height, width = prev[number].shape[-2:]
-            flow = prev[0].new_zeros(batch, 4, height, width, dtype=torch.float32) if flow is None else _resize_flow(flow, (height, width))
+            flow = (
+                prev[0].new_zeros(batch, 4, height, width, dtype=torch.float32)
+                if flow is None
+                else _resize_flow(flow, (height, width))
+            )
             warped_prev, warped_next = warp(prev[number], flow[:, :2]), warp(next_[number], flow[:, 2:])
             match = self.match[number]
             correlation = correlate(match(warped_prev), match(warped_next), self.config.reach[number])
@@ -153,7 +166,11 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         return (*found, self._at_size(flow, size))
 
     def refine(
-        self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor, hints: Optional[FlowPair] = None
+        self,
+        frame_prev: torch.Tensor,
+        frame_mid: torch.Tensor,
+        frame_next: torch.Tensor,
+        hints: FlowPair | None = None,
     ) -> FlowPair:
         """
         Args:
@@ -168,8 +185,12 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         return self.refined(neighbours, self.features(frame_mid), frame_mid.shape[-2:], flow)[-1]
 
     def refined(
-        self, neighbours: Sequence[torch.Tensor], mid: Sequence[torch.Tensor], size: Sequence[int], flow: Optional[torch.Tensor] = None
-    ) -> Tuple[FlowPair, ...]:
+        self,
+        neighbours: Sequence[torch.Tensor],
+        mid: Sequence[torch.Tensor],
+        size: Sequence[int],
+        flow: torch.Tensor | None = None,
+    ) -> tuple[FlowPair, ...]:
         """As `estimates`, from the features of both neighbours in one batch, previous first, and of a guess. `flow` to start from
         is `(2B, 2, H, W)`."""
         padded = [side * 4 for side in mid[0].shape[-2:]]
@@ -185,7 +206,9 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
             warped, match = warp(neighbours[number], flow), self.match[number]
             guess = torch.cat([mid[number], mid[number]])
             correlation = correlate(match(guess), match(warped), self.config.reach[number])
-            flow = flow + self.refine_levels[self.level_of_scale[number]](guess, warped, correlation, (0.25 * flow).to(warped.dtype))
+            flow = flow + self.refine_levels[self.level_of_scale[number]](
+                guess, warped, correlation, (0.25 * flow).to(warped.dtype)
+            )
             found.append(halves(flow))
         return (*found, self._at_size(torch.cat(halves(flow), dim=1), size))
 
@@ -210,7 +233,9 @@ class RIFEBlock(nn.Module):
         self.convblock = nn.Sequential(*(conv(channels, channels) for _ in range(8)))
         self.lastconv = nn.ConvTranspose2d(channels, 5, 4, 2, 1)
 
-    def forward(self, seen: torch.Tensor, flow: Optional[torch.Tensor], scale: float) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, seen: torch.Tensor, flow: torch.Tensor | None, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         size = seen.shape[-2:]
         small = [max(round(side / scale), 1) for side in size]
         seen = F.interpolate(seen, size=small, mode="bilinear", align_corners=False)
@@ -236,26 +261,36 @@ class RIFEFlowModel(CheckpointComponent, ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, channels: Tuple[int, ...] = (192, 128, 96, 64), scales: Tuple[float, ...] = (8, 4, 2, 1), adaptive: bool = True
+        self,
+        channels: tuple[int, ...] = (192, 128, 96, 64),
+        scales: tuple[float, ...] = (8, 4, 2, 1),
+        adaptive: bool = True,
     ):
         super().__init__()
         for number, width in enumerate(channels):
             setattr(self, f"block{number}", RIFEBlock(7 if number == 0 else 12, width))
 
-    def forward(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: Union[float, torch.Tensor] = 0.5) -> FlowPair:
+    def forward(
+        self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5
+    ) -> FlowPair:
         """See [`MotionHintModel`]."""
         flow, _ = self.flow_and_mask(frame_prev, frame_next, time)
         return flow[:, :2], flow[:, 2:]
 
     def flow_and_mask(
-        self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: Union[float, torch.Tensor] = 0.5
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Flow to both neighbours, `(B, 4, H, W)` in pixels, and the logit of the previous frame's share, `(B, 1, H, W)`."""
         batch, _, height, width = frame_prev.shape
         multiple = 64 if self.config.adaptive else 32
         padding = (0, -width % multiple, 0, -height % multiple)
         prev, next_ = (F.pad((each.to(self.dtype) + 1) / 2, padding) for each in (frame_prev, frame_next))
-        instant = torch.as_tensor(time, dtype=self.dtype, device=prev.device).expand(batch).view(-1, 1, 1, 1).expand_as(prev[:, :1])
+        instant = (
+            torch.as_tensor(time, dtype=self.dtype, device=prev.device)
+            .expand(batch)
+            .view(-1, 1, 1, 1)
+            .expand_as(prev[:, :1])
+        )
         scales = list(self.config.scales)
         flow, mask = self.block0(torch.cat([prev, next_, instant], dim=1), None, scales[0])
         for number in range(1, len(scales)):
@@ -264,13 +299,19 @@ class RIFEFlowModel(CheckpointComponent, ModelMixin, ConfigMixin):
             if number == 1 and self.config.adaptive and min(change[:, :2].abs().max(), change[:, 2:].abs().max()) > 32:
                 scales = [2 * scale for scale in scales]
                 flow, mask = self.block0(torch.cat([prev, next_, instant], dim=1), None, scales[0])
-                seen = torch.cat([warp(prev, flow[:, :2]), warp(next_, flow[:, 2:]), instant, mask.to(self.dtype)], dim=1)
+                seen = torch.cat(
+                    [warp(prev, flow[:, :2]), warp(next_, flow[:, 2:]), instant, mask.to(self.dtype)], dim=1
+                )
                 change, mask_change = self.block1(seen, flow, scales[1])
             flow, mask = flow + change, mask + mask_change
         return flow[..., :height, :width], mask[..., :height, :width]
 
     def refine(
-        self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor, hints: Optional[FlowPair] = None
+        self,
+        frame_prev: torch.Tensor,
+        frame_mid: torch.Tensor,
+        frame_next: torch.Tensor,
+        hints: FlowPair | None = None,
     ) -> FlowPair:
         """See [`MotionHintModel`]. Flow from the guess to a neighbour is what leads there an instant after the guess."""
         _, flow = self(torch.cat([frame_mid, frame_mid]), torch.cat([frame_prev, frame_next]), 0.05)

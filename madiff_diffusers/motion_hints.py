@@ -15,12 +15,13 @@ import json
 import math
 import sys
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,9 +31,10 @@ from einops import rearrange
 
 from .tiling import Tiling
 
+
 HINT_SOURCES = ("events", "flow", "fine_flow", "events+flow", "events+fine_flow", "model", "events+model")
 
-HintPair = Tuple[torch.Tensor, torch.Tensor]
+HintPair = tuple[torch.Tensor, torch.Tensor]
 
 FLOW_BYTES, FINE_FLOW_BYTES = 60, 215  # buffers of DIS for each pixel, measured on 2560x1440
 MOST_FLOW_BYTES = 2**30  # of all flows at once
@@ -93,7 +95,7 @@ class EventHints:
         scale: the model sees frames this many times smaller, whose events are then spread over as many pixels.
     """
 
-    def __init__(self, i2e: torch.nn.Module, tiling: Optional[Tiling] = None, scale: int = 1):
+    def __init__(self, i2e: torch.nn.Module, tiling: Tiling | None = None, scale: int = 1):
         self.i2e, self.tiling, self.scale = i2e, tiling, scale
         self.hint_channels = 2 * i2e.config.num_bins
 
@@ -133,7 +135,9 @@ def _seen_from_the_end(flow: np.ndarray, rounds: int = 3) -> np.ndarray:
     y, x = np.indices(flow.shape[:2], dtype=np.float32)
     arriving = flow
     for _ in range(rounds):
-        arriving = cv2.remap(flow, x - arriving[..., 0], y - arriving[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        arriving = cv2.remap(
+            flow, x - arriving[..., 0], y - arriving[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
     return arriving
 
 
@@ -154,7 +158,7 @@ class FlowHints:
             raise ImportError("optical flow needs a package that is not installed: pip install opencv-python-headless")
         self.fine = fine
         # The latest neighbours and the flow between them, which serves every instant.
-        self._between: Optional[Tuple[weakref.ref, weakref.ref, Tuple[int, int], torch.Tensor]] = None
+        self._between: tuple[weakref.ref, weakref.ref, tuple[int, int], torch.Tensor] | None = None
 
     def _flows(
         self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor], patch_stride: int = 2
@@ -166,7 +170,7 @@ class FlowHints:
         from_images = [self._to_uint8(frame) for frame in frames_from]
         to_images = [self._to_uint8(frame) for frame in frames_to]
 
-        def one(pair: Tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        def one(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
             # A DIS object keeps buffers, so each thread needs its own.
             dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
             if self.fine:
@@ -248,7 +252,11 @@ class ModelHints:
         return self.model(frame_prev, frame_next, time)
 
     def from_guess(
-        self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor, hints: Optional[HintPair] = None
+        self,
+        frame_prev: torch.Tensor,
+        frame_mid: torch.Tensor,
+        frame_next: torch.Tensor,
+        hints: HintPair | None = None,
     ) -> HintPair:
         """Flow that a guess tells, found from the `hints` on that were known before, where they are given."""
         return self.model.refine(frame_prev, frame_mid, frame_next, hints)
@@ -265,7 +273,7 @@ class StackedHints:
         self.hint_channels = sum(source.hint_channels for source in self.sources)
 
     @staticmethod
-    def _stack(pairs: List[HintPair]) -> HintPair:
+    def _stack(pairs: list[HintPair]) -> HintPair:
         hints_prev, hints_next = zip(*pairs)
         return torch.cat(hints_prev, dim=1), torch.cat(hints_next, dim=1)
 
@@ -324,7 +332,7 @@ TRAVELLING = (
 
 _OWN = ("events", "flow", "fine_flow", "model")
 # What the parts of a hint source's name stand for; `events` needs the pipeline's `i2e`, and `model` its `hint_model`.
-_SOURCES: Dict[str, Callable[..., HintSource]] = {"flow": FlowHints, "fine_flow": partial(FlowHints, fine=True)}
+_SOURCES: dict[str, Callable[..., HintSource]] = {"flow": FlowHints, "fine_flow": partial(FlowHints, fine=True)}
 _METHODS = ("start", "from_guess", "from_neighbours")
 
 
@@ -341,7 +349,9 @@ def register_hint_source(name: str, kind: type) -> None:
         TypeError: if it is no such class.
     """
     if name in _OWN or not all(each.isidentifier() for each in name.replace(":", ".", 1).split(".")):
-        raise ValueError(f"`name` must be letters, digits and underscores, and none of {', '.join(_OWN)}, but is {name!r}.")
+        raise ValueError(
+            f"`name` must be letters, digits and underscores, and none of {', '.join(_OWN)}, but is {name!r}."
+        )
     _check_kind(kind, "`kind`")
     _SOURCES[name] = kind
     try:
@@ -358,7 +368,9 @@ def is_registered(name: str) -> bool:
 def _check_kind(kind: Any, what: str) -> None:
     missing = [each for each in _METHODS if not callable(getattr(kind, each, None))]
     if not isinstance(kind, type) or missing:
-        raise TypeError(f"{what} must be a class with the methods {', '.join(_METHODS)}, but {kind!r} lacks {', '.join(missing) or 'a constructor'}.")
+        raise TypeError(
+            f"{what} must be a class with the methods {', '.join(_METHODS)}, but {kind!r} lacks {', '.join(missing) or 'a constructor'}."
+        )
 
 
 def _kind_of(part: str) -> Callable[..., HintSource]:
@@ -374,11 +386,13 @@ def _kind_of(part: str) -> Callable[..., HintSource]:
     if part not in _SOURCES:
         own = sorted(set(_SOURCES) - set(_OWN))
         known = ", ".join([*HINT_SOURCES, *own])
-        raise ValueError(f"`hint_source` must be one of {known}, MODULE:CLASS, or several of these joined by +, but is {part!r}.")
+        raise ValueError(
+            f"`hint_source` must be one of {known}, MODULE:CLASS, or several of these joined by +, but is {part!r}."
+        )
     return _SOURCES[part]
 
 
-def hint_parts(name: str) -> List[str]:
+def hint_parts(name: str) -> list[str]:
     """The parts of a hint source's name, in the order of their channels.
 
     Raises:
@@ -386,7 +400,9 @@ def hint_parts(name: str) -> List[str]:
     """
     parts = name.split("+") if isinstance(name, str) else []
     if not parts or len(set(parts)) < len(parts) or set(parts) <= set(_OWN) and name not in HINT_SOURCES:
-        raise ValueError(f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, a registered name or MODULE:CLASS, but is {name!r}.")
+        raise ValueError(
+            f"`hint_source` must be one of {', '.join(HINT_SOURCES)}, a registered name or MODULE:CLASS, but is {name!r}."
+        )
     for part in parts:
         if part not in ("events", "model"):
             _kind_of(part)
@@ -395,12 +411,12 @@ def hint_parts(name: str) -> List[str]:
 
 def build_hint_source(
     name: str,
-    i2e: Optional[torch.nn.Module] = None,
-    tiling: Optional[Tiling] = None,
-    settings: Optional[Dict[str, Dict[str, Any]]] = None,
-    hint_channels: Optional[int] = None,
+    i2e: torch.nn.Module | None = None,
+    tiling: Tiling | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
+    hint_channels: int | None = None,
     event_scale: int = 1,
-    hint_model: Optional[torch.nn.Module] = None,
+    hint_model: torch.nn.Module | None = None,
 ) -> HintSource:
     """
     The hint source of a name: one of `HINT_SOURCES`, a registered one, `MODULE:CLASS`, or several joined by `+`. Flow stands last in a
@@ -423,7 +439,7 @@ def build_hint_source(
     surplus = sorted(set(settings) - set(parts))
     if surplus:
         raise ValueError(f"`hint_settings` must be for parts of `hint_source` {name!r}, but has {', '.join(surplus)}.")
-    stack: Dict[str, HintSource] = {}
+    stack: dict[str, HintSource] = {}
     for part in parts:
         if part == "events":
             continue
@@ -454,7 +470,9 @@ def check_hint_source(source: Any, what: str) -> None:
     missing = [each for each in _METHODS if not callable(getattr(source, each, None))]
     channels = getattr(source, "hint_channels", None)
     if missing or not isinstance(channels, int) or channels < 1:
-        lacks = ", ".join([*missing, *([] if isinstance(channels, int) and channels > 0 else ["a positive `hint_channels`"])])
+        lacks = ", ".join(
+            [*missing, *([] if isinstance(channels, int) and channels > 0 else ["a positive `hint_channels`"])]
+        )
         raise ValueError(f"{what} must be a hint source, but {type(source).__name__} lacks {lacks}.")
 
 
@@ -482,10 +500,10 @@ def saved_name(kind: type) -> str:
 
 def describe_hint_source(
     source: HintSource,
-    i2e: Optional[torch.nn.Module],
-    known: Optional[Sequence[Dict[str, Any]]] = None,
-    hint_model: Optional[torch.nn.Module] = None,
-) -> Tuple[str, Dict[str, Dict[str, Any]], List[type]]:
+    i2e: torch.nn.Module | None,
+    known: Sequence[dict[str, Any]] | None = None,
+    hint_model: torch.nn.Module | None = None,
+) -> tuple[str, dict[str, dict[str, Any]], list[type]]:
     """
     What a checkpoint keeps of a hint source: its name, its parts' settings, and the classes whose code must travel.
 
@@ -515,7 +533,9 @@ def describe_hint_source(
                 inspect.signature(kind).bind(**config)
                 json.dumps(config)
             except TypeError as error:
-                raise ValueError(f"A checkpoint cannot hold the hint source {kind.__name__} with the `config` {config!r}: {error}.") from error
+                raise ValueError(
+                    f"A checkpoint cannot hold the hint source {kind.__name__} with the `config` {config!r}: {error}."
+                ) from error
             names.append(name)
             kinds.append(kind)
             if config:
@@ -543,10 +563,14 @@ def load_hint_code(folder: Path, part: str) -> None:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
-            raise ValueError(f"The checkpoint's hint source {part!r} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"The checkpoint's hint source {part!r} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
     kind = getattr(sys.modules[name], attribute, None)
     if part in _SOURCES and _SOURCES[part] is not kind:
-        raise ValueError(f"Another hint source {part!r} is registered in this process already: the checkpoint's own code cannot take its place.")
+        raise ValueError(
+            f"Another hint source {part!r} is registered in this process already: the checkpoint's own code cannot take its place."
+        )
     try:
         register_hint_source(part, kind)
     except TypeError as error:

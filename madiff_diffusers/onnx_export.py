@@ -23,9 +23,9 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -34,7 +34,8 @@ from diffusers import SchedulerMixin, UNet2DModel
 from .motion_flow import MotionHintModel
 from .vq_magan import VQMAGANModel
 
-Tensors = Dict[str, torch.Tensor]
+
+Tensors = dict[str, torch.Tensor]
 
 DESCRIPTION = "madiff.json"
 
@@ -53,7 +54,7 @@ class EncodeGraph(Graph):
         self.inputs = ["frames"]
         self.outputs = ["latents"] * (not vqvae.config.news_latents) + _feature_names(vqvae)
 
-    def forward(self, tensors: Tensors) -> Tuple[torch.Tensor, ...]:
+    def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         encoded = self.vqvae.encode(tensors["frames"])
         latents = [] if encoded.latents is None else [encoded.latents * self.vqvae.config.scaling_factor]
         return (*latents, *encoded.features[1:])
@@ -65,7 +66,7 @@ class HintGraph(Graph):
         self.hint_model = hint_model
         self.inputs, self.outputs = ["frame_prev", "frame_next", "time"], ["hints_prev", "hints_next"]
 
-    def forward(self, tensors: Tensors) -> Tuple[torch.Tensor, ...]:
+    def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         return self.hint_model(tensors["frame_prev"], tensors["frame_next"], tensors["time"])
 
 
@@ -76,7 +77,7 @@ class RefineGraph(Graph):
         self.inputs = ["frame_prev", "frame_mid", "frame_next", "hints_prev", "hints_next"]
         self.outputs = ["refined_prev", "refined_next"]
 
-    def forward(self, tensors: Tensors) -> Tuple[torch.Tensor, ...]:
+    def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         frames = (tensors[f"frame_{which}"] for which in ("prev", "mid", "next"))
         return self.hint_model.refine(*frames, (tensors["hints_prev"], tensors["hints_next"]))
 
@@ -90,8 +91,11 @@ class DenoiseGraph(Graph):
         self.inputs = ["latents", "timestep", *["time"] * self.timed, *_of_both(self.seen), *_of_both("hints")]
         self.outputs = ["prediction"]
 
-    def forward(self, tensors: Tensors) -> Tuple[torch.Tensor, ...]:
-        latents, (prev, next_), hints = tensors["latents"], *([tensors[name] for name in _of_both(each)] for each in (self.seen, "hints"))
+    def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+        latents, (prev, next_), hints = (
+            tensors["latents"],
+            *([tensors[name] for name in _of_both(each)] for each in (self.seen, "hints")),
+        )
         if self.vqvae.config.news_latents:
             seen = [latents, self.vqvae.condition((prev,), (next_,), *hints)]
         else:
@@ -106,29 +110,39 @@ class DecodeGraph(Graph):
         self.vqvae = vqvae
         self.features = [_of_both(name) for name in _feature_names(vqvae)]
         timed = ["time"] * vqvae.config.time_conditioned
-        self.inputs = ["latents", *timed, *_of_both("frame"), *_of_both("hints"), *(name for pair in self.features for name in pair)]
+        self.inputs = [
+            "latents",
+            *timed,
+            *_of_both("frame"),
+            *_of_both("hints"),
+            *(name for pair in self.features for name in pair),
+        ]
         self.outputs = ["frame"]
 
-    def forward(self, tensors: Tensors) -> Tuple[torch.Tensor, ...]:
+    def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         prev, next_ = ([tensors[pair[side]] for pair in (_of_both("frame"), *self.features)] for side in (0, 1))
         latents = tensors["latents"] / self.vqvae.config.scaling_factor
-        sample = self.vqvae.decode(latents, prev, next_, tensors["hints_prev"], tensors["hints_next"], time=tensors.get("time", 0.5)).sample
+        sample = self.vqvae.decode(
+            latents, prev, next_, tensors["hints_prev"], tensors["hints_next"], time=tensors.get("time", 0.5)
+        ).sample
         return (sample.clamp(-1, 1),)
 
 
-def _feature_names(vqvae: VQMAGANModel) -> List[str]:
+def _feature_names(vqvae: VQMAGANModel) -> list[str]:
     # Latents of news have no bottleneck, which would be one scale more.
     count = len(vqvae.config.block_out_channels) + (not vqvae.config.news_latents)
     return [f"features_{number}" for number in range(1, 1 + count)]
 
 
-def _of_both(name: str) -> Tuple[str, str]:
+def _of_both(name: str) -> tuple[str, str]:
     return f"{name}_prev", f"{name}_next"
 
 
-def build_graphs(vqvae: VQMAGANModel, unet: UNet2DModel, hint_model: Optional[MotionHintModel] = None) -> Dict[str, Graph]:
+def build_graphs(
+    vqvae: VQMAGANModel, unet: UNet2DModel, hint_model: MotionHintModel | None = None
+) -> dict[str, Graph]:
     """A checkpoint's graphs by name, in the order in which a step of sampling needs them. They share the networks that are given."""
-    graphs: Dict[str, Graph] = {"encode": EncodeGraph(vqvae)}
+    graphs: dict[str, Graph] = {"encode": EncodeGraph(vqvae)}
     if hint_model is not None:
         graphs["hints"] = HintGraph(hint_model)
     graphs["denoise"] = DenoiseGraph(vqvae, unet)
@@ -138,14 +152,14 @@ def build_graphs(vqvae: VQMAGANModel, unet: UNet2DModel, hint_model: Optional[Mo
     return {name: graph.eval() for name, graph in graphs.items()}
 
 
-def frame_multiple(vqvae: VQMAGANModel, unet: UNet2DModel, hint_model: Optional[MotionHintModel] = None) -> int:
+def frame_multiple(vqvae: VQMAGANModel, unet: UNet2DModel, hint_model: MotionHintModel | None = None) -> int:
     """What the height and width of frames must be multiples of, for all graphs."""
     multiple = vqvae.downsample_factor * 2 ** (len(unet.config.block_out_channels) - 1)
     return multiple if hint_model is None else math.lcm(multiple, hint_model.multiple)
 
 
 @torch.no_grad()
-def example_tensors(graphs: Dict[str, Graph], size: Tuple[int, int], batch: int = 1) -> Tensors:
+def example_tensors(graphs: dict[str, Graph], size: tuple[int, int], batch: int = 1) -> Tensors:
     """Random tensors of a step of sampling, all that any of the graphs takes, with what they give for one another.
 
     Args:
@@ -161,7 +175,10 @@ def example_tensors(graphs: Dict[str, Graph], size: Tuple[int, int], batch: int 
     tensors["frames"] = torch.cat([tensors["frame_prev"], tensors["frame_next"]])
     for name, tensor in zip(graphs["encode"].outputs, graphs["encode"](tensors)):
         tensors.update(zip(_of_both(name), tensor.chunk(2)))
-    shape = (vqvae.config.vq_embed_dim or vqvae.config.latent_channels, *(side // vqvae.downsample_factor for side in size))
+    shape = (
+        vqvae.config.vq_embed_dim or vqvae.config.latent_channels,
+        *(side // vqvae.downsample_factor for side in size),
+    )
     tensors["latents"] = torch.randn(batch, *shape, generator=generator)
     for name in _of_both("hints"):
         tensors[name] = torch.randn(batch, vqvae.config.hint_channels, *size, generator=generator)
@@ -192,11 +209,11 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def export_onnx(
-    folder: Union[str, os.PathLike],
+    folder: str | os.PathLike,
     vqvae: VQMAGANModel,
     unet: UNet2DModel,
     scheduler: SchedulerMixin,
-    hint_model: Optional[MotionHintModel] = None,
+    hint_model: MotionHintModel | None = None,
 ) -> None:
     """
     Write a checkpoint's networks as ONNX graphs of any batch and frame size, one file each, and `madiff.json`: what a sampler must know.
@@ -211,7 +228,9 @@ def export_onnx(
     """
     check_packages()
     if hint_model is not None and not isinstance(hint_model, MotionHintModel):
-        raise ValueError(f"`hint_model` must be a MotionHintModel or None to become a graph, but is a {type(hint_model).__name__}.")
+        raise ValueError(
+            f"`hint_model` must be a MotionHintModel or None to become a graph, but is a {type(hint_model).__name__}."
+        )
     for name, network in (("vqvae", vqvae), ("unet", unet), ("hint_model", hint_model)):
         if network is not None and (network.dtype, network.device.type) != (torch.float32, "cpu"):
             raise ValueError(f"`{name}` must be in float32 on the CPU, but is in {network.dtype} on {network.device}.")
@@ -246,7 +265,9 @@ def export_onnx(
         "downsample_factor": vqvae.downsample_factor,
         "latent_channels": tensors["latents"].shape[1],
         "hint_channels": vqvae.config.hint_channels,
-        "graphs": {name: {"inputs": list(graph.inputs), "outputs": list(graph.outputs)} for name, graph in graphs.items()},
+        "graphs": {
+            name: {"inputs": list(graph.inputs), "outputs": list(graph.outputs)} for name, graph in graphs.items()
+        },
         "scheduler": json.loads(scheduler.to_json_string()),
     }
     (Path(folder) / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

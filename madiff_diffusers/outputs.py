@@ -3,18 +3,20 @@
 import errno
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Dict, Iterable, List, Tuple, Union
+from typing import Union
+
 
 PathLike = Union[str, "os.PathLike[str]"]
-Identity = Tuple[int, int]
+Identity = tuple[int, int]
 
 
 class UnwritableError(OSError):
     """Says which file or folder cannot be written, and why."""
 
 
-def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathLike], hint: str = "") -> None:
+def check_outputs(written: Iterable[tuple[PathLike, bool]], read: Iterable[PathLike], hint: str = "") -> None:
     """
     Refuse to write where something would be lost, or nothing can be written.
 
@@ -35,7 +37,9 @@ def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathL
     sources = [path for path in map(Path, read) if path.exists()]
     inputs = {_identity(path): path for path in sources}
     # Folders that hold inputs, at any depth, by where these lie and by what they link to.
-    folders_of = {folder: path for path in sources for place in (path.absolute(), path.resolve()) for folder in place.parents}
+    folders_of = {
+        folder: path for path in sources for place in (path.absolute(), path.resolve()) for folder in place.parents
+    }
     holders = {_identity(folder): path for folder, path in folders_of.items()}
     for path, may_be_there in outputs:
         if not os.path.lexists(path):
@@ -56,8 +60,8 @@ def check_outputs(written: Iterable[Tuple[PathLike, bool]], read: Iterable[PathL
     _check_different([path for path, _ in outputs])
 
 
-def _check_different(paths: List[Path]) -> None:
-    seen: Dict[str, Path] = {}
+def _check_different(paths: list[Path]) -> None:
+    seen: dict[str, Path] = {}
     places = {path.resolve(): path for path in paths}
     for path in paths:
         for folder in path.resolve().parents:

@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Optional
 
 import numpy as np
 import PIL.Image
@@ -25,6 +25,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
+
 
 # This file travels with checkpoints, to where nobody installed what it needs.
 _REQUIREMENTS = {"accelerate": "accelerate", "einops": "einops"}
@@ -45,10 +46,11 @@ from .motion_hints import (  # noqa: E402
     hint_parts,
     is_registered,
     load_hint_code,
-    register_hint_source,
+    register_hint_source,  # noqa: F401, for the lines that a saved copy of this file ends with
 )
 from .precision import fastest_dtype  # noqa: E402
 from .tiling import Tiling  # noqa: E402
+
 
 HINT_POLICIES = ("sampling", "damped", "start", "neighbours", "none")
 
@@ -61,7 +63,7 @@ CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
 logger = logging.get_logger(__name__)
 
 
-def bundled_checkpoints() -> List[str]:
+def bundled_checkpoints() -> list[str]:
     """Names of the checkpoints inside the package."""
     return sorted(path.parent.name for path in CHECKPOINT_FOLDER.glob("*/model_index.json"))
 
@@ -90,7 +92,7 @@ class MADiffPipelineOutput(BaseOutput):
             [0, 1]; for `"latent"` a tensor `(B, F, C, h, w)`.
     """
 
-    frames: Union[List[List[PIL.Image.Image]], np.ndarray, torch.Tensor]
+    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
 
 
 @dataclass
@@ -109,15 +111,15 @@ class EncodedFrames:
     """
 
     frames: torch.Tensor
-    size: Tuple[int, int]
-    latents: Optional[torch.Tensor] = None
-    features: Optional[Tuple[torch.Tensor, ...]] = None
+    size: tuple[int, int]
+    latents: torch.Tensor | None = None
+    features: tuple[torch.Tensor, ...] | None = None
     coarse: Optional["EncodedFrames"] = None
 
 
-def _neighbours_of(times: List[Fraction], recursive: bool) -> Dict[Fraction, Tuple[Fraction, Fraction]]:
+def _neighbours_of(times: list[Fraction], recursive: bool) -> dict[Fraction, tuple[Fraction, Fraction]]:
     """Between which two frames each instant's is made, in an order in which these are there; 0 and 1 are given."""
-    plan: Dict[Fraction, Tuple[Fraction, Fraction]] = {}
+    plan: dict[Fraction, tuple[Fraction, Fraction]] = {}
 
     def add(time: Fraction) -> None:
         if time in plan or time in (0, 1):
@@ -170,14 +172,14 @@ class MADiffPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["vqvae"]
     _callback_tensor_inputs = ["latents", "hints_prev", "hints_next"]
     # The folder that this was loaded from, and the repository if it is one's.
-    _source: Optional[Tuple[Path, Optional[str]]] = None
+    _source: tuple[Path, str | None] | None = None
 
     def __init__(
         self,
         vqvae: ModelMixin,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        i2e: Optional[ModelMixin] = None,
+        i2e: ModelMixin | None = None,
         hint_source: str = "events",
         default_num_inference_steps: int = 10,
         default_hint_interval: int = 1,
@@ -185,17 +187,22 @@ class MADiffPipeline(DiffusionPipeline):
         guess_scale: int = 1,
         event_scale: int = 1,
         default_recursive: bool = False,
-        hint_settings: Optional[Dict[str, Dict[str, Any]]] = None,
-        hint_model: Optional[ModelMixin] = None,
+        hint_settings: dict[str, dict[str, Any]] | None = None,
+        hint_model: ModelMixin | None = None,
     ):
         super().__init__()
         for name, scale in (("guess_scale", guess_scale), ("event_scale", event_scale)):
             if scale not in (1, 2, 4, 8):
                 raise ValueError(f"`{name}` must be 1, 2, 4 or 8, but is {scale!r}.")
-        for name, value in (("default_num_inference_steps", default_num_inference_steps), ("default_hint_interval", default_hint_interval)):
+        for name, value in (
+            ("default_num_inference_steps", default_num_inference_steps),
+            ("default_hint_interval", default_hint_interval),
+        ):
             _check_count(value, name)
         if default_hint_policy not in HINT_POLICIES:
-            raise ValueError(f"`default_hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {default_hint_policy!r}.")
+            raise ValueError(
+                f"`default_hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {default_hint_policy!r}."
+            )
         _check_scheduler(scheduler)
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e, hint_model=hint_model)
         self.register_to_config(
@@ -211,10 +218,10 @@ class MADiffPipeline(DiffusionPipeline):
         for network in (vqvae, unet, i2e, hint_model):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
                 network.to(memory_format=torch.channels_last)
-        self._hints: Optional[HintSource] = None
-        self._built_hints: Optional[Tuple[Tuple, HintSource]] = None  # what they were built of, and they
+        self._hints: HintSource | None = None
+        self._built_hints: tuple[tuple, HintSource] | None = None  # what they were built of, and they
         # Set by `enable_tiling`.
-        self.tiling: Optional[Tiling] = None
+        self.tiling: Tiling | None = None
         latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
         self._tells_news = bool(getattr(vqvae.config, "news_latents", False))
         expected = latent_channels + vqvae.condition_channels
@@ -229,7 +236,7 @@ class MADiffPipeline(DiffusionPipeline):
         self.frame_processor = FrameProcessor(vqvae.downsample_factor * max(unet_factor, guess_scale))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], **kwargs) -> "MADiffPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MADiffPipeline":
         """
         As [`~DiffusionPipeline.from_pretrained`], from safetensors alone. The names of the package's own checkpoints load without a
         network, unless a folder has that name. Code that lies beside the weights is not run: this package's takes its place.
@@ -274,7 +281,7 @@ class MADiffPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def _take_hint_code(cls, folder: Path, repository: Optional[str], trust_remote_code: bool = False, **kwargs) -> None:
+    def _take_hint_code(cls, folder: Path, repository: str | None, trust_remote_code: bool = False, **kwargs) -> None:
         """Make the hint sources known whose code lies beside a checkpoint's weights.
 
         Raises:
@@ -305,7 +312,7 @@ class MADiffPipeline(DiffusionPipeline):
         return made
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Union[str, Path]) -> Dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
         """A saved pipeline's index. Where this is the package's own code, what it says of code beside the weights is read as the
         package's modules."""
         index = super()._dict_from_json_file(json_file)
@@ -318,7 +325,7 @@ class MADiffPipeline(DiffusionPipeline):
         return index
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> Union[str, Path]:
+    def download(cls, pretrained_model_name: str, **kwargs) -> str | Path:
         """As [`~DiffusionPipeline.download`]; where this is the package's own code, without a repository's code."""
         if __package__ != "madiff_diffusers":
             return super().download(pretrained_model_name, **kwargs)
@@ -326,7 +333,7 @@ class MADiffPipeline(DiffusionPipeline):
         given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         return download_repository(pretrained_model_name, code=kwargs.get("code", ()), **given)
 
-    def save_config(self, save_directory: Union[str, Path], **kwargs) -> None:
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
         """Write `model_index.json`, which names code by the files that `save_pretrained` puts beside the weights."""
         super().save_config(save_directory, **kwargs)
         path = Path(save_directory) / self.config_name
@@ -346,13 +353,13 @@ class MADiffPipeline(DiffusionPipeline):
 
     def save_pretrained(
         self,
-        save_directory: Union[str, Path],
+        save_directory: str | Path,
         safe_serialization: bool = True,
-        variant: Optional[str] = None,
-        max_shard_size: Union[int, str, None] = None,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         use_flashpack: bool = False,
-        repo_id: Optional[str] = None,
+        repo_id: str | None = None,
         **hub,
     ) -> None:
         """
@@ -381,7 +388,9 @@ class MADiffPipeline(DiffusionPipeline):
             OSError: if the folder cannot be written, or the upload fails.
         """
         if not safe_serialization or use_flashpack:
-            raise ValueError("`safe_serialization` must be True and `use_flashpack` False: weights are written as safetensors alone.")
+            raise ValueError(
+                "`safe_serialization` must be True and `use_flashpack` False: weights are written as safetensors alone."
+            )
         self._describe_hints()
         if hub and not push_to_hub:
             raise TypeError(f"`save_pretrained` takes {', '.join(hub)} with `push_to_hub=True` alone.")
@@ -412,7 +421,7 @@ class MADiffPipeline(DiffusionPipeline):
         if push_to_hub:
             upload_repository(folder, repo_id or folder.resolve().name, **hub)
 
-    def _describe_hints(self) -> Tuple[str, Dict[str, Dict[str, Any]], List[type]]:
+    def _describe_hints(self) -> tuple[str, dict[str, dict[str, Any]], list[type]]:
         known = None
         if self._hints is None:
             settings = self.config.hint_settings or {}
@@ -428,7 +437,9 @@ class MADiffPipeline(DiffusionPipeline):
         for kind in self._describe_hints()[2]:
             file = Path(inspect.getfile(kind))
             if files.setdefault(file.name, file.read_bytes()) != file.read_bytes():
-                raise ValueError(f"A checkpoint cannot hold two hint sources from different files of the name {file.name}.")
+                raise ValueError(
+                    f"A checkpoint cannot hold two hint sources from different files of the name {file.name}."
+                )
             (saved / file.name).write_bytes(files[file.name])
             lines.append(f"from .{file.stem} import {kind.__name__}  # noqa: E402\n")
             lines.append(f'register_hint_source("{file.stem}:{kind.__name__}", {kind.__name__})\n')
@@ -437,9 +448,9 @@ class MADiffPipeline(DiffusionPipeline):
     def push_to_hub(
         self,
         repo_id: str,
-        variant: Optional[str] = None,
+        variant: str | None = None,
         safe_serialization: bool = True,
-        max_shard_size: Union[int, str, None] = None,
+        max_shard_size: int | str | None = None,
         **hub,
     ) -> str:
         """
@@ -460,7 +471,7 @@ class MADiffPipeline(DiffusionPipeline):
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
             return upload_repository(folder, repo_id, keep_card=True, **hub)
 
-    def _write_card(self, saved: Path, card: Path, variant: Optional[str]) -> None:
+    def _write_card(self, saved: Path, card: Path, variant: str | None) -> None:
         """Write the card for a folder, in place of what is there if that tells scores of other weights."""
         # A variant is of the weights beside it.
         if card.exists() and (variant is not None or not self._tells_scores(card)):
@@ -496,7 +507,7 @@ class MADiffPipeline(DiffusionPipeline):
         except Exception:  # of whatever kind: it is not known to be the same
             return False
 
-        def settings(config: Dict[str, Any]) -> Dict[str, Any]:
+        def settings(config: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in config.items() if not key.startswith("_")}
 
         def equal(part: Any, twin: Any) -> bool:
@@ -529,12 +540,14 @@ class MADiffPipeline(DiffusionPipeline):
         return self._built_hints[1]
 
     @hints.setter
-    def hints(self, source: Optional[HintSource]) -> None:
+    def hints(self, source: HintSource | None) -> None:
         if source is not None:
             check_hint_source(source, "`hints`")
             expected = self.vqvae.config.hint_channels
             if source.hint_channels != expected:
-                raise ValueError(f"`hints` must have {expected} `hint_channels`, as many as `vqvae` takes, but has {source.hint_channels}.")
+                raise ValueError(
+                    f"`hints` must have {expected} `hint_channels`, as many as `vqvae` takes, but has {source.hint_channels}."
+                )
         self._hints = source
 
     def enable_tiling(self, tile_pixels: int = 1024 * 1024) -> None:
@@ -588,16 +601,22 @@ class MADiffPipeline(DiffusionPipeline):
             _check_count(value, name)
         if times is not None:
             if num_frames != 1:
-                raise ValueError(f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}.")
+                raise ValueError(
+                    f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}."
+                )
             given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
             if not given or not all(isinstance(time, Real) and 0 < time < 1 for time in given):  # NaN fails, too
-                raise ValueError(f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}.")
+                raise ValueError(
+                    f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}."
+                )
             if len(set(map(float, given))) < len(given):
                 raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
         if hint_policy not in HINT_POLICIES:
             raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {hint_policy!r}.")
         if output_type not in (*OUTPUT_TYPES, "latent"):
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, latent, but is {output_type!r}.")
+            raise ValueError(
+                f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, latent, but is {output_type!r}."
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` as a list must hold one generator per pair ({batch_size}), but holds {len(generator)}."
@@ -611,23 +630,23 @@ class MADiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image_prev: Union[FrameInput, EncodedFrames],
-        image_next: Union[FrameInput, EncodedFrames],
-        num_inference_steps: Optional[int] = None,
+        image_prev: FrameInput | EncodedFrames,
+        image_next: FrameInput | EncodedFrames,
+        num_inference_steps: int | None = None,
         num_frames: int = 1,
-        hint_policy: Optional[str] = None,
-        hint_interval: Optional[int] = None,
-        generator: Optional[Union[torch.Generator, List[torch.Generator]]] = None,
-        latents: Optional[torch.Tensor] = None,
+        hint_policy: str | None = None,
+        hint_interval: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         force_not_quantize: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, Dict], Optional[Dict]]] = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        times: Optional[Sequence[Union[float, Fraction]]] = None,
+        times: Sequence[float | Fraction] | None = None,
         frames_per_batch: int = 1,
-        recursive: Optional[bool] = None,
-    ) -> Union[MADiffPipelineOutput, Tuple]:
+        recursive: bool | None = None,
+    ) -> MADiffPipelineOutput | tuple:
         r"""
         Interpolate between two frames, or between the frames of several pairs. Each frame is made straight from the two that are
         given, whatever its instant, unless `recursive` says otherwise.
@@ -714,14 +733,16 @@ class MADiffPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=prev.frames.device)
         # Some schedulers (Heun's) call the network more than once a step.
         self._num_timesteps = len(self.scheduler.timesteps) * len(plan)
-        frames: Dict[Fraction, EncodedFrames] = {Fraction(0): prev, Fraction(1): next_}
-        final_latents: Dict[Fraction, torch.Tensor] = {}
+        frames: dict[Fraction, EncodedFrames] = {Fraction(0): prev, Fraction(1): next_}
+        final_latents: dict[Fraction, torch.Tensor] = {}
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for (low, high), between in itertools.groupby(plan, key=plan.get):
                 between = list(between)
                 for first in range(0, len(between), frames_per_batch):
                     chosen = between[first : first + frames_per_batch]
-                    given = [None if noise is None or time not in times else noise[:, times.index(time)] for time in chosen]
+                    given = [
+                        None if noise is None or time not in times else noise[:, times.index(time)] for time in chosen
+                    ]
                     latents_made, made = self._interpolate(
                         frames[low],
                         frames[high],
@@ -735,11 +756,15 @@ class MADiffPipeline(DiffusionPipeline):
                         callback_on_step_end,
                         callback_on_step_end_tensor_inputs,
                         progress_bar,
-                        with_frames=output_type != "latent" or any(time in pair for time in chosen for pair in plan.values()),
+                        with_frames=output_type != "latent"
+                        or any(time in pair for time in chosen for pair in plan.values()),
                     )
                     final_latents.update(zip(chosen, latents_made.split(batch_size)))
                     if made is not None:
-                        frames.update((time, EncodedFrames(each, prev.size)) for time, each in zip(chosen, made.split(batch_size)))
+                        frames.update(
+                            (time, EncodedFrames(each, prev.size))
+                            for time, each in zip(chosen, made.split(batch_size))
+                        )
 
         # 3. Crop and convert.
         if output_type == "latent":
@@ -769,7 +794,7 @@ class MADiffPipeline(DiffusionPipeline):
         self._encode(neighbours)
         return neighbours
 
-    def _as_neighbours(self, images: Union[FrameInput, EncodedFrames], name: str) -> EncodedFrames:
+    def _as_neighbours(self, images: FrameInput | EncodedFrames, name: str) -> EncodedFrames:
         """Frames, padded and on the device; not encoded unless they were."""
         if isinstance(images, EncodedFrames):
             return images
@@ -782,7 +807,7 @@ class MADiffPipeline(DiffusionPipeline):
         if left:
             frames = torch.cat([each.frames for each in left])
 
-            def encode(frames: torch.Tensor) -> List[torch.Tensor]:
+            def encode(frames: torch.Tensor) -> list[torch.Tensor]:
                 encoded = self.vqvae.encode(frames)
                 return [*encoded.features, *([] if encoded.latents is None else [encoded.latents])]
 
@@ -799,25 +824,27 @@ class MADiffPipeline(DiffusionPipeline):
         if scale == 1:
             return each
         if each.coarse is None:
-            each.coarse = EncodedFrames(F.avg_pool2d(each.frames, scale), (each.size[0] // scale, each.size[1] // scale))
+            each.coarse = EncodedFrames(
+                F.avg_pool2d(each.frames, scale), (each.size[0] // scale, each.size[1] // scale)
+            )
         return each.coarse
 
     def _interpolate(
         self,
         prev: EncodedFrames,
         next_: EncodedFrames,
-        times: List[float],
+        times: list[float],
         num_inference_steps: int,
         hint_policy: str,
         hint_interval: int,
-        generator: Optional[Union[torch.Generator, List[torch.Generator]]],
-        noise: List[Optional[torch.Tensor]],
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: list[torch.Tensor | None],
         force_not_quantize: bool,
-        callback: Optional[Callable],
+        callback: Callable | None,
         callback_inputs: Sequence[str],
         progress_bar: Any,
         with_frames: bool,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """MA-Sampling of frames at some instants between each of B pairs: their latents `(T * B, C, h, w)`, instant by instant, and where
         `with_frames` they themselves, `(T * B, 3, H, W)` in [-1, 1]."""
         batch_size, device, dtype = prev.frames.shape[0], prev.frames.device, self.vqvae.dtype
@@ -825,7 +852,9 @@ class MADiffPipeline(DiffusionPipeline):
         instants = torch.tensor(times, dtype=torch.float32).repeat_interleave(batch_size).to(device)  # [TB]
         # What the hints are extracted from: guesses at this scale.
         extracts = hint_policy in ("sampling", "damped")
-        coarse_prev, coarse_next = (self._coarse(each, self.config.guess_scale if extracts else 1) for each in (prev, next_))
+        coarse_prev, coarse_next = (
+            self._coarse(each, self.config.guess_scale if extracts else 1) for each in (prev, next_)
+        )
 
         def for_each_instant(tensor: torch.Tensor) -> torch.Tensor:
             return tensor if count == 1 else tensor.repeat(count, 1, 1, 1)  # [B,…] to [TB,…]
@@ -839,7 +868,9 @@ class MADiffPipeline(DiffusionPipeline):
             """What the denoiser sees beside the noisy latents, `(TB, …, h, w)`."""
             if self._tells_news:
                 return self.vqvae.condition(features_prev, features_next, *hints)
-            small = [self.vqvae.resize_hints(each, prev.latents.shape[-2:]).to(dtype) for each in hints]  # [TB,K,h,w] twice
+            small = [
+                self.vqvae.resize_hints(each, prev.latents.shape[-2:]).to(dtype) for each in hints
+            ]  # [TB,K,h,w] twice
             return torch.cat([for_each_instant(torch.cat([prev.latents, next_.latents], dim=1)), *small], dim=1)
 
         def decode(prev: EncodedFrames, next_: EncodedFrames, latents: torch.Tensor, hints: HintPair) -> torch.Tensor:
@@ -858,12 +889,18 @@ class MADiffPipeline(DiffusionPipeline):
             else:
                 # Warps reach as far as the hints tell.
                 scale = size[0] / hints[0].shape[-2]
-                reach = max(each[:, -2:].abs().max().item() for each in hints) * scale if self.vqvae.config.offset_hints else 0.0
+                reach = (
+                    max(each[:, -2:].abs().max().item() for each in hints) * scale
+                    if self.vqvae.config.offset_hints
+                    else 0.0
+                )
                 (decoded,) = self.tiling(decode_images, images, *size, reach)
             return decoded.float().clamp(-1, 1)
 
         # 2. Hints to begin with: nothing is known of the frames yet. News are about hints of full size.
-        frames_prev, frames_next = (prev.frames, next_.frames) if self._tells_news else (coarse_prev.frames, coarse_next.frames)
+        frames_prev, frames_next = (
+            (prev.frames, next_.frames) if self._tells_news else (coarse_prev.frames, coarse_next.frames)
+        )
         if hint_policy == "neighbours":
             hints = tuple(for_each_instant(each) for each in hint_source.from_neighbours(frames_prev, frames_next))
         else:
@@ -901,7 +938,11 @@ class MADiffPipeline(DiffusionPipeline):
             latents = step.prev_sample
 
             # 4.2 hints from the frames that these latents stand for; after the last step, news would be about other hints
-            if extracts and i % hint_interval == 0 and not (self._tells_news and i == len(self.scheduler.timesteps) - 1):
+            if (
+                extracts
+                and i % hint_interval == 0
+                and not (self._tells_news and i == len(self.scheduler.timesteps) - 1)
+            ):
                 scale = prev.frames.shape[-1] // frames_prev.shape[-1]
                 known = tuple(self.vqvae.resize_hints(each, frames_prev.shape[-2:]) for each in hints)
                 coarse_latents = F.avg_pool2d(clean_latents, scale)
@@ -921,7 +962,9 @@ class MADiffPipeline(DiffusionPipeline):
                 for number in range(count):
                     returned = callback(self, i, t, {name: parts[name][number] for name in callback_inputs})
                     if not isinstance(returned, (dict, type(None))):
-                        raise TypeError(f"`callback_on_step_end` must return a dict of tensors, or None, but gave a {type(returned).__name__}.")
+                        raise TypeError(
+                            f"`callback_on_step_end` must return a dict of tensors, or None, but gave a {type(returned).__name__}."
+                        )
                     for name, tensor in (returned or {}).items():
                         if name in parts and tensor is not parts[name][number]:
                             parts[name][number] = tensor
@@ -953,8 +996,8 @@ class MADiffPipeline(DiffusionPipeline):
         return model_output
 
     def _check_latents(
-        self, latents: Optional[torch.Tensor], num_frames: int, frames: torch.Tensor
-    ) -> Optional[torch.Tensor]:
+        self, latents: torch.Tensor | None, num_frames: int, frames: torch.Tensor
+    ) -> torch.Tensor | None:
         if latents is None:
             return None
         f = self.vqvae.downsample_factor

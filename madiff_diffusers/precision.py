@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which device the networks run on unless told otherwise, and which number type they are fastest in there."""
 
-from typing import Union
-
 import torch
 
 
-def fastest_dtype(device: Union[str, torch.device]) -> torch.dtype:
+def fastest_dtype(device: str | torch.device) -> torch.dtype:
     """The dtype that a device computes in fastest by itself: bfloat16 on a CPU with AMX or AVX512-BF16 and on a GPU that has it, float16
     on other CUDA GPUs, else float32. Frames, offsets and hints stay in float32 whatever the networks' dtype."""
     kind = torch.device(device).type
@@ -21,7 +19,11 @@ def fastest_dtype(device: Union[str, torch.device]) -> torch.dtype:
 
 def best_device() -> torch.device:
     """The first that is there of a CUDA GPU (or AMD's by the same name), Apple's MPS and Intel's XPU; else the CPU."""
-    for name, is_there in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available), ("xpu", torch.xpu.is_available)):
+    for name, is_there in (
+        ("cuda", torch.cuda.is_available),
+        ("mps", torch.backends.mps.is_available),
+        ("xpu", torch.xpu.is_available),
+    ):
         if is_there():
             return torch.device(name)
     return torch.device("cpu")

@@ -1,9 +1,11 @@
 """What sources have besides plain pixels: one table of all that FFmpeg and Pillow know of, and of what becomes of it."""
 
+from collections.abc import Collection
 from fractions import Fraction
-from typing import Any, Collection, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
+
 
 # What is written: kinds of video files by FFmpeg's names, GIF among them; folders of PNG files; single images.
 OUTPUTS = ("mp4", "mov", "matroska", "webm", "avi", "gif", "yuv4mpegpipe", "folder", "image")
@@ -27,14 +29,14 @@ class Property(NamedTuple):
     """
 
     name: str
-    kept: Tuple[str, ...] = ()
-    converted: Tuple[str, ...] = ()
-    meaningless: Tuple[str, ...] = ()
-    told: Tuple[str, ...] = ()
-    side_data: Tuple[int, ...] = ()
-    info: Tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
+    meaningless: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+    side_data: tuple[int, ...] = ()
+    info: tuple[str, ...] = ()
 
-    def fate(self, output: str, codec: Optional[str] = None) -> str:
+    def fate(self, output: str, codec: str | None = None) -> str:
         """What becomes of it: "kept", "converted", "noted", or "" where it has no meaning.
 
         Args:
@@ -60,20 +62,49 @@ PROPERTIES = {
     "metadata": Property("title and other metadata", ("mp4", "mov", "matroska", "webm", "avi"), (), _NO_IMAGE),
     "pages": Property("further pages or frames of an image file"),
     # of pictures
-    "orientation": Property("orientation", ("mp4", "mov", "matroska"), ("webm", "avi", "gif", "yuv4mpegpipe", "folder", "image"), side_data=(6,)),
-    "pixel aspect": Property("pixels that are not square", ("mp4", "mov", "folder", "h264", "hevc", "gif", "PNG", "JPEG", "TIFF", "BMP"), info=("aspect", "jfif_density")),
-    "resolution": Property("resolution in pixels per inch", ("PNG", "JPEG", "TIFF", "BMP"), (), VIDEOS, info=("dpi", "resolution")),
-    "matrix": Property("range and matrix of colours", ("mp4", "mov", "matroska", "webm", "h264"), ("gif", "folder"), _NO_IMAGE),
-    "primaries": Property("primaries and transfer of colours", ("mp4", "mov", "matroska", "webm", "folder", "h264"), (), _NO_IMAGE),
+    "orientation": Property(
+        "orientation",
+        ("mp4", "mov", "matroska"),
+        ("webm", "avi", "gif", "yuv4mpegpipe", "folder", "image"),
+        side_data=(6,),
+    ),
+    "pixel aspect": Property(
+        "pixels that are not square",
+        ("mp4", "mov", "folder", "h264", "hevc", "gif", "PNG", "JPEG", "TIFF", "BMP"),
+        info=("aspect", "jfif_density"),
+    ),
+    "resolution": Property(
+        "resolution in pixels per inch", ("PNG", "JPEG", "TIFF", "BMP"), (), VIDEOS, info=("dpi", "resolution")
+    ),
+    "matrix": Property(
+        "range and matrix of colours", ("mp4", "mov", "matroska", "webm", "h264"), ("gif", "folder"), _NO_IMAGE
+    ),
+    "primaries": Property(
+        "primaries and transfer of colours", ("mp4", "mov", "matroska", "webm", "folder", "h264"), (), _NO_IMAGE
+    ),
     "bits": Property("more than 8 bits", ("folder", "hevc", "vp9", "av1", "prores", "ffv1", "h264"), told=VIDEOS),
-    "chroma": Property("colours that are as fine as the picture", ("folder", "image", "gif", "ffv1", "prores"), told=VIDEOS),
+    "chroma": Property(
+        "colours that are as fine as the picture", ("folder", "image", "gif", "ffv1", "prores"), told=VIDEOS
+    ),
     "transparency": Property("transparency, which is shown on black", info=("transparency",)),
-    "alpha stream": Property("transparency beside the pictures (VP9's), so that what it hid is seen", (), (), _NO_IMAGE),
-    "profile": Property("colour profile (ICC)", ("PNG", "JPEG", "TIFF", "WEBP"), side_data=(15,), info=("icc_profile",)),
+    "alpha stream": Property(
+        "transparency beside the pictures (VP9's), so that what it hid is seen", (), (), _NO_IMAGE
+    ),
+    "profile": Property(
+        "colour profile (ICC)", ("PNG", "JPEG", "TIFF", "WEBP"), side_data=(15,), info=("icc_profile",)
+    ),
     "other profile": Property("colour profile (ICC) of grey or CMYK, where the result is RGB"),
     "gamma": Property("gamma and chromaticities of a PNG file", info=("gamma", "chromaticity")),
-    "HDR10": Property("HDR10 metadata: mastering display and light level", ("hevc", "av1"), (), _NO_IMAGE, side_data=(11, 14)),
-    "dynamic HDR": Property("dynamic HDR metadata: HDR10+, Dolby Vision, HDR Vivid, ambient light", (), (), _NO_IMAGE, side_data=(17, 23, 24, 25, 26)),
+    "HDR10": Property(
+        "HDR10 metadata: mastering display and light level", ("hevc", "av1"), (), _NO_IMAGE, side_data=(11, 14)
+    ),
+    "dynamic HDR": Property(
+        "dynamic HDR metadata: HDR10+, Dolby Vision, HDR Vivid, ambient light",
+        (),
+        (),
+        _NO_IMAGE,
+        side_data=(17, 23, 24, 25, 26),
+    ),
     "stereo": Property("stereo mode and further views", (), (), _NO_IMAGE, side_data=(2, 29, 30)),
     "stereo tag": Property("stereo mode that a Matroska file tells by itself", ("matroska", "webm"), (), _NO_IMAGE),
     "spherical": Property("spherical projection (360 degrees)", (), (), _NO_IMAGE, side_data=(13,)),
@@ -82,7 +113,9 @@ PROPERTIES = {
     "timecode": Property("timecodes of frames", (), (), _NO_IMAGE, side_data=(12, 16)),
     "enhancement": Property("enhancement layer (LCEVC)", (), (), _NO_IMAGE, side_data=(28,)),
     "EXIF": Property("EXIF metadata", side_data=(31,), info=("exif",)),
-    "comments": Property("comments, XMP and other text of an image", info=("comment", "xmp", "XML:com.adobe.xmp", "photoshop")),
+    "comments": Property(
+        "comments, XMP and other text of an image", info=("comment", "xmp", "XML:com.adobe.xmp", "photoshop")
+    ),
 }
 
 # Side data of sound; and of how pictures were encoded: motion vectors, regions, encoders' names, grain that is in the pixels already.
@@ -90,15 +123,36 @@ IRRELEVANT_SIDE_DATA = (3, 4, 5, 8, 9, 10, 18, 19, 20, 21, 22, 27)
 
 # How a file was written; and how an animation plays, of which "pages" tells.
 IRRELEVANT_INFO = (
-    "adobe", "adobe_transform", "background", "bbox", "blend", "compression", "default_image", "disposal", "duration", "extension", "flashpix", "interlace", "jfif",
-    "jfif_unit", "jfif_version", "loop", "mp", "mpoffset", "progression", "progressive", "srgb", "timestamp", "version",
-)  # fmt: skip
+    "adobe",
+    "adobe_transform",
+    "background",
+    "bbox",
+    "blend",
+    "compression",
+    "default_image",
+    "disposal",
+    "duration",
+    "extension",
+    "flashpix",
+    "interlace",
+    "jfif",
+    "jfif_unit",
+    "jfif_version",
+    "loop",
+    "mp",
+    "mpoffset",
+    "progression",
+    "progressive",
+    "srgb",
+    "timestamp",
+    "version",
+)
 
 # Tags of how pixels lie in a TIFF file, which Pillow gives as EXIF; and of its resolution and profile, which have rows of their own.
 _TIFF_LAYOUT = {*range(254, 260), 262, 266, 273, *range(277, 285), 296, 317, 320, *range(322, 326), 338, 339, 34675}
 
 
-def lost(found: Collection[str], output: str, codec: Optional[str] = None) -> List[str]:
+def lost(found: Collection[str], output: str, codec: str | None = None) -> list[str]:
     """
     Notes on what a source has and its result has not.
 
@@ -106,11 +160,15 @@ def lost(found: Collection[str], output: str, codec: Optional[str] = None) -> Li
         found: keys of `PROPERTIES`.
         output, codec: see `Property.fate`.
     """
-    gone = [each for key, each in PROPERTIES.items() if key in found and output not in each.told and each.fate(output, codec) == "noted"]
+    gone = [
+        each
+        for key, each in PROPERTIES.items()
+        if key in found and output not in each.told and each.fate(output, codec) == "noted"
+    ]
     return [f"not kept: {each.name}" for each in gone]
 
 
-def found_in_image(image: Image.Image) -> Set[str]:
+def found_in_image(image: Image.Image) -> set[str]:
     """What an image has that Pillow has opened and not yet loaded, as keys of `PROPERTIES`; but for transparency, which only pixels
     tell."""
     keys = {name: key for key, each in PROPERTIES.items() for name in each.info}
@@ -133,7 +191,7 @@ def found_in_image(image: Image.Image) -> Set[str]:
     return found
 
 
-def exif_tags(image: Image.Image) -> Dict[int, Any]:
+def exif_tags(image: Image.Image) -> dict[int, Any]:
     """An image's EXIF metadata by their numbers; none if they cannot be read."""
     try:
         return dict(image.getexif())
@@ -146,7 +204,7 @@ def is_for_rgb(profile: bytes) -> bool:
     return profile[16:20] == b"RGB "
 
 
-def pixel_aspect(image: Image.Image) -> Optional[Fraction]:
+def pixel_aspect(image: Image.Image) -> Fraction | None:
     """The width of a pixel by its height, as far as an image tells that it is not 1: the more of them to the inch, the smaller."""
     across, down = image.info.get("dpi") or image.info.get("aspect") or image.info.get("jfif_density") or (1, 1)
     if not (0 < across < 1e6 and 0 < down < 1e6):

@@ -1,9 +1,10 @@
 """Scene cuts: places between two frames that show different scenes, across which there is no motion to follow."""
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
+
 
 LEAST_CHANGE = 0.08  # mean absolute difference of thumbnails, of the range, below which nothing is a cut
 CHANGE_ALONE = 0.25  # … above which two frames are a cut where no other change is there to compare with
@@ -11,7 +12,7 @@ RATIO = 3.0  # times that a cut changes more than the frames around it do
 REACH = 2  # frames on each side that it is compared with
 
 
-def find_cuts(frames: Sequence[np.ndarray]) -> List[int]:
+def find_cuts(frames: Sequence[np.ndarray]) -> list[int]:
     """Numbers of the frames that start a new scene; see `cuts_of_changes`.
 
     Args:
@@ -31,7 +32,7 @@ def change(prev: np.ndarray, next_: np.ndarray) -> float:
     return float(np.abs(next_ - prev).mean()) / 255
 
 
-def cuts_of_changes(changes: Sequence[float], least: float = LEAST_CHANGE, ratio: float = RATIO) -> List[int]:
+def cuts_of_changes(changes: Sequence[float], least: float = LEAST_CHANGE, ratio: float = RATIO) -> list[int]:
     """Numbers of the frames that start a new scene.
 
     A cut changes thumbnails of 64×36 pixels by at least `least`, and `ratio` times as much as the mean change between the frames

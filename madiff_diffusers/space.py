@@ -2,15 +2,24 @@
 
 import shutil
 from pathlib import Path
-from typing import Optional
 
 from .pipeline_madiff import MADiffPipeline
 
+
 # What setup.py asks for; the Hub installs Gradio by the header of README.md.
 REQUIREMENTS = (
-    "torch>=2.6", "diffusers>=0.42.1", "accelerate>=1.0", "huggingface_hub>=1.32", "safetensors>=0.8", "einops>=0.8", "numpy>=1.26", "Pillow>=10.4",
-    "opencv-python-headless>=4.9", "av>=17.1", "tqdm>=4.66.3",
-)  # fmt: skip
+    "torch>=2.6",
+    "diffusers>=0.42.1",
+    "accelerate>=1.0",
+    "huggingface_hub>=1.32",
+    "safetensors>=0.8",
+    "einops>=0.8",
+    "numpy>=1.26",
+    "Pillow>=10.4",
+    "opencv-python-headless>=4.9",
+    "av>=17.1",
+    "tqdm>=4.66.3",
+)
 GRADIO = "6.31.0"  # the version that the demo's tests were run with
 
 APP = '''"""The page of this Space; locally, `pip install gradio -r requirements.txt && python app.py`."""
@@ -48,7 +57,7 @@ the limits on uploads are in `app.py`.
 """
 
 
-def write_space(folder: Path, pipeline: MADiffPipeline, name: str, license_id: Optional[str] = None) -> None:
+def write_space(folder: Path, pipeline: MADiffPipeline, name: str, license_id: str | None = None) -> None:
     """
     Args:
         folder: to fill; is there, and empty.

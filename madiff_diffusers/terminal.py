@@ -3,13 +3,14 @@
 import os
 import sys
 from contextlib import suppress
-from typing import Any, Dict
+from typing import Any
+
 
 COLUMNS, ROWS = 80, 24  # of one that does not tell its size
 LOG_SECONDS = 30  # between lines about how far it is, where there is no terminal for a bar
 
 
-def bar_size() -> Dict[str, Any]:
+def bar_size() -> dict[str, Any]:
     """Settings of a tqdm bar on stderr. A terminal that does not tell its size, as one of a container or a serial line may not, has
     usual ones: by itself, tqdm would draw nothing there."""
     with suppress(OSError):
@@ -18,7 +19,7 @@ def bar_size() -> Dict[str, Any]:
     return {"ncols": COLUMNS, "nrows": ROWS}
 
 
-def bar_settings(unit: str, units: str) -> Dict[str, Any]:
+def bar_settings(unit: str, units: str) -> dict[str, Any]:
     """
     Settings of a tqdm bar on stderr; where that is no terminal, of a line now and then.
 

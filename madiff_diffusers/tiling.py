@@ -2,11 +2,12 @@
 """Networks on overlapping tiles of a frame, blended: less memory for large frames."""
 
 import math
-from typing import Callable, List, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import torch
 
-Span = Tuple[int, int]
+
+Span = tuple[int, int]
 
 
 class Tiling:
@@ -21,7 +22,7 @@ class Tiling:
     def __init__(self, pixels: int, multiple: int):
         self.pixels, self.multiple = pixels, multiple
 
-    def tiles(self, height: int, width: int, margin: int = 0) -> Tuple[List[Span], List[Span]]:
+    def tiles(self, height: int, width: int, margin: int = 0) -> tuple[list[Span], list[Span]]:
         """Rows and columns, from and to, of tiles that overlap by a quarter of their side and, with a margin all around, have as many
         pixels as they may."""
         side = self._side(int(self.pixels**0.5) - 2 * margin)
@@ -33,7 +34,7 @@ class Tiling:
     def _side(self, pixels: int) -> int:
         return max(4 * self.multiple, pixels // self.multiple * self.multiple)
 
-    def _spans(self, length: int, side: int) -> List[Span]:
+    def _spans(self, length: int, side: int) -> list[Span]:
         """As few as cover a length, as short as they can be."""
         if length <= side:
             return [(0, length)]
@@ -50,7 +51,7 @@ class Tiling:
         height: int,
         width: int,
         reach: float = 0.0,
-    ) -> List[torch.Tensor]:
+    ) -> list[torch.Tensor]:
         """
         What a function makes of images, tile by tile.
 
@@ -70,7 +71,7 @@ class Tiling:
         if len(rows) == len(columns) == 1:
             return list(function(*images))
         row_weights, column_weights = _weights(height, rows), _weights(width, columns)
-        whole: List[torch.Tensor] = []
+        whole: list[torch.Tensor] = []
         for (top, bottom), row_weight in zip(rows, row_weights):
             for (left, right), column_weight in zip(columns, column_weights):
                 upper, lower = max(0, top - margin), min(height, bottom + margin)
@@ -93,7 +94,7 @@ class Tiling:
         return part.contiguous(memory_format=torch.channels_last) if part.shape[1] > 1 else part.contiguous()
 
 
-def _weights(length: int, spans: Sequence[Span]) -> List[torch.Tensor]:
+def _weights(length: int, spans: Sequence[Span]) -> list[torch.Tensor]:
     """Of each span's pixels: 1, and down to 0 across what it shares with a neighbour; they add up to 1 everywhere."""
     weights = []
     for number, (start, end) in enumerate(spans):

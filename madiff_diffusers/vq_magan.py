@@ -5,8 +5,8 @@ The middle frame is encoded to a small latent; the decoder rebuilds it from that
 frames, whose features it warps along offsets that it estimates from motion hints (MA-WARP, MADiff, arXiv 2404.13534).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -34,7 +34,7 @@ class VQMAGANEncoderOutput(VQEncoderOutput):
             (stride `f`). They depend on the frame alone: compute them once and hand them to every `decode`.
     """
 
-    features: Optional[Tuple[torch.Tensor, ...]] = None
+    features: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -53,10 +53,10 @@ class VQMAGANDecoderOutput(DecoderOutput):
     """
 
     # None by default, as `BaseOutput` wants of every field but the first to be rebuilt from a dictionary.
-    offsets: Optional[Tuple[torch.Tensor, ...]] = None
-    gates: Optional[Tuple[torch.Tensor, ...]] = None
-    code_indices: Optional[torch.Tensor] = None
-    latents: Optional[torch.Tensor] = None
+    offsets: tuple[torch.Tensor, ...] | None = None
+    gates: tuple[torch.Tensor, ...] | None = None
+    code_indices: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
 def _upsample_offsets(offsets: torch.Tensor, factor: int = 2) -> torch.Tensor:
@@ -72,7 +72,7 @@ def _activation(act_fn: str) -> nn.Module:
     raise ValueError(f"`act_fn` must be 'silu' or 'leaky_relu', but is {act_fn!r}.")
 
 
-def _norm(num_groups: Optional[int], channels: int) -> nn.Module:
+def _norm(num_groups: int | None, channels: int) -> nn.Module:
     return nn.Identity() if num_groups is None else nn.GroupNorm(num_groups, channels, eps=1e-6)
 
 
@@ -104,7 +104,7 @@ class ComparingConv2d(nn.Conv2d):
         self.sizes = [channels, channels, hint_channels, channels * match, offset_channels]
 
     def forward(
-        self, hidden_states: torch.Tensor, features: torch.Tensor, hints: torch.Tensor, offsets: Optional[torch.Tensor]
+        self, hidden_states: torch.Tensor, features: torch.Tensor, hints: torch.Tensor, offsets: torch.Tensor | None
     ) -> torch.Tensor:
         """`(2B, C, U, V)` from `(B, C, U, V)`, and features, hints and offsets `(2B, …, U, V)`."""
         batch, channels = hidden_states.shape[:2]
@@ -127,7 +127,7 @@ class ComparingConv2d(nn.Conv2d):
 class ResBlock(nn.Module):
     """(norm, activation, 3×3 convolution) twice around a skip connection; no norm where `norm_num_groups` is None."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: Optional[int], act_fn: str):
+    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int | None, act_fn: str):
         super().__init__()
         self.norm1, self.norm2 = _norm(norm_num_groups, in_channels), _norm(norm_num_groups, out_channels)
         self.act = _activation(act_fn)
@@ -144,7 +144,7 @@ class ResBlock(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, optional self-attention, residual block, at the coarsest scale."""
 
-    def __init__(self, channels: int, norm_num_groups: Optional[int], act_fn: str, add_attention: bool):
+    def __init__(self, channels: int, norm_num_groups: int | None, act_fn: str, add_attention: bool):
         super().__init__()
         self.resnet_in = ResBlock(channels, channels, norm_num_groups, act_fn)
         self.attention = None
@@ -176,7 +176,7 @@ class MotionEncoder(nn.Module):
         latent_channels: int,
         block_out_channels: Sequence[int],
         layers_per_block: int,
-        norm_num_groups: Optional[int],
+        norm_num_groups: int | None,
         act_fn: str,
         stem_stride: int,
         add_attention: bool,
@@ -199,7 +199,7 @@ class MotionEncoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
-    def forward(self, frame: torch.Tensor) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...]]:
+    def forward(self, frame: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         features = []
         hidden_states = self.conv_in(frame)  # [B,C0,H/s,W/s]
         for level, downsample in zip(self.levels, self.downsamplers):
@@ -259,9 +259,9 @@ class MAWarpBlock(nn.Module):
         hidden_states: torch.Tensor,
         features: torch.Tensor,
         hints: torch.Tensor,
-        corrections: Optional[torch.Tensor],
-        log_odds: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        corrections: torch.Tensor | None,
+        log_odds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Both directions run in one batch: the first half of each `2B` tensor is for the previous frame.
 
@@ -323,7 +323,7 @@ class FrameHead(nn.Module):
         channels: int,
         out_channels: int,
         stride: int,
-        norm_num_groups: Optional[int],
+        norm_num_groups: int | None,
         act_fn: str,
         warp_frames: bool,
         refine_channels: int,
@@ -360,10 +360,10 @@ class FrameHead(nn.Module):
         hidden_states: torch.Tensor,
         frames: torch.Tensor,
         start: torch.Tensor,
-        warped: Optional[torch.Tensor] = None,
-        log_odds: Optional[torch.Tensor] = None,
-        share: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        warped: torch.Tensor | None = None,
+        log_odds: torch.Tensor | None = None,
+        share: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states (`(B, C, H / stride, W / stride)`): the decoder's finest features.
@@ -409,7 +409,7 @@ class MotionDecoder(nn.Module):
         out_channels: int,
         block_out_channels: Sequence[int],
         layers_per_block: int,
-        norm_num_groups: Optional[int],
+        norm_num_groups: int | None,
         act_fn: str,
         stem_stride: int,
         add_attention: bool,
@@ -460,9 +460,9 @@ class MotionDecoder(nn.Module):
         features_prev: Sequence[torch.Tensor],
         features_next: Sequence[torch.Tensor],
         hints: Sequence[torch.Tensor],
-        frame_offsets: Optional[torch.Tensor] = None,
-        log_odds: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], Tuple[torch.Tensor, ...]]:
+        frame_offsets: torch.Tensor | None = None,
+        log_odds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """
         Args:
             latents (`(B, C, H / f, W / f)`): quantised latents.
@@ -525,7 +525,7 @@ class FrameFeatures(nn.Module):
             self.levels.append(nn.Sequential(first, _activation(act_fn), second, _activation(act_fn)))
         self.gradient_checkpointing = False
 
-    def forward(self, frame: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    def forward(self, frame: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features, hidden_states = [], frame
         for level in self.levels:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -557,7 +557,7 @@ class JointWarpBlock(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, features: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`(B, C', U, V)` or half as large): of the scale before.
@@ -619,7 +619,9 @@ class NewsDecoder(nn.Module):
                 self.to_offsets.weight[number, number] = 0.5
         self.to_gate = _zero_init(nn.Conv2d(latent_channels, 1, 1))
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.warps = nn.ModuleList(JointWarpBlock(before, width, act_fn) for before, width in zip((widths[0], *widths[:-1]), widths))
+        self.warps = nn.ModuleList(
+            JointWarpBlock(before, width, act_fn) for before, width in zip((widths[0], *widths[:-1]), widths)
+        )
         self.head = FrameHead(widths[-1], out_channels, 2, None, act_fn, True, refine_channels, False, still_threshold)
         self.gradient_checkpointing = False
 
@@ -630,7 +632,7 @@ class NewsDecoder(nn.Module):
         features: Sequence[torch.Tensor],
         hints: torch.Tensor,
         log_odds: torch.Tensor,
-    ) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...], Tuple[torch.Tensor, ...]]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """
         Args:
             latents (`(B, C, H / f, W / f)`): quantised latents.
@@ -714,12 +716,12 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         self,
         in_channels: int = 3,
         out_channels: int = 3,
-        block_out_channels: Tuple[int, ...] = (64, 128, 128, 128, 256),
+        block_out_channels: tuple[int, ...] = (64, 128, 128, 128, 256),
         layers_per_block: int = 1,
         latent_channels: int = 3,
         num_vq_embeddings: int = 8192,
-        vq_embed_dim: Optional[int] = None,
-        norm_num_groups: Optional[int] = 32,
+        vq_embed_dim: int | None = None,
+        norm_num_groups: int | None = 32,
         act_fn: str = "silu",
         mid_block_add_attention: bool = True,
         scaling_factor: float = 1.0,
@@ -734,7 +736,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         still_threshold: float = 0.0,
         time_conditioned: bool = False,
         news_latents: bool = False,
-        news_block_out_channels: Tuple[int, ...] = (32, 64, 96),
+        news_block_out_channels: tuple[int, ...] = (32, 64, 96),
         evidence_channels: int = 24,
         evidence_reach: int = 2,
     ):
@@ -745,10 +747,16 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         if offset_hints and not coarse_to_fine:
             raise ValueError("`offset_hints=True` needs `coarse_to_fine=True`: estimates are added to the hints.")
         if (compare_warps or still_threshold > 0) and not warp_frames:
-            raise ValueError("`compare_warps` and `still_threshold` need `warp_frames=True`: they are for the last warp.")
+            raise ValueError(
+                "`compare_warps` and `still_threshold` need `warp_frames=True`: they are for the last warp."
+            )
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         if news_latents:
-            if not (offset_hints and warp_frames and time_conditioned) or vq_embed_dim != latent_channels or stem_stride != 2:
+            if (
+                not (offset_hints and warp_frames and time_conditioned)
+                or vq_embed_dim != latent_channels
+                or stem_stride != 2
+            ):
                 raise ValueError(
                     "`news_latents=True` needs `offset_hints=True`, `warp_frames=True`, `time_conditioned=True`, `stem_stride=2` and "
                     "`vq_embed_dim` equal to `latent_channels`."
@@ -763,7 +771,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             self.register_buffer("news_rms", torch.ones(latent_channels))
             self.evidence_conv = nn.Conv2d(block_out_channels[-1], evidence_channels, 1)
             self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, legacy=False)
-            self.decoder = NewsDecoder(latent_channels, out_channels, block_out_channels, act_fn, refine_channels, still_threshold)
+            self.decoder = NewsDecoder(
+                latent_channels, out_channels, block_out_channels, act_fn, refine_channels, still_threshold
+            )
             return
         shared = {
             "block_out_channels": block_out_channels,
@@ -815,7 +825,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     @apply_forward_hook
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
-    ) -> Union[VQMAGANEncoderOutput, Tuple[torch.Tensor, Tuple[torch.Tensor, ...]]]:
+    ) -> VQMAGANEncoderOutput | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """
         Args:
             x (`torch.Tensor` of shape `(B, 3, H, W)`): frames in `[-1, 1]`; H and W multiples of `downsample_factor`. Give them
@@ -843,11 +853,11 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     def encode_news(
         self,
         frame_mid: torch.Tensor,
-        features_prev: Tuple[torch.Tensor, ...],
-        features_next: Tuple[torch.Tensor, ...],
+        features_prev: tuple[torch.Tensor, ...],
+        features_next: tuple[torch.Tensor, ...],
         hints_prev: torch.Tensor,
         hints_next: torch.Tensor,
-        time: Union[float, torch.Tensor] = 0.5,
+        time: float | torch.Tensor = 0.5,
     ) -> torch.Tensor:
         """
         What a middle frame tells beside its neighbours, warped along the hints: `E(frame | warps) - E(mean of the warps | warps)`, of
@@ -868,7 +878,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         mean = (1 - share) * warped[0] + share * warped[1]
         motion = torch.cat(hints, dim=1) / 16
         seen = [torch.cat([each, each]).to(self.dtype) for each in (*warped, motion)]
-        latents, expected = halves(self.news_encoder(torch.cat([frame_mid, mean]).to(self.dtype), seen[:2], seen[2]).float())
+        latents, expected = halves(
+            self.news_encoder(torch.cat([frame_mid, mean]).to(self.dtype), seen[:2], seen[2]).float()
+        )
         news = latents - expected
         rms = self.news_rms
         if self.training:
@@ -880,8 +892,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     @apply_forward_hook
     def condition(
         self,
-        features_prev: Tuple[torch.Tensor, ...],
-        features_next: Tuple[torch.Tensor, ...],
+        features_prev: tuple[torch.Tensor, ...],
+        features_next: tuple[torch.Tensor, ...],
         hints_prev: torch.Tensor,
         hints_next: torch.Tensor,
     ) -> torch.Tensor:
@@ -906,14 +918,14 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     def decode(
         self,
         h: torch.Tensor,
-        features_prev: Tuple[torch.Tensor, ...],
-        features_next: Tuple[torch.Tensor, ...],
+        features_prev: tuple[torch.Tensor, ...],
+        features_next: tuple[torch.Tensor, ...],
         hints_prev: torch.Tensor,
         hints_next: torch.Tensor,
         force_not_quantize: bool = False,
         return_dict: bool = True,
-        time: Union[float, torch.Tensor] = 0.5,
-    ) -> Union[VQMAGANDecoderOutput, Tuple[torch.Tensor, torch.Tensor]]:
+        time: float | torch.Tensor = 0.5,
+    ) -> VQMAGANDecoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             h (`torch.Tensor` of shape `(B, vq_embed_dim, H / f, W / f)`): latents of the middle frame, unscaled.
@@ -931,7 +943,10 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         height, width = features_prev[0].shape[-2:]
         for name, hints in (("hints_prev", hints_prev), ("hints_next", hints_next)):
             ratio = height // hints.shape[-2]
-            if hints.shape[1] != self.config.hint_channels or (hints.shape[-2] * ratio, hints.shape[-1] * ratio) != (height, width):
+            if hints.shape[1] != self.config.hint_channels or (hints.shape[-2] * ratio, hints.shape[-1] * ratio) != (
+                height,
+                width,
+            ):
                 raise ValueError(
                     f"`{name}` must have {self.config.hint_channels} channels at the frames' size {(height, width)}, or one that "
                     f"this is a multiple of, but has shape {tuple(hints.shape)}."
@@ -947,12 +962,16 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         if self.config.news_latents:
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
             features = [torch.cat(pair) for pair in zip(features_prev, features_next)]
-            small = [self.resize_hints(each[:, -2:], features[-1].shape[-2:]).float() for each in (hints_prev, hints_next)]
+            small = [
+                self.resize_hints(each[:, -2:], features[-1].shape[-2:]).float() for each in (hints_prev, hints_next)
+            ]
             arguments = (quantised.to(self.dtype), features[0], features[1:], torch.cat(small, dim=1))
             sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time))
             if not return_dict:
                 return sample, commit_loss
-            return VQMAGANDecoderOutput(sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices)
+            return VQMAGANDecoderOutput(
+                sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
+            )
         # In the features' layout: in another, every layer would have to convert them.
         hints = laid_out_as(features_prev[-1], torch.cat([hints_prev, hints_next]))  # [2B,K,H,W]
         pyramid, pooled = [], hints
@@ -978,7 +997,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
         )
 
-    def resize_hints(self, hints: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    def resize_hints(self, hints: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Hints `(B, K, H, W)` averaged to a smaller `size`, or interpolated to a larger one; offset channels, the last two, become
         pixels of that size."""
         if hints.shape[-1] > size[1]:
@@ -1001,10 +1020,10 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         frame_next: torch.Tensor,
         hints_prev: torch.Tensor,
         hints_next: torch.Tensor,
-        latent_noise: Optional[torch.Tensor] = None,
+        latent_noise: torch.Tensor | None = None,
         return_dict: bool = True,
-        time: Union[float, torch.Tensor] = 0.5,
-    ) -> Union[VQMAGANDecoderOutput, Tuple[torch.Tensor, torch.Tensor]]:
+        time: float | torch.Tensor = 0.5,
+    ) -> VQMAGANDecoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Encode the middle frame and decode it again beside its neighbours.
 
@@ -1019,7 +1038,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         if self.config.news_latents:
             features = self.encode(torch.cat([frame_prev, frame_next])).features
             features_prev, features_next = ([halves(feature)[side] for feature in features] for side in (0, 1))
-            latents = decoded_latents = self.encode_news(sample, features_prev, features_next, hints_prev, hints_next, time)
+            latents = decoded_latents = self.encode_news(
+                sample, features_prev, features_next, hints_prev, hints_next, time
+            )
             if latent_noise is not None:
                 decoded_latents = latents + latent_noise
             decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next, time=time)

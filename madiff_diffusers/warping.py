@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features and frames moved along offsets, and compared with each other pixel by pixel."""
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 
@@ -31,7 +29,9 @@ def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Te
     `reach` of it, row by row, `(B, (2 * reach + 1)², U, V)`; zeros lie outside."""
     batch, _, height, width = first.shape
     side = 2 * reach + 1
-    if torch.is_grad_enabled() and second.requires_grad:  # one kernel, and one for its gradient, at the price of a large copy
+    if (
+        torch.is_grad_enabled() and second.requires_grad
+    ):  # one kernel, and one for its gradient, at the price of a large copy
         windows = F.unfold(second, side, padding=reach).view(batch, -1, side**2, height, width)
         return (first.unsqueeze(2) * windows).mean(dim=1)
     padded = F.pad(second, (reach, reach, reach, reach))
@@ -39,7 +39,7 @@ def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Te
     return torch.cat([(first * each).mean(dim=1, keepdim=True) for each in shifted], dim=1)
 
 
-def halves(tensor: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def halves(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both halves of a batch `(2B, …)`, as views. Unlike `chunk`, it does not tie a compiled or exported network to one batch size."""
     half = tensor.shape[0] // 2
     return tensor[:half], tensor[half:]

@@ -6,10 +6,14 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+
 # Before torch and OpenCV start their threads: tests run in as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tests.local_hub  # noqa: F401, before anything that imports the Hub's client
+
+
+# isort: split
 
 import cv2
 import diffusers
@@ -21,6 +25,7 @@ from diffusers import UNet2DModel
 from skimage import data
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
+
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -64,8 +69,27 @@ def two_processes(module_and_options: list) -> list:
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
-    return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", *module_and_options]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--num_processes",
+        "2",
+    ]
+    return [
+        *launch,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        port,
+        "-m",
+        *module_and_options,
+    ]
 
 
 def build_pipeline(config: dict) -> MADiffPipeline:

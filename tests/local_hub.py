@@ -13,11 +13,12 @@ import socket
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Dict, Iterator, List, Optional, Tuple
 from urllib.parse import unquote
+
 
 with socket.socket() as _free:
     _free.bind(("127.0.0.1", 0))
@@ -28,7 +29,15 @@ ADDRESS = f"http://127.0.0.1:{PORT}"
 # The Hub's client reads these when it is imported: the tests, and what they start, reach neither the real Hub nor the user's cache.
 _CACHE = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ.update({"HF_HOME": _CACHE, "HF_ENDPOINT": ADDRESS, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+os.environ.update(
+    {
+        "HF_HOME": _CACHE,
+        "HF_ENDPOINT": ADDRESS,
+        "HF_TOKEN": "hf_token",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+)
 
 
 class LocalHub:
@@ -46,24 +55,26 @@ class LocalHub:
     """
 
     def __init__(self):
-        self.repositories: Dict[str, Dict[str, Dict[str, bytes]]] = defaultdict(lambda: {"main": {}})
-        self.heads: Dict[Tuple[str, str], str] = defaultdict(lambda: secrets.token_hex(20))
-        self.created: Dict[str, dict] = {}
-        self.commits: List[Tuple[str, str, str]] = []
-        self.requests: List[Tuple[str, str, Optional[str]]] = []
+        self.repositories: dict[str, dict[str, dict[str, bytes]]] = defaultdict(lambda: {"main": {}})
+        self.heads: dict[tuple[str, str], str] = defaultdict(lambda: secrets.token_hex(20))
+        self.created: dict[str, dict] = {}
+        self.commits: list[tuple[str, str, str]] = []
+        self.requests: list[tuple[str, str, str | None]] = []
         self.refuses = False
-        self.cuts: Dict[str, int] = {}
-        self.stalls: Dict[str, int] = {}
+        self.cuts: dict[str, int] = {}
+        self.stalls: dict[str, int] = {}
 
     def add(self, name: str, folder: Path, branch: str = "main") -> None:
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
         self.repositories[name][branch] = files
 
-    def downloads(self) -> List[str]:
+    def downloads(self) -> list[str]:
         """Files that were asked for, in order."""
         return [path.split("/", 5)[5] for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
 
-    def revision(self, name: str, revision: str) -> Tuple[str, Dict[str, bytes]]:
+    def revision(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:
         """The commit and the files that a branch's name or a commit's hash stands for; a KeyError if there is none."""
         for branch, files in self.repositories[name].items() if name in self.repositories else ():
             commit = self.heads[name, branch]
@@ -96,7 +107,10 @@ def _handler(hub: LocalHub) -> type:
                 hub.repositories[name].setdefault(branch, dict(hub.repositories[name]["main"]))
                 return self._answer(200, {})
             if action == "preupload":
-                files = [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in json.loads(body)["files"]]
+                files = [
+                    {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for each in json.loads(body)["files"]
+                ]
                 return self._answer(200, {"files": files})
             files = dict(hub.repositories[name][branch])
             for line in map(json.loads, body.splitlines()):
@@ -127,7 +141,10 @@ def _handler(hub: LocalHub) -> type:
                     return self._answer(200, {"id": match.group(1), "sha": commit, "siblings": siblings})
                 if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", path):
                     _, files = hub.revision(match.group(1), match.group(2))
-                    entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": _etag(files[name])} for name in sorted(files)]
+                    entries = [
+                        {"type": "file", "path": name, "size": len(files[name]), "oid": _etag(files[name])}
+                        for name in sorted(files)
+                    ]
                     return self._answer(200, entries)
             except KeyError:
                 code = "EntryNotFound" if "/resolve/" in path else "RepoNotFound"
@@ -159,7 +176,7 @@ def _handler(hub: LocalHub) -> type:
                 return
             self.wfile.write(content[start:])
 
-        def _answer(self, status: int, content, headers: Dict[str, str] = {}) -> None:
+        def _answer(self, status: int, content, headers: dict[str, str] = {}) -> None:
             data = json.dumps(content).encode()
             self.send_response(status)
             for name, value in headers.items():

@@ -14,6 +14,7 @@ from diffusers.utils import is_accelerate_version, is_torch_version
 
 from tests.conftest import REPOSITORY, load_config
 
+
 FOLDER = REPOSITORY / "training" / "accelerate"
 
 
@@ -34,13 +35,24 @@ def test_every_configuration_is_parsed(path: Path):
 
 
 def test_nodes_are_told_apart_by_flags():
-    arguments = parsed("multi_node.yaml", "--machine_rank", "2", "--num_machines", "3", "--num_processes", "24", "--main_process_ip", "10.0.0.1")
+    arguments = parsed(
+        "multi_node.yaml",
+        "--machine_rank",
+        "2",
+        "--num_machines",
+        "3",
+        "--num_processes",
+        "24",
+        "--main_process_ip",
+        "10.0.0.1",
+    )
     assert (arguments.machine_rank, arguments.num_machines, arguments.num_processes) == (2, 3, 24)
     assert arguments.main_process_ip == "10.0.0.1"
 
 
 needs_fsdp2 = pytest.mark.skipif(
-    is_accelerate_version("<", "1.6") or is_torch_version("<", "2.8"), reason="FSDP2, on a CPU too, needs newer versions"
+    is_accelerate_version("<", "1.6") or is_torch_version("<", "2.8"),
+    reason="FSDP2, on a CPU too, needs newer versions",
 )
 
 
@@ -55,7 +67,9 @@ def test_fsdp_plugin(monkeypatch):
     assert not plugin.activation_checkpointing
     network = UNet2DModel(**load_config("tiny")["unet"])
     plugin.set_auto_wrap_policy(network)
-    wrapped = [module for module in network.modules() if plugin.auto_wrap_policy(module, recurse=False, nonwrapped_numel=0)]
+    wrapped = [
+        module for module in network.modules() if plugin.auto_wrap_policy(module, recurse=False, nonwrapped_numel=0)
+    ]
     assert {type(module).__name__ for module in wrapped} == {"ResnetBlock2D", "Attention"}
 
 
@@ -84,7 +98,9 @@ print("sharded")
 @needs_fsdp2
 def test_the_denoiser_can_be_sharded():
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run([sys.executable, "-c", CHILD], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     assert done.stdout.strip().endswith("sharded"), done.stderr
 
 

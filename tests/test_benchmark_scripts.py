@@ -20,7 +20,18 @@ def test_pipeline(factor, checkpoint, tmp_path, capsys):
         printed = capsys.readouterr().out
     else:
         (tmp_path / "a_peer.py").write_text("def previous(prev, next):\n    return prev\n")
-        command = [sys.executable, "-m", "benchmarks.pipeline", *flags, "--factor", str(factor), "--peer", "a_peer:previous", "--threads", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.pipeline",
+            *flags,
+            "--factor",
+            str(factor),
+            "--peer",
+            "a_peer:previous",
+            "--threads",
+            "1",
+        ]
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -59,7 +70,10 @@ def test_pipeline(factor, checkpoint, tmp_path, capsys):
         (["--size", "640"], "--size: must be WIDTHxHEIGHT in pixels, such as 640x480, but is '640'"),
         (["--size", "0x48"], "--size: must be WIDTHxHEIGHT"),
         (["--rounds", "0"], "--rounds: must be a positive integer, but is '0'"),
-        (["--json", "nowhere/out.json"], "--json: must be a file in a folder that is there, but is 'nowhere/out.json'"),
+        (
+            ["--json", "nowhere/out.json"],
+            "--json: must be a file in a folder that is there, but is 'nowhere/out.json'",
+        ),
         (["--checkpoint", "nowhere"], "--checkpoint must be"),
     ],
 )

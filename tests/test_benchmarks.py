@@ -24,7 +24,9 @@ def save(path: Path, number: int, **size: int) -> None:
 
 def make_inputs_and_truths(root: Path, inputs: str = "input", truths: str = "gt") -> None:
     for name, first in (("Walking", 0), ("Beanbags", 5)):
-        for i, path in enumerate((f"{inputs}/{name}/frame10.png", f"{truths}/{name}/frame10i11.png", f"{inputs}/{name}/frame11.png")):
+        for i, path in enumerate(
+            (f"{inputs}/{name}/frame10.png", f"{truths}/{name}/frame10i11.png", f"{inputs}/{name}/frame11.png")
+        ):
             save(root / path, first + i)
 
 
@@ -44,7 +46,10 @@ def make_three_images(root: Path) -> None:
 def make_snu_film(root: Path, folder: str) -> None:
     for i in range(5):
         save(root / "test" / "GOPRO_test" / "clip" / f"{i:06d}.png", i)
-    lines = [" ".join(f"data/SNU-FILM/test/GOPRO_test/clip/{j:06d}.png" for j in frames) for frames in ((1, 2, 3), (0, 2, 4))]
+    lines = [
+        " ".join(f"data/SNU-FILM/test/GOPRO_test/clip/{j:06d}.png" for j in frames)
+        for frames in ((1, 2, 3), (0, 2, 4))
+    ]
     (root / folder).mkdir(exist_ok=True)
     (root / folder / "test-hard.txt").write_text("\n".join(lines) + "\n")
 
@@ -65,7 +70,11 @@ def numbers(triplet, **size) -> list:
     "name, make, expected",
     [
         ("middlebury", make_inputs_and_truths, {"Beanbags": [5, 6, 7], "Walking": [0, 1, 2]}),
-        ("middlebury", lambda root: make_inputs_and_truths(root, "other-data", "other-gt-interp"), {"Beanbags": [5, 6, 7], "Walking": [0, 1, 2]}),
+        (
+            "middlebury",
+            lambda root: make_inputs_and_truths(root, "other-data", "other-gt-interp"),
+            {"Beanbags": [5, 6, 7], "Walking": [0, 1, 2]},
+        ),
         ("davis", make_inputs_and_truths, {"Beanbags": [5, 6, 7], "Walking": [0, 1, 2]}),
         ("ucf101", make_ucf101, {"2": [5, 6, 7], "11": [0, 1, 2]}),
         ("triplets", make_inputs_and_truths, {"Beanbags": [5, 6, 7], "Walking": [0, 1, 2]}),
@@ -73,8 +82,16 @@ def numbers(triplet, **size) -> list:
         ("triplets", make_three_images, {"a": [5, 6, 7], "b": [0, 1, 2]}),
         ("snu-film-hard", lambda root: make_snu_film(root, "."), {"001": [1, 2, 3], "002": [0, 2, 4]}),
         ("snu-film-hard", lambda root: make_snu_film(root, "eval_modes"), {"001": [1, 2, 3], "002": [0, 2, 4]}),
-        ("vimeo-triplet", lambda root: make_vimeo(root, "tri_testlist.txt", 3), {"00002/0001": [0, 1, 2], "00001/0389": [0, 1, 2]}),
-        ("vimeo-septuplet", lambda root: make_vimeo(root, "sep_testlist.txt", 7), {"00002/0001": [2, 3, 4], "00001/0389": [2, 3, 4]}),
+        (
+            "vimeo-triplet",
+            lambda root: make_vimeo(root, "tri_testlist.txt", 3),
+            {"00002/0001": [0, 1, 2], "00001/0389": [0, 1, 2]},
+        ),
+        (
+            "vimeo-septuplet",
+            lambda root: make_vimeo(root, "sep_testlist.txt", 7),
+            {"00002/0001": [2, 3, 4], "00001/0389": [2, 3, 4]},
+        ),
         ("frames", make_three_images, {"a/im2": [5, 6, 7], "b/im2": [0, 1, 2]}),
     ],
 )
@@ -123,8 +140,10 @@ def test_davis_clips(folder, tmp_path):
     found = find_triplets("davis", str(tmp_path))
     # Frames 3, 5, 7 of eleven, as in LDMVFI's evaluation: range(0, 11 - 6, 2), each two further.
     assert {triplet.name: numbers(triplet) for triplet in found} == {
-        "bear/00003": [2, 3, 4], "bear/00005": [4, 5, 6], "bear/00007": [6, 7, 8],
-    }  # fmt: skip
+        "bear/00003": [2, 3, 4],
+        "bear/00005": [4, 5, 6],
+        "bear/00007": [6, 7, 8],
+    }
     assert {triplet.sequence for triplet in found} == {"bear"}
 
 
@@ -185,7 +204,14 @@ def test_a_truth_of_another_size_is_named(tmp_path):
         find_triplets("middlebury", str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"no image", lambda data: data[:300] + b"\0\0\0\0" + data[304:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"no image",
+        lambda data: data[:300] + b"\0\0\0\0" + data[304:],
+    ],
+)
 def test_a_damaged_image_is_named(damage, tmp_path):
     make_inputs_and_truths(tmp_path)
     path = tmp_path / "gt" / "Walking" / "frame10i11.png"
@@ -221,7 +247,9 @@ def test_what_cannot_be_left_out_is_told(tmp_path):
         find_triplets("frames", str(tmp_path), skip=2)
     save(tmp_path / "a" / "im2.jpg", 2)
     save(tmp_path / "a" / "im3.jpg", 2)
-    with pytest.raises(ValueError, match="Names must differ in more than their endings, but 2 items of .* are called a/im2"):
+    with pytest.raises(
+        ValueError, match="Names must differ in more than their endings, but 2 items of .* are called a/im2"
+    ):
         find_triplets("frames", str(tmp_path / "a"), skip=3)
 
 

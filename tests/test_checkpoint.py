@@ -19,6 +19,7 @@ from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
 from madiff_diffusers.precision import fastest_dtype
 from tests.conftest import REPOSITORY, moving_picture
 
+
 EXAMPLES = REPOSITORY / "examples"
 
 

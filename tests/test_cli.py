@@ -85,7 +85,10 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, frames, tmp_path, cap
         ((prev, next_, "-o", out, *known, "--times", "1/4", 1), "--times must be a list of numbers between 0 and 1"),
         ((prev, next_, "-o", out, *known, "--steps", 0), "--steps must be a positive integer, but is 0"),
         ((prev, next_, "-o", out, *known, "--device", "warp9"), "--device 'warp9'"),
-        ((prev, next_, "-o", out, *known, "--device", "hpu"), "--device 'hpu'"),  # known to torch, but not in its build
+        (
+            (prev, next_, "-o", out, *known, "--device", "hpu"),
+            "--device 'hpu'",
+        ),  # known to torch, but not in its build
         ((prev, next_, "-o", out, *known, "--seed", -1), "--seed must be in [0, 2^63), but is -1"),
         ((prev, next_, "-o", tmp_path / "out.ico", *known), "must end in an image format"),
     ]
@@ -103,7 +106,18 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["interpolate", "--help"])
     printed = capsys.readouterr().out
-    for option in ("PREV", "NEXT", "--output", "--num-frames", "--times", "--steps", "--seed", "--checkpoint", "--device", "--dtype"):
+    for option in (
+        "PREV",
+        "NEXT",
+        "--output",
+        "--num-frames",
+        "--times",
+        "--steps",
+        "--seed",
+        "--checkpoint",
+        "--device",
+        "--dtype",
+    ):
         assert option in printed
 
 
@@ -162,7 +176,9 @@ def test_importing_the_package_is_quick():
 def test_the_command_alone_prints_its_help(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("usage: madiff") and all(name in printed for name in ("interpolate", "video", "evaluate", "--version", "--traceback"))
+    assert printed.startswith("usage: madiff") and all(
+        name in printed for name in ("interpolate", "video", "evaluate", "--version", "--traceback")
+    )
 
 
 def test_version():
@@ -172,13 +188,25 @@ def test_version():
 
 def test_the_first_line_says_where_it_computes(checkpoint, frames, tmp_path, capsys):
     known = ("-o", tmp_path / "out.png", "--checkpoint", checkpoint, "--overwrite")
-    for options, where in (((), f"{best_device()}"), (("--device", "cpu", "--dtype", "bf16"), "cpu, in bfloat16"), (("--device", "cpu", "--dtype", "fp32"), "cpu, in float32")):
+    for options, where in (
+        ((), f"{best_device()}"),
+        (("--device", "cpu", "--dtype", "bf16"), "cpu, in bfloat16"),
+        (("--device", "cpu", "--dtype", "fp32"), "cpu, in float32"),
+    ):
         assert main(["interpolate", *map(str, (*frames, *known, *options))]) == 0
         first = capsys.readouterr().err.splitlines()[0]
         assert first.startswith(f"madiff: on {where}") and ", in " in first
 
 
-@pytest.mark.parametrize("there, chosen", [((True, True, True), "cuda"), ((False, True, True), "mps"), ((False, False, True), "xpu"), ((False, False, False), "cpu")])
+@pytest.mark.parametrize(
+    "there, chosen",
+    [
+        ((True, True, True), "cuda"),
+        ((False, True, True), "mps"),
+        ((False, False, True), "xpu"),
+        ((False, False, False), "cpu"),
+    ],
+)
 def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch, there, chosen):
     for name, value in zip((torch.cuda, torch.backends.mps, torch.xpu), there):
         monkeypatch.setattr(name, "is_available", lambda value=value: value)
@@ -188,25 +216,68 @@ def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch, there, chos
 def test_an_unknown_dtype_is_told_what_there_is(frames, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["interpolate", *map(str, frames), "-o", str(tmp_path / "out.png"), "--dtype", "fp8"])
-    assert "--dtype: must be one of auto, fp32, fp16, bf16 or float32, float16, bfloat16, but is 'fp8'" in capsys.readouterr().err
+    assert (
+        "--dtype: must be one of auto, fp32, fp16, bf16 or float32, float16, bfloat16, but is 'fp8'"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("before, behind, environment", [((), (), {}), (("--traceback",), (), {}), ((), ("--traceback",), {}), ((), (), {"MADIFF_DEBUG": "1"}), ((), (), {"MADIFF_DEBUG": "0"})])
+@pytest.mark.parametrize(
+    "before, behind, environment",
+    [
+        ((), (), {}),
+        (("--traceback",), (), {}),
+        ((), ("--traceback",), {}),
+        ((), (), {"MADIFF_DEBUG": "1"}),
+        ((), (), {"MADIFF_DEBUG": "0"}),
+    ],
+)
 def test_the_whole_error_where_it_is_asked_for(frames, tmp_path, monkeypatch, capsys, before, behind, environment):
     monkeypatch.delenv("MADIFF_DEBUG", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert main([*before, "interpolate", str(tmp_path / "no.png"), str(frames[1]), "-o", str(tmp_path / "out.png"), *behind]) == 2
+    assert (
+        main(
+            [
+                *before,
+                "interpolate",
+                str(tmp_path / "no.png"),
+                str(frames[1]),
+                "-o",
+                str(tmp_path / "out.png"),
+                *behind,
+            ]
+        )
+        == 2
+    )
     *whole, last = capsys.readouterr().err.splitlines()
     assert last == f"madiff: error: No such image file: {tmp_path / 'no.png'}"
-    assert any("FileNotFoundError" in line for line in whole) == bool(before or behind or environment.get("MADIFF_DEBUG") == "1")
+    assert any("FileNotFoundError" in line for line in whole) == bool(
+        before or behind or environment.get("MADIFF_DEBUG") == "1"
+    )
 
 
 def test_video_errors_show_whole_too(checkpoint, tmp_path, capsys):
     (tmp_path / "in.mp4").write_bytes(b"no video")
-    assert main(["video", str(tmp_path / "in.mp4"), str(tmp_path / "out.mp4"), "--checkpoint", str(checkpoint), "--traceback"]) == 2
+    assert (
+        main(
+            [
+                "video",
+                str(tmp_path / "in.mp4"),
+                str(tmp_path / "out.mp4"),
+                "--checkpoint",
+                str(checkpoint),
+                "--traceback",
+            ]
+        )
+        == 2
+    )
     printed = capsys.readouterr().err
-    assert "VideoError" in printed and "Traceback" in printed and printed.splitlines()[-1].startswith("madiff: error: cannot read")
+    assert (
+        "VideoError" in printed
+        and "Traceback" in printed
+        and printed.splitlines()[-1].startswith("madiff: error: cannot read")
+    )
 
 
 def test_what_cannot_be_written_is_found_before_a_model_or_a_frame_is_read(tmp_path, capsys):
@@ -214,38 +285,64 @@ def test_what_cannot_be_written_is_found_before_a_model_or_a_frame_is_read(tmp_p
     source.write_bytes(b"no video, which nobody notices")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
-    refused = [name for name, kind in CODECS.items() if kind.standard and kind.encoder not in av.codecs_available and "webm" not in name]
+    refused = [
+        name
+        for name, kind in CODECS.items()
+        if kind.standard and kind.encoder not in av.codecs_available and "webm" not in name
+    ]
     cases = [
         (("out.mp4", "--codec", "prores"), "--codec for .mp4 must be one of h264, hevc"),
         (("out.webm", "--codec", "h264_nvenc"), "--codec for .webm must be one of vp9, av1"),
         (("out.mp4", "--crf", 99), "--crf for h264 must be from 0 (best) to 51, but is 99"),
         (("out.webm", "--preset", "slow"), "--preset for vp9 must be one of 8, 7"),
         (("out.mov", "--codec", "prores", "--crf", 9), "--crf cannot be set for prores"),
-        (("out.gif", "--fps", 60), "--fps for .gif must be at most 50, as players show shorter frames slower, but is 60"),
+        (
+            ("out.gif", "--fps", 60),
+            "--fps for .gif must be at most 50, as players show shorter frames slower, but is 60",
+        ),
         (("out.xyz",), "a video's name must end in .mp4"),
         (("no/out.mp4",), "there is no folder"),
         (("mine",), "holds other files than frames"),
         (("mine.mp4", "--input-fps", 5), "--input-fps is for images"),
         (("out.mp4", "--preview", "strip.xyz"), "must end in an image format"),
-        *[((f"out.mkv", "--codec", name), f"--codec {name} cannot be used: this build of PyAV") for name in refused],
-    ]  # fmt: skip
+        *[(("out.mkv", "--codec", name), f"--codec {name} cannot be used: this build of PyAV") for name in refused],
+    ]
     for (name, *options), message in cases:
-        assert main(["video", str(source), str(tmp_path / name), *map(str, options), "--checkpoint", "no checkpoint either"]) == 2
+        assert (
+            main(
+                [
+                    "video",
+                    str(source),
+                    str(tmp_path / name),
+                    *map(str, options),
+                    "--checkpoint",
+                    "no checkpoint either",
+                ]
+            )
+            == 2
+        )
         printed = capsys.readouterr().err.splitlines()
         assert len(printed) == 1 and message in printed[0], printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "mine"]
 
 
-@pytest.mark.parametrize("codec", [name for name, kind in CODECS.items() if kind.standard and kind.encoder in av.codecs_available])
+@pytest.mark.parametrize(
+    "codec", [name for name, kind in CODECS.items() if kind.standard and kind.encoder in av.codecs_available]
+)
 def test_encoders_of_chips_encode_or_are_refused_clearly(checkpoint, tmp_path, capsys, codec):
     source = write_video(tmp_path / "in.mp4", drifting(4, 256, 320), range(4), Fraction(1, 25))
     status = main(["video", str(source), str(tmp_path / "out.mkv"), "--codec", codec, "--checkpoint", str(checkpoint)])
     if status == 0:
         with av.open(str(tmp_path / "out.mkv")) as file:
-            assert file.streams.video[0].codec_context.codec.canonical_name == CODECS[codec].standard and len(list(file.decode(video=0))) == 8
+            assert (
+                file.streams.video[0].codec_context.codec.canonical_name == CODECS[codec].standard
+                and len(list(file.decode(video=0))) == 8
+            )
         return
     (line,) = capsys.readouterr().err.splitlines()
-    assert status == 2 and line.startswith(f"madiff: error: --codec {codec} cannot be used: this machine has no such chip, or no driver for it")
+    assert status == 2 and line.startswith(
+        f"madiff: error: --codec {codec} cannot be used: this machine has no such chip, or no driver for it"
+    )
     assert line.endswith(f"{CODECS[codec].standard} encodes on the processor") and not list(tmp_path.glob("out*"))
 
 
@@ -261,7 +358,16 @@ def test_the_bar_shows_on_any_terminal(checkpoint, tmp_path, size):
     source = write_video(tmp_path / "in.mp4", drifting(3), range(3), Fraction(1, 25))
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    command = [sys.executable, "-m", "madiff_diffusers", "video", str(source), str(tmp_path / "out.mp4"), "--checkpoint", str(checkpoint)]
+    command = [
+        sys.executable,
+        "-m",
+        "madiff_diffusers",
+        "video",
+        str(source),
+        str(tmp_path / "out.mp4"),
+        "--checkpoint",
+        str(checkpoint),
+    ]
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower, env=environment)
     os.close(follower)

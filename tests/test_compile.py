@@ -10,6 +10,7 @@ from madiff_diffusers.warping import correlate
 from tests.conftest import load_config
 from tests.test_onnx_export import build, tiny_news
 
+
 CONFIGS = {"latents of frames": lambda: load_config("tiny"), "latents of news": tiny_news}
 
 
@@ -44,7 +45,10 @@ def calls(graphs: dict, name: str):
 
     def neighbours(tensors: dict) -> list:
         features = graphs["decode"].features
-        return [[tensors[f"frame_{which}"], *(tensors[pair[side]] for pair in features)] for side, which in enumerate(("prev", "next"))]
+        return [
+            [tensors[f"frame_{which}"], *(tensors[pair[side]] for pair in features)]
+            for side, which in enumerate(("prev", "next"))
+        ]
 
     def hints(tensors: dict) -> list:
         return [tensors["hints_prev"], tensors["hints_next"]]
@@ -55,7 +59,10 @@ def calls(graphs: dict, name: str):
     labels = {"class_labels": torch.full((2,), 500.0)} if unet.config.class_embed_type == "timestep" else {}
     found = {
         "encode": (vqvae.encode, lambda t: ([t["frames"]], {"return_dict": False})),
-        "decode": (vqvae.decode, lambda t: ([t["latents"], *neighbours(t), *hints(t)], {"return_dict": False, "time": t["time"]})),
+        "decode": (
+            vqvae.decode,
+            lambda t: ([t["latents"], *neighbours(t), *hints(t)], {"return_dict": False, "time": t["time"]}),
+        ),
         "unet": (unet, lambda t: ([unet_input(t), torch.tensor(999)], {"return_dict": False, **labels})),
         "condition": (vqvae.condition, lambda t: ([*neighbours(t), *hints(t)], {})),
     }
@@ -69,7 +76,12 @@ def calls(graphs: dict, name: str):
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["encode", "condition", *(pytest.param(name, marks=pytest.mark.slow) for name in ("decode", "unet", "hints", "refine"))]
+    "name",
+    [
+        "encode",
+        "condition",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("decode", "unet", "hints", "refine")),
+    ],
 )
 def test_one_graph_for_all_sizes(name, backend, graphs):
     multiple, graphs = graphs["multiple"], graphs["graphs"]
@@ -81,14 +93,21 @@ def test_one_graph_for_all_sizes(name, backend, graphs):
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     for number, (rows, columns) in enumerate([(3, 4), (5, 2), (2, 7)]):
         tensors = example_tensors(graphs, (rows * multiple, columns * multiple), batch=2)
-        given, named = arguments({key: each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for key, each in tensors.items()})
+        given, named = arguments(
+            {
+                key: each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each
+                for key, each in tensors.items()
+            }
+        )
         mark_sizes(given)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             found = compiled(*given, **named)
         for mine, theirs in zip(tensors_in(found), tensors_in(function(*given, **named)), strict=True):
             # The other backend takes operations apart, whose parts round differently.
             assert torch.allclose(mine, theirs, atol=1e-5 if backend == "eager" else 1e-3), (mine - theirs).abs().max()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and not torch._dynamo.utils.counters["graph_break"]
+    )
 
 
 @pytest.mark.parametrize("reach", [0, 1, 3])

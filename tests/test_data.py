@@ -28,6 +28,7 @@ from training.options import RunOptions
 from training.random_motion import MovingScene
 from training.validation import validation_windows
 
+
 SMALL = {"crop": 32, "gaps": (1.0,), "candidates": 1}
 
 
@@ -122,7 +123,10 @@ def _first(samples, count: int):
     return samples
 
 
-@pytest.mark.parametrize("name, clips", [("frames", [12, 4]), ("vimeo-triplet", [3, 3]), ("vimeo-septuplet", [7, 7]), ("bvi-dvc", [5, 5, 5])])
+@pytest.mark.parametrize(
+    "name, clips",
+    [("frames", [12, 4]), ("vimeo-triplet", [3, 3]), ("vimeo-septuplet", [7, 7]), ("bvi-dvc", [5, 5, 5])],
+)
 def test_lists_and_order_of_frames_are_kept(name, clips, tmp_path):
     make_layout(name, tmp_path / "data")
     source = read_source(name, str(tmp_path / "data"), RunOptions())
@@ -142,7 +146,9 @@ def test_a_wrong_layout_shows_the_one_expected(name, tmp_path):
 
 def test_a_wrong_dataset_or_column_is_named(tmp_path):
     make_layout("datasets", tmp_path / "data")
-    with pytest.raises(ValueError, match=r"three image columns .* has \['prev', 'mid', 'next'\], but is \['a', 'b', 'c'\]"):
+    with pytest.raises(
+        ValueError, match=r"three image columns .* has \['prev', 'mid', 'next'\], but is \['a', 'b', 'c'\]"
+    ):
         build_samples(RunOptions(data=f"datasets:{tmp_path / 'data'}", columns="a,b,c"), TripletMaker())
     for name in ("datasets", "datasets-stream"):
         with pytest.raises(ValueError, match=f"(?s)is not of the format {name}: .* Expected:\n    {tmp_path}"):
@@ -178,7 +184,9 @@ def test_sources_are_mixed_by_their_shares(tmp_path):
         (tmp_path / name).mkdir()
         frames = [np.full((40, 40, 3), 50 if name == "dark" else 200, np.uint8)] * 3
         write_video(tmp_path / name / "x.mp4", frames)
-    samples = build_samples(RunOptions(data=f"videos:{tmp_path}/dark@1,videos:{tmp_path}/bright@3", **SMALL), TripletMaker())
+    samples = build_samples(
+        RunOptions(data=f"videos:{tmp_path}/dark@1,videos:{tmp_path}/bright@3", **SMALL), TripletMaker()
+    )
     bright = np.mean([samples[i]["frame_mid"].mean() > 0 for i in range(200)])
     assert 0.65 < bright < 0.85
 
@@ -313,12 +321,19 @@ def test_samples_follow_from_seed_and_number(clips):
 
 
 def test_instants_of_longer_windows(clips):
-    half_way, samples = clip_samples(clips, TripletMaker(5), gaps=(1.0,)), clip_samples(clips, TripletMaker(5, any_time=1.0), gaps=(1.0,))
+    half_way, samples = (
+        clip_samples(clips, TripletMaker(5), gaps=(1.0,)),
+        clip_samples(clips, TripletMaker(5, any_time=1.0), gaps=(1.0,)),
+    )
     times, seen = set(), []
     for i in range(20):
         sample = samples[i]
         times.add(sample["time"].item())
-        assert half_way[i]["time"] == 0.5 and half_way[i]["frame_mid"].shape == sample["frame_mid"].shape == (3, 32, 32)
+        assert half_way[i]["time"] == 0.5 and half_way[i]["frame_mid"].shape == sample["frame_mid"].shape == (
+            3,
+            32,
+            32,
+        )
         # The nearer neighbour in time differs less from the middle frame.
         to_prev, to_next = ((sample["frame_mid"] - sample[name]).abs().mean() for name in ("frame_prev", "frame_next"))
         seen.append((sample["time"] < 0.5) == (to_prev < to_next) or sample["time"] == 0.5)
@@ -337,7 +352,9 @@ def test_augmentation_turns_mirrors_reverses_and_recolours_all_frames_alike():
     frames = np.stack([moving_picture(i, 32, 32) for i in range(3)])
     plain = Augmentation(32)
     seen = {plain(frames, np.random.default_rng(i)).tobytes() for i in range(200)}
-    turned = [np.rot90(mirrored, turns, axes=(1, 2)) for mirrored in (frames, frames[:, :, ::-1]) for turns in range(4)]
+    turned = [
+        np.rot90(mirrored, turns, axes=(1, 2)) for mirrored in (frames, frames[:, :, ::-1]) for turns in range(4)
+    ]
     assert seen == {np.ascontiguousarray(each[::step]).tobytes() for each in turned for step in (1, -1)}
     jittered = Augmentation(32, colour_jitter=0.3)
     still = np.stack([frames[0]] * 3)
@@ -385,7 +402,10 @@ def test_paths_are_not_linear_and_blur_is_the_mean_over_the_exposure():
     sharp = np.mean([scene.render(time).astype(float) for time in np.linspace(-0.3, 0.3, 61)], axis=0)
     blurred = scene.render(0.0, exposure=0.6)
     assert np.abs(blurred - sharp).mean() < 0.4 * np.abs(scene.render(0.0) - sharp).mean()
-    assert np.abs(np.diff(blurred.astype(float), axis=1)).mean() < np.abs(np.diff(scene.render(0.0).astype(float), axis=1)).mean()
+    assert (
+        np.abs(np.diff(blurred.astype(float), axis=1)).mean()
+        < np.abs(np.diff(scene.render(0.0).astype(float), axis=1)).mean()
+    )
 
 
 def test_no_point_moves_farther_than_the_largest_shift():
@@ -403,7 +423,9 @@ def test_no_point_moves_farther_than_the_largest_shift():
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_event_samples_match_their_frames(clips, share):
-    samples = clip_samples(clips, EventMaker(num_bins=5, frames=3), gaps=(1.0,), colour_jitter=0.0, random_motion_share=share)
+    samples = clip_samples(
+        clips, EventMaker(num_bins=5, frames=3), gaps=(1.0,), colour_jitter=0.0, random_motion_share=share
+    )
     change, events = [], []
     for i in range(20):
         sample = samples[i]
@@ -442,7 +464,9 @@ def test_recorded_events(tmp_path):
     for batch in DataLoader(torch.utils.data.Subset(samples, range(20)), batch_size=1, num_workers=1):
         gap = round(float((batch["frame_second"] - batch["frame_first"]).mean()) * 127.5 / 10)
         gaps.add(gap)
-        assert batch["events"].sum() == pytest.approx(gap * 32 * 32), "one event a pixel and picture, and none of others"
+        assert batch["events"].sum() == pytest.approx(gap * 32 * 32), (
+            "one event a pixel and picture, and none of others"
+        )
         at_middle = batch["events"][0, 2] + batch["events"][0, 7]
         assert gap == 2 or (at_middle == 1).all(), "half-way in time is the middle bin"
         brighter = batch["events"][0, :5].sum(0)

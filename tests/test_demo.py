@@ -28,9 +28,12 @@ from madiff_diffusers.space import GRADIO, REQUIREMENTS
 from tests.conftest import REPOSITORY, moving_picture
 from tests.video_files import drifting, read, write_video
 
+
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs the extra `demo`")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None or importlib.util.find_spec("playwright") is None, reason="needs Chromium and playwright")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None or importlib.util.find_spec("playwright") is None, reason="needs Chromium and playwright"
+)
 
 
 def free_port() -> int:
@@ -55,7 +58,10 @@ def test_options_are_checked_before_a_model_is_loaded(capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is not None, reason="Gradio is there")
 def test_without_gradio_the_extra_is_named(capsys):
-    assert main(["demo"]) == 2 and capsys.readouterr().err == "madiff: error: gradio is missing; pip install 'madiff_diffusers[demo]'\n"
+    assert (
+        main(["demo"]) == 2
+        and capsys.readouterr().err == "madiff: error: gradio is missing; pip install 'madiff_diffusers[demo]'\n"
+    )
 
 
 def test_a_space_holds_all_that_it_needs(checkpoint, pipeline, tmp_path, capsys):
@@ -65,7 +71,12 @@ def test_a_space_holds_all_that_it_needs(checkpoint, pipeline, tmp_path, capsys)
     names = {path.name for path in space.iterdir()}
     assert names == {"app.py", "requirements.txt", "README.md", "LICENSE", "checkpoint", "madiff_diffusers"}
     header = yaml.safe_load((space / "README.md").read_text().split("---")[1])
-    assert header["sdk"] == "gradio" and header["sdk_version"] == GRADIO and header["app_file"] == "app.py" and header["license"] == "mit"
+    assert (
+        header["sdk"] == "gradio"
+        and header["sdk_version"] == GRADIO
+        and header["app_file"] == "app.py"
+        and header["license"] == "mit"
+    )
     assert len(header["short_description"]) <= 60, "the Hub takes no more"
     ast.parse((space / "app.py").read_text())
     assert not (space / "madiff_diffusers" / "checkpoints").exists() and not list(space.rglob("__pycache__"))
@@ -73,12 +84,19 @@ def test_a_space_holds_all_that_it_needs(checkpoint, pipeline, tmp_path, capsys)
     loaded = MADiffPipeline.from_pretrained(space / "checkpoint")
     assert np.array_equal(loaded(*frames, num_inference_steps=1, output_type="np").frames.shape, (1, 1, 64, 96, 3))
     assert main(["export", "--space", str(space)]) == 2 and "must not exist yet" in capsys.readouterr().err
-    assert main(["export", "--space", str(tmp_path / "new"), "--variant", "fp16"]) == 2 and "--space takes" in capsys.readouterr().err
+    assert (
+        main(["export", "--space", str(tmp_path / "new"), "--variant", "fp16"]) == 2
+        and "--space takes" in capsys.readouterr().err
+    )
 
 
 def test_a_spaces_requirements_are_the_packages():
     setup = (REPOSITORY / "setup.py").read_text()
-    (listed,) = [ast.literal_eval(node.value) for node in ast.walk(ast.parse(setup)) if isinstance(node, ast.keyword) and node.arg == "install_requires"]
+    (listed,) = [
+        ast.literal_eval(node.value)
+        for node in ast.walk(ast.parse(setup))
+        if isinstance(node, ast.keyword) and node.arg == "install_requires"
+    ]
     assert tuple(listed) == REQUIREMENTS
 
 
@@ -101,7 +119,12 @@ def test_the_space_serves_its_page_from_its_own_folder(checkpoint, tmp_path):
     assert main(["export", "--space", str(tmp_path / "space"), "--checkpoint", str(checkpoint)]) == 0
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = serving([sys.executable, "app.py"], port, cwd=tmp_path / "space", env={**environment, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"})
+    process = serving(
+        [sys.executable, "app.py"],
+        port,
+        cwd=tmp_path / "space",
+        env={**environment, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"},
+    )
     process.terminate()
     process.wait(30)
 
@@ -113,10 +136,27 @@ def page(checkpoint, tmp_path):
 
     files, port = tmp_path / "tmp", free_port()
     files.mkdir()
-    command = [sys.executable, "-m", "madiff_diffusers", "demo", "--checkpoint", str(checkpoint), "--device", "cpu", "--port", str(port), "--max-seconds", "4", "--max-pixels", "300000"]
+    command = [
+        sys.executable,
+        "-m",
+        "madiff_diffusers",
+        "demo",
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--port",
+        str(port),
+        "--max-seconds",
+        "4",
+        "--max-pixels",
+        "300000",
+    ]
     process = serving(command, port, env={**os.environ, "TMPDIR": str(files), "GRADIO_ANALYTICS_ENABLED": "False"})
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"])
+        browser = play.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        )
         opened = browser.new_page(viewport={"width": 1100, "height": 1000})
         opened.files = files
         opened.goto(f"http://127.0.0.1:{port}")
@@ -130,7 +170,11 @@ def page(checkpoint, tmp_path):
 
 
 def says(page, status: str, text: str, seconds: float = 120) -> None:
-    page.wait_for_function("([id, text]) => document.querySelector(id).innerText.includes(text)", arg=[status, text], timeout=1000 * seconds)
+    page.wait_for_function(
+        "([id, text]) => document.querySelector(id).innerText.includes(text)",
+        arg=[status, text],
+        timeout=1000 * seconds,
+    )
 
 
 def clearing(page, place: str):
@@ -175,7 +219,10 @@ def test_a_pair_in_the_browser(page, checkpoint, tmp_path):
     broken, large = tmp_path / "broken.png", tmp_path / "large.png"
     broken.write_bytes(paths[0].read_bytes()[:500])
     Image.new("RGB", (700, 500)).save(large)
-    for path, message in ((broken, "Cannot read broken.png as an image"), (large, "at most 300000 pixels here, but have 700x500")):
+    for path, message in (
+        (broken, "Cannot read broken.png as an image"),
+        (large, "at most 300000 pixels here, but have 700x500"),
+    ):
         clearing(page, "#next").click()
         upload(page, "#next", path)
         page.click("#make-pair")
@@ -220,7 +267,9 @@ def test_a_video_in_the_browser(page, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(source.read_bytes()[:3000])
     again(tmp_path / "broken.mp4")
     says(page, "#video-status", "broken.mp4 as a video")
-    assert "\n" not in page.inner_text("#video-status").strip() and str(page.files) not in page.inner_text("#video-status")
+    assert "\n" not in page.inner_text("#video-status").strip() and str(page.files) not in page.inner_text(
+        "#video-status"
+    )
     again(write_video(tmp_path / "long.mp4", drifting(60), range(60), Fraction(1, 10)))
     says(page, "#video-status", "at most 4 seconds here")
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import build_pipeline, excite
 
+
 NETWORKS = ("vqvae", "unet", "i2e")
 
 
@@ -26,7 +27,9 @@ def same_weights(one: MADiffPipeline, other: MADiffPipeline) -> bool:
     return all(
         mine.dtype == theirs.dtype and torch.equal(mine, theirs)
         for name in NETWORKS
-        for mine, theirs in zip(getattr(one, name).state_dict().values(), getattr(other, name).state_dict().values(), strict=True)
+        for mine, theirs in zip(
+            getattr(one, name).state_dict().values(), getattr(other, name).state_dict().values(), strict=True
+        )
     )
 
 
@@ -71,7 +74,9 @@ def test_shards(pipeline, tmp_path):
     assert isinstance(VQMAGANModel.from_pretrained(tmp_path / "vqvae"), VQMAGANModel)
 
 
-@pytest.mark.parametrize("options", [{"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": True}, {"device_map": "cpu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": True}, {"device_map": "cpu"}], ids=str
+)
 def test_ways_of_loading(options, pipeline, pair, tmp_path):
     expected = make(pipeline, pair)
     pipeline.save_pretrained(tmp_path)
@@ -116,7 +121,9 @@ def test_components_save_and_load_as_any_model(part, kind, pipeline, tmp_path):
     model.to(torch.float16).save_pretrained(tmp_path, variant="fp16", max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.fp16-*.safetensors"))) > 2
     loaded = kind.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16, device_map={"": "cpu"})
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(model.state_dict().values(), loaded.state_dict().values())
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == {"AutoModel": f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"}
     again = kind.from_config(loaded.config)
@@ -129,7 +136,9 @@ def test_no_configuration_is_reported_as_unknown(pipeline, tmp_path, diffusers_l
     assert "not expected" not in diffusers_log.text
 
 
-@pytest.mark.parametrize("save", [lambda pipe: pipe, lambda pipe: pipe.vqvae, lambda pipe: pipe.i2e], ids=["pipeline", "vqvae", "i2e"])
+@pytest.mark.parametrize(
+    "save", [lambda pipe: pipe, lambda pipe: pipe.vqvae, lambda pipe: pipe.i2e], ids=["pipeline", "vqvae", "i2e"]
+)
 def test_pickles_are_not_written(save, pipeline, tmp_path):
     with pytest.raises(ValueError, match="`safe_serialization` must be True"):
         save(pipeline).save_pretrained(tmp_path / "out", safe_serialization=False)
@@ -192,7 +201,9 @@ def test_to_moves_every_network(pipeline):
         lambda pipe: pipe.enable_attention_slicing(),
         lambda pipe: pipe.enable_attention_slicing("max"),
         lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-        lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", exclude_modules=["vqvae"]),
+        lambda pipe: pipe.enable_group_offload(
+            torch.device("cpu"), offload_type="leaf_level", exclude_modules=["vqvae"]
+        ),
         lambda pipe: [getattr(pipe, name).to(memory_format=torch.channels_last) for name in NETWORKS],
     ],
     ids=["slicing", "max slicing", "model offload", "group offload", "channels_last"],
@@ -230,15 +241,21 @@ def test_every_documented_callback_tensor_can_be_asked_for(pipeline, pair):
 
     names = pipeline._callback_tensor_inputs
     expected = make(pipeline, pair, num_inference_steps=3)
-    frames = make(pipeline, pair, num_inference_steps=3, callback_on_step_end=note, callback_on_step_end_tensor_inputs=names)
+    frames = make(
+        pipeline, pair, num_inference_steps=3, callback_on_step_end=note, callback_on_step_end_tensor_inputs=names
+    )
     assert torch.equal(frames, expected), "what is handed back unchanged changes nothing"
     assert [step for step, *_ in seen] == [0, 1, 2] and all(sizes == dict.fromkeys(names, 2) for *_, sizes in seen)
 
 
 def test_a_callback_may_return_nothing(pipeline, pair):
     expected = make(pipeline, pair, num_inference_steps=2)
-    assert torch.equal(make(pipeline, pair, num_inference_steps=2, callback_on_step_end=lambda *arguments: None), expected)
-    with pytest.raises(TypeError, match="`callback_on_step_end` must return a dict of tensors, or None, but gave a int"):
+    assert torch.equal(
+        make(pipeline, pair, num_inference_steps=2, callback_on_step_end=lambda *arguments: None), expected
+    )
+    with pytest.raises(
+        TypeError, match="`callback_on_step_end` must return a dict of tensors, or None, but gave a int"
+    ):
         make(pipeline, pair, callback_on_step_end=lambda *arguments: 3)
 
 
@@ -253,7 +270,11 @@ def test_numpy_s_integers_are_integers(pipeline, pair):
 
 def test_final_latents(pipeline, pair):
     """What the result is decoded from."""
-    arguments = {"num_inference_steps": 2, "hint_policy": "start", "generator": [torch.Generator().manual_seed(seed) for seed in (0, 1)]}
+    arguments = {
+        "num_inference_steps": 2,
+        "hint_policy": "start",
+        "generator": [torch.Generator().manual_seed(seed) for seed in (0, 1)],
+    }
     latents = pipeline(*pair, num_frames=3, output_type="latent", **arguments).frames
     factor, multiple = pipeline.vqvae.downsample_factor, pipeline.frame_processor.multiple
     sides = [(side + -side % multiple) // factor for side in pair[0].shape[-2:]]
@@ -269,18 +290,25 @@ def test_final_latents(pipeline, pair):
 
 def test_schedulers_that_do_not_fit_are_named(pipeline, pair):
     """Whatever Diffusers has is taken, or refused by name: at once, where it cannot have a schedule of noise."""
-    kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler") and name.startswith(("Flow", "EDM"))]
+    kinds = [
+        getattr(diffusers, name)
+        for name in dir(diffusers)
+        if name.endswith("Scheduler") and name.startswith(("Flow", "EDM"))
+    ]
     assert diffusers.FlowMatchEulerDiscreteScheduler in kinds
     for kind in kinds:
         pipeline.scheduler = kind()
-        with pytest.raises(ValueError, match=f"`scheduler` must be one of Diffusers' with a noise schedule .* but is {kind.__name__}"):
+        with pytest.raises(
+            ValueError, match=f"`scheduler` must be one of Diffusers' with a noise schedule .* but is {kind.__name__}"
+        ):
             make(pipeline, pair)
         with pytest.raises(ValueError, match=kind.__name__):
             MADiffPipeline(**pipeline.components, hint_source=pipeline.config.hint_source)
 
 
 @pytest.mark.parametrize(
-    "name, value", [("default_num_inference_steps", 0), ("default_hint_interval", 1.5), ("default_hint_policy", "magic")]
+    "name, value",
+    [("default_num_inference_steps", 0), ("default_hint_interval", 1.5), ("default_hint_policy", "magic")],
 )
 def test_wrong_defaults_are_named(name, value, pipeline):
     with pytest.raises(ValueError, match=f"`{name}` must be .* but is {value!r}"):

@@ -22,7 +22,14 @@ from PIL import Image
 from madiff_diffusers.cli import main
 from madiff_diffusers.evaluation.benchmarks import find_triplets
 from madiff_diffusers.evaluation.evaluate import QUESTIONS, ablation, evaluate
-from madiff_diffusers.evaluation.methods import LATENTS, Baseline, FunctionMethod, MADiffMethod, Settings, checkpoint_digest
+from madiff_diffusers.evaluation.methods import (
+    LATENTS,
+    Baseline,
+    FunctionMethod,
+    MADiffMethod,
+    Settings,
+    checkpoint_digest,
+)
 from madiff_diffusers.evaluation.metrics import Scorer, psnr
 from madiff_diffusers.evaluation.report import differences
 from madiff_diffusers.evaluation.runs import mean_and_interval
@@ -30,6 +37,7 @@ from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
 from madiff_diffusers.image_io import read_image
 from tests.conftest import moving_picture, two_processes
 from tests.test_metrics import load_scorer, random_backbone_file
+
 
 NAMES = ["2", "3", "11", "12"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -112,7 +120,9 @@ def test_frames_scores_and_tables(pipeline, root, tmp_path):
     assert results(output) == summaries
     for summary in summaries:
         triplets = find_triplets("ucf101", str(root))
-        written = [np.array(read_image(output / "frames" / summary["label"] / "ucf101" / f"{name}.png")) for name in NAMES]
+        written = [
+            np.array(read_image(output / "frames" / summary["label"] / "ucf101" / f"{name}.png")) for name in NAMES
+        ]
         scores = [psnr(image, triplet.read()[1]) for image, triplet in zip(written, triplets)]
         assert [item["psnr"] for item in summary["items"]] == scores
         assert summary["scores"]["psnr"]["mean"] == pytest.approx(np.mean(scores))
@@ -120,7 +130,9 @@ def test_frames_scores_and_tables(pipeline, root, tmp_path):
         assert summary["seconds_per_frame"]["median"] > 0
     # The pipeline's own result with the same seed is what was written, and seeds do not depend on the order.
     triplet = find_triplets("ucf101", str(root))[3]
-    expected = pipeline(*map(read_image, (triplet.prev, triplet.next)), generator=torch.Generator().manual_seed(0)).frames[0][0]
+    expected = pipeline(
+        *map(read_image, (triplet.prev, triplet.next)), generator=torch.Generator().manual_seed(0)
+    ).frames[0][0]
     assert np.array_equal(np.array(expected), np.array(read_image(output / "frames" / "tiny" / "ucf101" / "12.png")))
     protocol = summaries[0]["protocol"]
     assert protocol["checkpoint_sha256"] == "0123" and protocol["steps"] == pipeline.config.default_num_inference_steps
@@ -136,20 +148,20 @@ def test_frames_scores_and_tables(pipeline, root, tmp_path):
 
 def test_baselines():
     prev, truth, next_ = (moving_picture(time_, 96, 128) for time_ in (-1, 0, 1))
-    average, = Baseline("average")([(prev, next_)])
+    (average,) = Baseline("average")([(prev, next_)])
     assert np.abs(average.astype(float) - (prev.astype(float) + next_) / 2).max() <= 0.5
-    flow, = Baseline("flow")([(prev, next_)])
+    (flow,) = Baseline("flow")([(prev, next_)])
     assert psnr(flow, truth) > psnr(average, truth) + 3
-    still, = Baseline("flow")([(prev, prev)])
+    (still,) = Baseline("flow")([(prev, prev)])
     assert np.array_equal(still, prev)
 
 
 def test_baselines_at_other_instants():
     prev, next_ = moving_picture(0, 96, 128), moving_picture(4, 96, 128)
-    average, = Baseline("average")([(prev, next_)], Fraction(1, 4))
+    (average,) = Baseline("average")([(prev, next_)], Fraction(1, 4))
     assert np.abs(average - (0.75 * prev + 0.25 * next_)).max() <= 0.5
     for time_ in (1, 3):
-        flow, = Baseline("flow")([(prev, next_)], Fraction(time_, 4))
+        (flow,) = Baseline("flow")([(prev, next_)], Fraction(time_, 4))
         truths = [psnr(flow, moving_picture(other, 96, 128)) for other in (1, 2, 3)]
         assert np.argmax(truths) == time_ - 1 and truths[time_ - 1] > 30, "nearest to its own instant"
 
@@ -167,7 +179,17 @@ def septuplets(tmp_path) -> Path:
 def test_several_instants(septuplets, peer, monkeypatch, capsys):
     """Scores of each instant, a chart of them, and the middle's the same as ever."""
     monkeypatch.chdir(peer)
-    options = ["evaluate", "--benchmark", "vimeo-septuplet", "--root", str(septuplets), "--metrics", "psnr", "-o", "out"]
+    options = [
+        "evaluate",
+        "--benchmark",
+        "vimeo-septuplet",
+        "--root",
+        str(septuplets),
+        "--metrics",
+        "psnr",
+        "-o",
+        "out",
+    ]
     assert main([*options, "--skip", "5", "--method", "flow", "peers:at", "--batch-size", "3"]) == 0
     printed = capsys.readouterr().out
     runs = {run["label"]: run for run in results(peer / "out")}
@@ -175,7 +197,9 @@ def test_several_instants(septuplets, peer, monkeypatch, capsys):
     instants = ["1/6", "1/3", "1/2", "2/3", "5/6"]
     for label, run in runs.items():
         assert [item["time"] for item in run["items"]] == instants == list(run["instants"])
-        assert [scores["psnr"]["mean"] for scores in run["instants"].values()] == [item["psnr"] for item in run["items"]]
+        assert [scores["psnr"]["mean"] for scores in run["instants"].values()] == [
+            item["psnr"] for item in run["items"]
+        ]
         assert len(re.findall(rf"\| {label} \| \d/\d \| \d+\.\d\d \|", printed)) == 5
     assert set((peer / "times").read_text().split()) == {str(time_) for time_ in (1 / 6, 1 / 3, 2 / 3, 5 / 6)}
     chart = (peer / "out" / "chart-vimeo-septuplet-skip-5.svg").read_text()
@@ -188,23 +212,43 @@ def test_several_instants(septuplets, peer, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "### vimeo-septuplet (1 triplets)" in printed and "instant" not in printed
     assert main([*options, "--skip", "5", "--method", "peers:blend"]) == 2
-    assert "--method 'peers:blend' must take (prev, next, time) for other instants than the middle" in capsys.readouterr().err
+    assert (
+        "--method 'peers:blend' must take (prev, next, time) for other instants than the middle"
+        in capsys.readouterr().err
+    )
 
 
 def test_motion_in_steps_of_one_length(pipeline, root, peer, monkeypatch, capsys):
     assert steps([pan(time_) for time_ in (0, 1 / 3, 1)]) == pytest.approx([4, 8], rel=0.02)
     assert step_ratio(Baseline("flow")) < 1.02
     monkeypatch.chdir(peer)
-    for name, ratio in (("peers:truth", 1.0), ("peers:nearest", 1200.0)):  # the latter stands still, then jumps by a whole step
+    for name, ratio in (
+        ("peers:truth", 1.0),
+        ("peers:nearest", 1200.0),
+    ):  # the latter stands still, then jumps by a whole step
         assert step_ratio(FunctionMethod(name)) == pytest.approx(ratio, rel=0.02)
-    options = ["evaluate", "--benchmark", "ucf101", "--root", str(root), "-o", "out", "--gallery", "0", "--metrics", "psnr"]
+    options = [
+        "evaluate",
+        "--benchmark",
+        "ucf101",
+        "--root",
+        str(root),
+        "-o",
+        "out",
+        "--gallery",
+        "0",
+        "--metrics",
+        "psnr",
+    ]
     assert main([*options, "step_ratio", "--method", "peers:truth", "peers:nearest"]) == 0
     printed = capsys.readouterr().out
     assert "| step ratio ↓ |" in printed and "pan of 12 pixels a frame" in printed
     assert re.search(r"\| peers:truth \| [^|]+ \| 1\.0\d \|", printed)
     calls = (peer / "pans").read_text()
     assert main([*options, "--method", "peers:truth"]) == 0
-    assert "| step ratio ↓ |" in capsys.readouterr().out and (peer / "pans").read_text() == calls, "known, and not measured again"
+    assert "| step ratio ↓ |" in capsys.readouterr().out and (peer / "pans").read_text() == calls, (
+        "known, and not measured again"
+    )
     assert main([*options, "step_ratio", "--method", "peers:blend"]) == 2
     assert "must take (prev, next, time)" in capsys.readouterr().err
 
@@ -222,7 +266,9 @@ def compare_with_independent_scorer(benchmark: str, shared_data: Path, output: P
     score = load_scorer(shared_data)
     root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(benchmark, benchmark)
     metrics = Scorer(lpips_backbone=str(shared_data / "weights" / "lpips_alexnet_features.safetensors"))
-    summaries = evaluate(benchmark, str(root), output, [Baseline("average"), Baseline("flow")], metrics, limit=limit, gallery=0)
+    summaries = evaluate(
+        benchmark, str(root), output, [Baseline("average"), Baseline("flow")], metrics, limit=limit, gallery=0
+    )
     independent, scores = score.LPIPS(str(shared_data / "weights")), {}
     for summary in summaries:
         means = scores[summary["label"]] = {name: value["mean"] for name, value in summary["scores"].items()}
@@ -246,7 +292,9 @@ def test_reference_values_come_out(name, shared_data, tmp_path):
     scores = compare_with_independent_scorer(name, shared_data, tmp_path)
     for label, expected in REFERENCES[name].items():
         # Half of the last digit given, and what two programs may differ by.
-        for metric, value, tolerance in zip(("psnr", "ssim", "lpips"), expected, (0.005 + 1e-3, 0.0005 + 1e-4, 0.00005 + 1e-4)):
+        for metric, value, tolerance in zip(
+            ("psnr", "ssim", "lpips"), expected, (0.005 + 1e-3, 0.0005 + 1e-4, 0.00005 + 1e-4)
+        ):
             assert scores[label][metric] == pytest.approx(value, abs=tolerance), (label, metric)
 
 
@@ -266,7 +314,15 @@ def test_intervals():
 def test_batches_give_the_same_table(pipeline, root, tmp_path):
     tables = []
     for size in (1, 4):
-        (summary,) = evaluate("ucf101", str(root), tmp_path / str(size), [MADiffMethod(pipeline, "tiny", "0")], scorer(), batch_size=size, gallery=0)
+        (summary,) = evaluate(
+            "ucf101",
+            str(root),
+            tmp_path / str(size),
+            [MADiffMethod(pipeline, "tiny", "0")],
+            scorer(),
+            batch_size=size,
+            gallery=0,
+        )
         tables.append([(item["name"], round(item["psnr"], 1)) for item in summary["items"]])
     assert tables[0] == tables[1]
 
@@ -282,7 +338,9 @@ def test_scores_are_those_of_the_files_that_are_there(root, tmp_path):
     assert (frames / "2.png").stat().st_mtime_ns == kept and (frames / "3.png").is_file()
     Image.fromarray(moving_picture(0, 12, 12)).save(frames / "3.png")  # not what the method made
     third = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], scorer(), gallery=0)[0]
-    assert third["items"] == [{**item, "seconds": new["seconds"]} for item, new in zip(second["items"], third["items"])]
+    assert third["items"] == [
+        {**item, "seconds": new["seconds"]} for item, new in zip(second["items"], third["items"])
+    ]
     assert read_image(frames / "3.png").size == (64, 40)
 
 
@@ -377,7 +435,11 @@ def test_questions():
     own = Settings()
     for question, (name, defaults) in QUESTIONS.items():
         variants = ablation(question, own, "events+flow")
-        assert len({getattr(each, name) for each in variants}) == len(variants) == len(defaults or ("events+flow", "events", "flow"))
+        assert (
+            len({getattr(each, name) for each in variants})
+            == len(variants)
+            == len(defaults or ("events+flow", "events", "flow"))
+        )
         assert all(each._replace(**{name: None}) == own for each in variants)
     assert [each.steps for each in ablation("steps", own, "flow", [7, 8])] == [7, 8]
     with pytest.raises(ValueError, match="`question` source needs a checkpoint of several hint sources"):
@@ -399,9 +461,25 @@ def test_a_checkpoint_s_digest_is_of_weights_and_configurations(checkpoint, tmp_
 
 
 def test_killed_half_way_the_same_command_makes_only_what_is_left(root, peer, monkeypatch, capsys):
-    arguments = ["evaluate", "--benchmark", "ucf101", "--root", root, "-o", "out", "--method", "peers:slow", "--metrics", "psnr", "--gallery", "0"]
+    arguments = [
+        "evaluate",
+        "--benchmark",
+        "ucf101",
+        "--root",
+        root,
+        "-o",
+        "out",
+        "--method",
+        "peers:slow",
+        "--metrics",
+        "psnr",
+        "--gallery",
+        "0",
+    ]
     calls, frames = peer / "calls", peer / "out" / "frames" / "peers_slow" / "ucf101"
-    process = subprocess.Popen([sys.executable, "-m", "madiff_diffusers", *map(str, arguments)], cwd=peer, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "madiff_diffusers", *map(str, arguments)], cwd=peer, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 120
     while len(list(frames.glob("*.png"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -428,7 +506,18 @@ def test_killed_half_way_the_same_command_makes_only_what_is_left(root, peer, mo
 
 
 def test_two_processes_give_the_table_of_one(root, checkpoint, tmp_path):
-    options = ["evaluate", "--benchmark", "ucf101", "--root", root, "--checkpoint", checkpoint, "--method", "madiff", "flow"]
+    options = [
+        "evaluate",
+        "--benchmark",
+        "ucf101",
+        "--root",
+        root,
+        "--checkpoint",
+        checkpoint,
+        "--method",
+        "madiff",
+        "flow",
+    ]
     options += ["--metrics", "psnr", "ssim", "--gallery", "1"]
     assert main([*map(str, options), "-o", str(tmp_path / "one")]) == 0
     command = two_processes(["madiff_diffusers", *map(str, options), "-o", str(tmp_path / "two")])
@@ -438,7 +527,10 @@ def test_two_processes_give_the_table_of_one(root, checkpoint, tmp_path):
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     for run, other in zip(one, two):
         assert other["environments"][0]["hardware"]["processes"] == 2
-        made = [len((tmp_path / "two" / "runs" / run["label"] / "ucf101" / f"progress-{i}.jsonl").read_text().splitlines()) for i in (0, 1)]
+        made = [
+            len((tmp_path / "two" / "runs" / run["label"] / "ucf101" / f"progress-{i}.jsonl").read_text().splitlines())
+            for i in (0, 1)
+        ]
         assert made == [4, 4], "two frames, two scores each"
         assert other["scores"] == run["scores"] and other["protocol"] == run["protocol"]
         assert [{**item, "seconds": 0} for item in other["items"]] == [{**item, "seconds": 0} for item in run["items"]]
@@ -447,10 +539,20 @@ def test_two_processes_give_the_table_of_one(root, checkpoint, tmp_path):
 
 def test_another_protocol_is_not_mixed_in(pipeline, root, tmp_path):
     def run(seed=0, **arguments):
-        return evaluate("ucf101", str(root), tmp_path / "out", [MADiffMethod(pipeline, "tiny", "0", seed=seed)], scorer(), gallery=0, **arguments)
+        return evaluate(
+            "ucf101",
+            str(root),
+            tmp_path / "out",
+            [MADiffMethod(pipeline, "tiny", "0", seed=seed)],
+            scorer(),
+            gallery=0,
+            **arguments,
+        )
 
     run()
-    with pytest.raises(ValueError, match="holds 'tiny' on ucf101 with seed 0, but it is 1 now: give another `output` or `label`"):
+    with pytest.raises(
+        ValueError, match="holds 'tiny' on ucf101 with seed 0, but it is 1 now: give another `output` or `label`"
+    ):
         run(seed=1)
     with pytest.raises(ValueError, match="with triplets 4, but it is 2 now"):
         run(limit=2)
@@ -489,7 +591,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, checkpoint, tmp_path, ca
     fails("--checkpoint must be a folder", "--checkpoint", tmp_path)
     fails("--steps must be a positive integer", "--checkpoint", checkpoint, "--steps", "0")
     fails("--scheduler must be the name of a scheduler", "--checkpoint", checkpoint, "--scheduler", "Nothing")
-    fails("--scheduler PNDMScheduler does not take this checkpoint", "--checkpoint", checkpoint, "--scheduler", "PNDMScheduler")
+    fails(
+        "--scheduler PNDMScheduler does not take this checkpoint",
+        "--checkpoint",
+        checkpoint,
+        "--scheduler",
+        "PNDMScheduler",
+    )
     fails("--metrics must be among", "--metrics", "vmaf")
     fails("--label is for one method", "--method", "average", "flow", "--label", "both")
     fails("different labels", "--method", "average", "average")
@@ -499,7 +607,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, checkpoint, tmp_path, ca
 
 
 def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
-    options = ["--benchmark", "ucf101", "--root", root, "--checkpoint", checkpoint, "--metrics", "psnr", "--limit", "2", "-o", tmp_path / "out"]
+    options = [
+        "--benchmark",
+        "ucf101",
+        "--root",
+        root,
+        "--checkpoint",
+        checkpoint,
+        "--metrics",
+        "psnr",
+        "--limit",
+        "2",
+        "-o",
+        tmp_path / "out",
+    ]
     for question, values, labels in (
         ("hints", [], [f"hint_policy={policy}" for policy in ("damped", "neighbours", "none", "sampling", "start")]),
         ("source", [], ["hint_source=events", "hint_source=events+flow", "hint_source=flow"]),
@@ -577,7 +698,15 @@ def test_pages_open_in_a_browser_with_every_picture(pipeline, root, tmp_path):
     for path in pages:
         counted = path.with_name("counted.html")
         counted.write_text(path.read_text().replace("</body>", count))
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", counted.as_uri()]
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            counted.as_uri(),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         pictures, missing, links = re.search(r"pictures (\d+) missing (\d+) links (.*) end", done.stdout).groups()
         assert missing == "0", path

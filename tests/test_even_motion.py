@@ -11,6 +11,7 @@ import torch
 from madiff_diffusers import FlowHints, MADiffPipeline, interpolate_frames, interpolate_video
 from tests.conftest import photograph
 
+
 PAN = 12  # pixels that the picture moves by from one source frame to the next
 FRAMES = 3
 
@@ -55,7 +56,9 @@ def test_every_step_of_a_pan_is_even(shipped, tmp_path, input_rate, options, exp
     with av.open(str(output)) as file:
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in file.decode(video=0)]
     # The last source frame is shown until the end.
-    moving = [frame for time, frame in frames if time <= (FRAMES - 1) / input_rate * options.get("slow_motion", 1) + 1e-3]
+    moving = [
+        frame for time, frame in frames if time <= (FRAMES - 1) / input_rate * options.get("slow_motion", 1) + 1e-3
+    ]
     assert len(moving) == int((FRAMES - 1) * PAN / expected) + 1 and result.made >= len(moving) - FRAMES
     assert np.abs(steps(moving) - float(expected)).max() <= 0.3
 
@@ -67,7 +70,9 @@ def test_a_stream_of_frames_moves_evenly_and_belongs_to_the_caller(shipped):
     for frame in interpolate_frames(shipped, pan(), factor=3, cut_threshold=2.0, output_type="np"):
         spoilt.append((frame * 255).round().astype(np.uint8))
         frame *= 0
-    assert all(np.array_equal(np.asarray(a), b) for a, b in zip(made, spoilt)), "what a caller does to a frame changes no other"
+    assert all(np.array_equal(np.asarray(a), b) for a, b in zip(made, spoilt)), (
+        "what a caller does to a frame changes no other"
+    )
 
 
 @pytest.mark.parametrize("fine", [False, True])
@@ -87,6 +92,12 @@ def test_flow_between_neighbours_is_found_once_for_all_instants():
     flows = source._flows
     source._flows = lambda *frames, **settings: calls.append(1) or flows(*frames, **settings)
     first = source.start(prev, next_, 0.25)
-    assert torch.equal(source.start(prev, next_, 0.25)[0], first[0]) and source.start(prev, next_, 0.5) and len(calls) == 1
+    assert (
+        torch.equal(source.start(prev, next_, 0.25)[0], first[0])
+        and source.start(prev, next_, 0.5)
+        and len(calls) == 1
+    )
     prev += 0.1 * torch.rand(prev.shape, generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(source.start(prev, next_, 0.25)[0], first[0]) and len(calls) == 2, "frames that changed have other flow"
+    assert not torch.equal(source.start(prev, next_, 0.25)[0], first[0]) and len(calls) == 2, (
+        "frames that changed have other flow"
+    )

@@ -6,6 +6,7 @@ import pytest
 from tests.conftest import moving_picture
 from training.event_simulation import LOG_EPS, EventCamera, event_volume, upsample_frames
 
+
 IDEAL = {"threshold_mismatch": 0.0, "refractory": 0.0, "settled": True}
 
 

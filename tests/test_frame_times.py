@@ -4,6 +4,7 @@ import pytest
 
 from madiff_diffusers.video.frame_times import Timeline
 
+
 FILM = Fraction(1001, 24000)
 
 
@@ -11,7 +12,9 @@ def shown(timeline: Timeline) -> list:
     return [frame for group in timeline.shown() for frame in group]
 
 
-@pytest.mark.parametrize("rate", [Fraction(60), Fraction(60000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(12), Fraction(1, 2)])
+@pytest.mark.parametrize(
+    "rate", [Fraction(60), Fraction(60000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(12), Fraction(1, 2)]
+)
 def test_a_rate_fills_the_duration(rate):
     timeline = Timeline([1001 * number for number in range(240)], 240 * 1001, Fraction(1, 24000), rate=rate)
     frames = shown(timeline)
@@ -34,20 +37,35 @@ def test_times_that_a_file_rounds_to_milliseconds_are_still_the_source_frames_ow
     assert [frame.index for frame in frames if not frame.position] == [*range(24), 23] and timeline.made() == 23
     # A tick as long as a frame is no rounding.
     exact = Timeline(range(24), 24, Fraction(1, 24), rate=Fraction(60))
-    assert [frame.position for group in exact.shown(0, 2) for frame in group] == [0, Fraction(2, 5), Fraction(4, 5), Fraction(1, 5), Fraction(3, 5)]
+    assert [frame.position for group in exact.shown(0, 2) for frame in group] == [
+        0,
+        Fraction(2, 5),
+        Fraction(4, 5),
+        Fraction(1, 5),
+        Fraction(3, 5),
+    ]
 
 
 def test_a_factor_follows_uneven_frames_and_the_last_one_too():
     timeline = Timeline([0, 3, 9], 12, Fraction(1, 90), factor=2)
     frames = shown(timeline)
     assert [frame.time for frame in frames] == [0, 3, 6, 12, 18, 21] and timeline.time_base == Fraction(1, 180)
-    assert [(frame.index, frame.position) for frame in frames] == [(0, 0), (0, Fraction(1, 2)), (1, 0), (1, Fraction(1, 2)), (2, 0), (2, 0)]
+    assert [(frame.index, frame.position) for frame in frames] == [
+        (0, 0),
+        (0, Fraction(1, 2)),
+        (1, 0),
+        (1, Fraction(1, 2)),
+        (2, 0),
+        (2, 0),
+    ]
     assert timeline.duration * timeline.time_base == Fraction(12, 90) and timeline.count(1, 3) == 4
 
 
 def test_slow_motion_lasts_longer():
     timeline = Timeline([0, 1, 2], 3, Fraction(1, 30), factor=4, slow_motion=Fraction(4))
-    assert timeline.duration * timeline.time_base == Fraction(12, 30) and [frame.time * timeline.time_base for frame in shown(timeline)][:3] == [0, Fraction(1, 30), Fraction(2, 30)]
+    assert timeline.duration * timeline.time_base == Fraction(12, 30) and [
+        frame.time * timeline.time_base for frame in shown(timeline)
+    ][:3] == [0, Fraction(1, 30), Fraction(2, 30)]
     slower = Timeline([0, 1, 2], 3, Fraction(1, 30), rate=Fraction(60), slow_motion=Fraction(5, 2))
     assert len(slower) == 15
 
@@ -56,10 +74,25 @@ def test_nothing_is_made_where_frames_are_held_and_across_dropped_ones_more_is()
     timeline = Timeline(range(6), 6, Fraction(1, 24), factor=2, dropped=[1], held=[3])
     places = [(frame.index, frame.position) for frame in shown(timeline)]
     half = Fraction(1, 2)
-    assert places == [(0, 0), (0, half / 2), (0, half), (0, half * 3 / 2), (2, 0), (2, half), (3, 0), (3, 0), (4, 0), (4, half), (5, 0), (5, 0)]
+    assert places == [
+        (0, 0),
+        (0, half / 2),
+        (0, half),
+        (0, half * 3 / 2),
+        (2, 0),
+        (2, half),
+        (3, 0),
+        (3, 0),
+        (4, 0),
+        (4, half),
+        (5, 0),
+        (5, 0),
+    ]
 
 
 def test_a_file_of_one_frame_is_shown_as_it_is():
-    assert [(frame.index, frame.position) for frame in shown(Timeline([0], 1, FILM, rate=Fraction(60)))] == [(0, 0)] * 3  # 2.5 of them, to within half
+    assert [(frame.index, frame.position) for frame in shown(Timeline([0], 1, FILM, rate=Fraction(60)))] == [
+        (0, 0)
+    ] * 3  # 2.5 of them, to within half
     with pytest.raises(ValueError, match="Either `factor` or `rate`"):
         Timeline([0], 1, FILM)

@@ -8,7 +8,6 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -19,15 +18,42 @@ from madiff_diffusers.cli import main
 from tests.conftest import moving_picture
 from tests.video_files import write_video
 
+
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I;16B", "I", "F")
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".tif": "TIFF", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".ppm": "PPM", ".tga": "TGA", ".jp2": "JPEG2000", ".ico": "ICO"}
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".tif": "TIFF",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".ppm": "PPM",
+    ".tga": "TGA",
+    ".jp2": "JPEG2000",
+    ".ico": "ICO",
+}
 VIDEOS = {
-    ".mp4": [("libx264", "yuv420p"), ("libx264", "yuv444p10le"), ("mpeg4", "yuv420p")], ".mov": [("prores_ks", "yuva444p10le"), ("png", "rgba"), ("qtrle", "argb")],
-    ".mkv": [("ffv1", "gray16le"), ("ffv1", "gbrp12le"), ("ffv1", "yuva420p"), ("mjpeg", "yuvj422p"), ("rawvideo", "bgr24")], ".avi": [("mpeg4", "yuv420p"), ("ffv1", "bgr0")],
-    ".webm": [("libvpx-vp9", "yuva420p")], ".gif": [("gif", "rgb8")], ".ts": [("mpeg2video", "yuv422p")], ".y4m": [("rawvideo", "yuv411p")], ".flv": [("flv1", "yuv420p")],
-}  # fmt: skip
-OUTPUTS = {"interpolate": (".png", ".jpg", ".tif", ".webp", ".bmp", ".ppm", ".xyz"), "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".y4m", "", ".png")}
+    ".mp4": [("libx264", "yuv420p"), ("libx264", "yuv444p10le"), ("mpeg4", "yuv420p")],
+    ".mov": [("prores_ks", "yuva444p10le"), ("png", "rgba"), ("qtrle", "argb")],
+    ".mkv": [
+        ("ffv1", "gray16le"),
+        ("ffv1", "gbrp12le"),
+        ("ffv1", "yuva420p"),
+        ("mjpeg", "yuvj422p"),
+        ("rawvideo", "bgr24"),
+    ],
+    ".avi": [("mpeg4", "yuv420p"), ("ffv1", "bgr0")],
+    ".webm": [("libvpx-vp9", "yuva420p")],
+    ".gif": [("gif", "rgb8")],
+    ".ts": [("mpeg2video", "yuv422p")],
+    ".y4m": [("rawvideo", "yuv411p")],
+    ".flv": [("flv1", "yuv420p")],
+}
+OUTPUTS = {
+    "interpolate": (".png", ".jpg", ".tif", ".webp", ".bmp", ".ppm", ".xyz"),
+    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".y4m", "", ".png"),
+}
 WORDS = ("plain", "mit Ümläut", "a:b", "50%d", "-dash", "white  space", "new\nline", "quo'te\"")
 
 
@@ -36,7 +62,11 @@ def image_bytes(dice: random.Random, suffix: str, size: tuple) -> bytes:
     picture, mode = Image.fromarray(moving_picture(dice.randrange(9), *size[::-1])), dice.choice(MODES)
     if mode.startswith("I") or mode == "F":
         values = np.array(picture.convert("L")).astype(np.float64) * dice.choice([1 / 255, 1, 257, 70000, -1])
-        picture = Image.fromarray(values.clip(0, 65535).astype(np.uint16)) if ";" in mode else Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
+        picture = (
+            Image.fromarray(values.clip(0, 65535).astype(np.uint16))
+            if ";" in mode
+            else Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
+        )
     elif mode == "LAB":
         picture = Image.merge("LAB", picture.split())
     else:
@@ -47,10 +77,19 @@ def image_bytes(dice: random.Random, suffix: str, size: tuple) -> bytes:
     text = PngImagePlugin.PngInfo()
     text.add_text(dice.choice(WORDS).strip("-") or "x", dice.choice(WORDS))
     extras = {
-        "icc_profile": dice.choice([PROFILE, dice.randbytes(40), b""]), "exif": dice.choice([dice.randbytes(30), b"Exif\x00\x00MM\x00*", b"", None]) or exif, "pnginfo": text,
-        "dpi": dice.choice([(72, 72), (300, 150), (0, 0), (1, 9999)]), "transparency": dice.choice([0, 255, (1, 2, 3)]), "comment": dice.choice(WORDS), "save_all": True,
-        "append_images": [picture], "lossless": True, "quality": 40, "progressive": True, "compression": dice.choice([None, "tiff_lzw", "jpeg"]),
-    }  # fmt: skip
+        "icc_profile": dice.choice([PROFILE, dice.randbytes(40), b""]),
+        "exif": dice.choice([dice.randbytes(30), b"Exif\x00\x00MM\x00*", b"", None]) or exif,
+        "pnginfo": text,
+        "dpi": dice.choice([(72, 72), (300, 150), (0, 0), (1, 9999)]),
+        "transparency": dice.choice([0, 255, (1, 2, 3)]),
+        "comment": dice.choice(WORDS),
+        "save_all": True,
+        "append_images": [picture],
+        "lossless": True,
+        "quality": 40,
+        "progressive": True,
+        "compression": dice.choice([None, "tiff_lzw", "jpeg"]),
+    }
     file = io.BytesIO()
     chosen = dict(dice.sample(sorted(extras.items(), key=lambda item: item[0]), dice.randrange(5)))
     for attempt, extra in ((picture, chosen), (picture, {}), (picture.convert("RGB"), {})):
@@ -67,19 +106,40 @@ def image_bytes(dice: random.Random, suffix: str, size: tuple) -> bytes:
 def video_bytes(dice: random.Random, folder: Path, suffix: str, size: tuple) -> bytes:
     """A video file, of any pixels and with any times and tags, as far as FFmpeg writes such."""
     codec, pixel_format = dice.choice(VIDEOS[suffix])
-    frames = [moving_picture(number, *(max(16, each) + each % 2 for each in size)) for number in range(dice.randrange(1, 5))]
+    frames = [
+        moving_picture(number, *(max(16, each) + each % 2 for each in size)) for number in range(dice.randrange(1, 5))
+    ]
     steps = [dice.choice([1, 1, 1, 2, 40]) for _ in frames]
     settings = {
-        "colours": tuple(dice.choice([0, 1, 2, 4, 5, 6, 9, 16, 18]) for _ in range(4)), "rotation": dice.choice([0, 90, 180, 45]), "metadata": {dice.choice(WORDS): dice.choice(WORDS)},
-        "pixel_aspect": dice.choice([Fraction(16, 11), Fraction(1, 100)]), "sound": 0.2, "subtitle": b"hello", "options": {"g": "2"},
-        "chapters": [{"id": 1, "start": 0, "end": 50, "time_base": Fraction(1, 1000), "metadata": {"title": dice.choice(WORDS)}}],
-    }  # fmt: skip
+        "colours": tuple(dice.choice([0, 1, 2, 4, 5, 6, 9, 16, 18]) for _ in range(4)),
+        "rotation": dice.choice([0, 90, 180, 45]),
+        "metadata": {dice.choice(WORDS): dice.choice(WORDS)},
+        "pixel_aspect": dice.choice([Fraction(16, 11), Fraction(1, 100)]),
+        "sound": 0.2,
+        "subtitle": b"hello",
+        "options": {"g": "2"},
+        "chapters": [
+            {"id": 1, "start": 0, "end": 50, "time_base": Fraction(1, 1000), "metadata": {"title": dice.choice(WORDS)}}
+        ],
+    }
     chosen = dict(dice.sample(sorted(settings.items(), key=lambda item: item[0]), dice.randrange(4)))
-    chosen["colours"] = (*(min(2, each) for each in chosen.get("colours", (1,))[:1]), *chosen.get("colours", (1, 1, 1, 1))[1:])
+    chosen["colours"] = (
+        *(min(2, each) for each in chosen.get("colours", (1,))[:1]),
+        *chosen.get("colours", (1, 1, 1, 1))[1:],
+    )
     for settings in (chosen, {}):
         path = folder / f"written{suffix}"
         try:
-            write_video(path, frames, [sum(steps[:number]) for number in range(len(frames))], Fraction(1, 25), codec=codec, pixel_format=pixel_format, last=1, **settings)
+            write_video(
+                path,
+                frames,
+                [sum(steps[:number]) for number in range(len(frames))],
+                Fraction(1, 25),
+                codec=codec,
+                pixel_format=pixel_format,
+                last=1,
+                **settings,
+            )
             return path.read_bytes()
         except Exception:  # FFmpeg does not write everything; what is read is under test
             continue
@@ -144,8 +204,23 @@ def target(dice: random.Random, folder: Path, command: str, read: list) -> Path:
 def extra_options(dice: random.Random, command: str, folder: Path, read: list) -> list:
     if command == "interpolate":
         return ["--num-frames", dice.choice([1, 1, 2, 3])]
-    options = [["--factor", 1], ["--factor", 2], ["--fps", "12"], ["--slow-motion", "2.5"], ["--dedup"], ["--skip-damage"], ["--keep-partial"], ["--overwrite"], ["--resume"]]
-    options += [["--codec", dice.choice(["h264", "hevc", "vp9", "prores", "ffv1"])], ["--preview", dice.choice([folder / "strip.png", *(sorted(read[0].glob("*")) if read[0].is_dir() else read)])], ["--input-fps", "29.97"], ["--max-gap", "0.1"]]
+    options = [
+        ["--factor", 1],
+        ["--factor", 2],
+        ["--fps", "12"],
+        ["--slow-motion", "2.5"],
+        ["--dedup"],
+        ["--skip-damage"],
+        ["--keep-partial"],
+        ["--overwrite"],
+        ["--resume"],
+    ]
+    options += [
+        ["--codec", dice.choice(["h264", "hevc", "vp9", "prores", "ffv1"])],
+        ["--preview", dice.choice([folder / "strip.png", *(sorted(read[0].glob("*")) if read[0].is_dir() else read)])],
+        ["--input-fps", "29.97"],
+        ["--max-gap", "0.1"],
+    ]
     return [part for option in dice.sample(options, dice.randrange(4)) for part in option]
 
 
@@ -186,7 +261,14 @@ def fuzz(count: int, checkpoint: Path, tmp_path: Path, capfd) -> None:
     outcomes = []
 
     # A seed says all, and smaller ones are no simpler.
-    @settings(max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(some.integers(0, 2**32))
     def one(seed: int) -> None:
         outcomes.append(try_one(seed, tmp_path / "here", checkpoint, capfd))

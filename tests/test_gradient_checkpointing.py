@@ -1,6 +1,6 @@
 """Gradient checkpointing in each of the three networks: the same gradients, with less kept for the backward pass."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 
 from madiff_diffusers import EventGANModel, VQMAGANModel
 from tests.conftest import excite, load_config
+
 
 PARTS = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": UNet2DModel}
 

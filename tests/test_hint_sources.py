@@ -12,10 +12,20 @@ import torch
 import yaml
 from PIL import Image
 
-from madiff_diffusers import EventGANModel, EventHints, FlowHints, MADiffPipeline, StackedHints, VQMAGANModel, build_hint_source, register_hint_source
+from madiff_diffusers import (
+    EventGANModel,
+    EventHints,
+    FlowHints,
+    MADiffPipeline,
+    StackedHints,
+    VQMAGANModel,
+    build_hint_source,
+    register_hint_source,
+)
 from madiff_diffusers.motion_hints import _SOURCES, TRAVELLING, NullHints
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import local_hub
+
 
 TOY = '''
 import torch
@@ -81,14 +91,25 @@ def made_elsewhere(folder: Path, pair: tuple, tmp_path: Path, kind: str = "MADif
     module = "madiff_diffusers" if kind == "MADiffPipeline" else "diffusers"
     torch.save([frame[:1] for frame in pair], tmp_path / "pair.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", MAKE.format(module=module, kind=kind), str(folder), str(tmp_path / "pair.pt"), str(tmp_path / "made.pt")]
-    done = subprocess.run([*command, *([again] if again else [])], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-c",
+        MAKE.format(module=module, kind=kind),
+        str(folder),
+        str(tmp_path / "pair.pt"),
+        str(tmp_path / "made.pt"),
+    ]
+    done = subprocess.run(
+        [*command, *([again] if again else [])], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "made.pt")
 
 
 def made_here(pipeline: MADiffPipeline, pair: tuple) -> torch.Tensor:
-    return pipeline(*(frame[:1] for frame in pair), generator=torch.Generator().manual_seed(0), output_type="pt").frames
+    return pipeline(
+        *(frame[:1] for frame in pair), generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).frames
 
 
 def test_a_source_travels_with_its_checkpoint(toy, pair, tmp_path):
@@ -123,7 +144,11 @@ def test_an_assigned_source_survives_and_goes_on_to_other_pipelines(toy, pair, t
     pipeline.save_pretrained(tmp_path / "saved")
     made = made_elsewhere(tmp_path / "saved", pair, tmp_path)
     # Another process may round otherwise.
-    assert torch.allclose(made["frames"], expected, atol=1e-5) and made["source"] == toy and made["settings"] == {toy: {"scale": 2.0}}
+    assert (
+        torch.allclose(made["frames"], expected, atol=1e-5)
+        and made["source"] == toy
+        and made["settings"] == {toy: {"scale": 2.0}}
+    )
     pipeline.hints = None
     assert torch.equal(made_here(pipeline, pair), flow)
 
@@ -145,7 +170,10 @@ def test_what_does_not_fit_is_refused_where_it_is_set(pipeline, toy, tmp_path):
     assert not (tmp_path / "saved").exists()
     ToyHints.__init__ = lambda self, network: None
     pipeline.hints = StackedHints([EventHints(pipeline.i2e), ToyHints(3)])
-    with pytest.raises(ValueError, match="cannot hold the hint source ToyHints with the `config` {}: missing a required argument: 'network'"):
+    with pytest.raises(
+        ValueError,
+        match="cannot hold the hint source ToyHints with the `config` {}: missing a required argument: 'network'",
+    ):
         pipeline.save_pretrained(tmp_path / "saved")
     pipeline.hints = StackedHints([EventHints(EventGANModel.from_config(pipeline.i2e.config)), FlowHints()])
     with pytest.raises(ValueError, match="cannot hold the hint source EventHints"):
@@ -180,7 +208,9 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(toy, tmp_path, monke
     for name in [name for name in _SOURCES if ":" in name]:
         del _SOURCES[name]
     monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", {"flow": FlowHints})
-    with pytest.raises(ValueError, match="'toy_hints:ToyHints', code that is not this package's. `trust_remote_code=True` runs"):
+    with pytest.raises(
+        ValueError, match="'toy_hints:ToyHints', code that is not this package's. `trust_remote_code=True` runs"
+    ):
         MADiffPipeline.from_pretrained(tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
     path = tmp_path / "saved" / "model_index.json"
@@ -190,14 +220,19 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(toy, tmp_path, monke
     path.write_text(json.dumps(index))
     with local_hub() as hub:
         files = [each for each in (tmp_path / "saved").rglob("*") if each.is_file()]
-        hub.repositories["some/toy"] = {"main": {str(each.relative_to(tmp_path / "saved")): each.read_bytes() for each in files}}
+        hub.repositories["some/toy"] = {
+            "main": {str(each.relative_to(tmp_path / "saved")): each.read_bytes() for each in files}
+        }
         with pytest.raises(ValueError, match="is not this package's"):
             MADiffPipeline.from_pretrained("some/toy", cache_dir=tmp_path / "cache")
         loaded = MADiffPipeline.from_pretrained("some/toy", cache_dir=tmp_path / "cache", trust_remote_code=True)
         assert type(loaded.hints).__name__ == "ToyHints"
     (tmp_path / "saved" / "toy_hints.py").write_text(TOY.replace("* (b - a)", "* (a - b)"))
     monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", {"flow": FlowHints})
-    assert type(MADiffPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True).hints).__module__ != type(loaded.hints).__module__
+    assert (
+        type(MADiffPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True).hints).__module__
+        != type(loaded.hints).__module__
+    )
     (tmp_path / "saved" / "toy_hints.py").unlink()
     monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", {"flow": FlowHints})
     with pytest.raises(ValueError, match="has no file toy_hints.py"):
@@ -221,8 +256,24 @@ def test_files_that_travel_are_those_of_the_list(checkpoint):
 
 def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config_for("flow", 2, hint_settings={toy: {"scale": 2.0}})))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(tmp_path / "mine")}
-    shared = ["--config", str(tmp_path / "toy.yaml"), "--data", str(clips), "--steps", "5", "--tracker", "none", "--hint_source", toy]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(tmp_path / "mine"),
+    }
+    shared = [
+        "--config",
+        str(tmp_path / "toy.yaml"),
+        "--data",
+        str(clips),
+        "--steps",
+        "5",
+        "--tracker",
+        "none",
+        "--hint_source",
+        toy,
+    ]
 
     def train(stage: str, *flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", f"training.{stage}", *shared, *flags]
@@ -239,20 +290,49 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
     for number, name in enumerate(("frame_00", "frame_01_gt", "frame_02")):
         (tmp_path / "bench" / "one").mkdir(parents=True, exist_ok=True)
         Image.fromarray(moving_picture(number)).save(tmp_path / "bench" / "one" / f"{name}.png")
-    evaluate = ["evaluate", "--benchmark", "ucf101", "--root", str(tmp_path / "bench"), "--metrics", "psnr", "--gallery", "1", "-o", "out"]
-    evaluate = [sys.executable, "-m", "madiff_diffusers", *evaluate, "--checkpoint", str(tmp_path / "unet" / "pipeline")]
+    evaluate = [
+        "evaluate",
+        "--benchmark",
+        "ucf101",
+        "--root",
+        str(tmp_path / "bench"),
+        "--metrics",
+        "psnr",
+        "--gallery",
+        "1",
+        "-o",
+        "out",
+    ]
+    evaluate = [
+        sys.executable,
+        "-m",
+        "madiff_diffusers",
+        *evaluate,
+        "--checkpoint",
+        str(tmp_path / "unet" / "pipeline"),
+    ]
     done = subprocess.run(evaluate, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "code that is not this package's" in done.stderr, done.stderr
     done = subprocess.run([*evaluate, "--trust-remote-code"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "| pipeline |" in done.stdout, done.stderr
     done = train("train_vq_magan", "--output", str(tmp_path / "other"), "--hint_source", f"{toy}+flow")
-    assert done.returncode == 2 and "gives 4 channels, but the configuration's vqvae takes `hint_channels` 2" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and "gives 4 channels, but the configuration's vqvae takes `hint_channels` 2" in done.stderr
+    ), done.stderr
 
 
 def test_a_foreign_folder_does_not_load_as_drawn_weights(checkpoint):
-    for kind, folder in ((EventGANModel, "unet"), (EventGANModel, "vqvae"), (VQMAGANModel, "i2e"), (VQMAGANModel, "unet")):
+    for kind, folder in (
+        (EventGANModel, "unet"),
+        (EventGANModel, "vqvae"),
+        (VQMAGANModel, "i2e"),
+        (VQMAGANModel, "unet"),
+    ):
         # Diffusers' own message comes first where a layer of the same name has another shape.
-        with pytest.raises(ValueError, match=f"does not hold the weights of this {kind.__name__}: it lacks|expected shape"):
+        with pytest.raises(
+            ValueError, match=f"does not hold the weights of this {kind.__name__}: it lacks|expected shape"
+        ):
             kind.from_pretrained(checkpoint / folder)
 
 
@@ -268,7 +348,10 @@ def test_the_documented_example_runs(tmp_path, pair, monkeypatch):
     torch.save(raft_small(weights=None).state_dict(), tmp_path / "raft.pth")
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[1])
     name = settings["hint_source"]
-    arguments = {"weights": str(tmp_path / "raft.pth"), **settings["pipeline"]["hint_settings"]["raft_hints:RAFTHints"]}
+    arguments = {
+        "weights": str(tmp_path / "raft.pth"),
+        **settings["pipeline"]["hint_settings"]["raft_hints:RAFTHints"],
+    }
     pipeline = build_pipeline(config_for(name, 20, hint_settings={"raft_hints:RAFTHints": arguments}))
     assert made_here(pipeline, pair).isfinite().all()
     pipeline.save_pretrained(tmp_path / "saved")

@@ -32,6 +32,7 @@ from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import ADDRESS, local_hub
 
+
 PACKAGE = Path(madiff_diffusers.__file__).parent
 
 # What the README says is needed to load a pipeline without this package.
@@ -121,7 +122,9 @@ def run_stranger(python: Path, *arguments, cwd: Path) -> None:
     """Runs where neither the package nor the repository can be imported, with a cache of its own."""
     environment = {**os.environ, "HF_HOME": str(cwd / "cache")}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run([python, "-c", STRANGER, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-c", STRANGER, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -129,7 +132,10 @@ def run_stranger(python: Path, *arguments, cwd: Path) -> None:
 
 
 def test_the_exported_code_is_the_package_s_own(exported):
-    travelling = {PACKAGE / "pipeline_madiff.py", *map(Path, get_relative_import_files(PACKAGE / "pipeline_madiff.py"))}
+    travelling = {
+        PACKAGE / "pipeline_madiff.py",
+        *map(Path, get_relative_import_files(PACKAGE / "pipeline_madiff.py")),
+    }
     code = {exported / path.name: path for path in travelling}
     components = {exported / "vqvae" / "vq_magan.py", exported / "i2e" / "eventgan.py"}
     assert set(exported.rglob("*.py")) == set(code) | components
@@ -176,10 +182,16 @@ def test_export_says_what_is_wrong_in_one_line(exported, tmp_path, capsys):
         ([str(tmp_path / "out"), "--results", str(tmp_path / "runs.json")], "no results.json that this version wrote"),
         ([str(tmp_path / ("n" * 300))], "File name too long"),
         ([str(exported)], "DIR must not exist yet"),
-        ([str(tmp_path / "out"), "--checkpoint", "madiff-huge"], "--checkpoint must be a folder with a model_index.json, a repository"),
+        (
+            [str(tmp_path / "out"), "--checkpoint", "madiff-huge"],
+            "--checkpoint must be a folder with a model_index.json, a repository",
+        ),
         ([str(tmp_path / "no" / "out")], "DIR: no such folder: "),
         ([str(tmp_path / "out"), "--results", str(tmp_path / "none.json")], "none.json"),
-        ([str(tmp_path / "out"), "--results", str(exported / "model_index.json")], "no results.json that this version wrote"),
+        (
+            [str(tmp_path / "out"), "--results", str(exported / "model_index.json")],
+            "no results.json that this version wrote",
+        ),
         ([str(tmp_path / "out"), "--max-shard-size", "much"], "--max-shard-size must be a number"),
     ]
     for arguments, message in wrong:
@@ -194,7 +206,17 @@ def test_scores_of_a_results_file_go_into_the_card(tiny_folder, tmp_path, capsys
         for name, shift in (("frame_00", -1), ("frame_01_gt", 0), ("frame_02", 1)):
             (tmp_path / "set" / benchmark).mkdir(parents=True, exist_ok=True)
             Image.fromarray(moving_picture(shift, 32, 48)).save(tmp_path / "set" / benchmark / f"{name}.png")
-    common = ["--benchmark", "ucf101", "--root", str(tmp_path / "set"), "--metrics", "psnr", "ssim", "-o", str(tmp_path / "results")]
+    common = [
+        "--benchmark",
+        "ucf101",
+        "--root",
+        str(tmp_path / "set"),
+        "--metrics",
+        "psnr",
+        "ssim",
+        "-o",
+        str(tmp_path / "results"),
+    ]
     assert main(["evaluate", *common, "--checkpoint", str(tiny_folder), "--gallery", "0"]) == 0
     assert main(["evaluate", *common, "--checkpoint", str(tiny_folder), "--gallery", "0", "--steps", "1"]) == 0
     with local_hub() as hub:
@@ -202,7 +224,21 @@ def test_scores_of_a_results_file_go_into_the_card(tiny_folder, tmp_path, capsys
         assert main(["evaluate", *common, "--checkpoint", "somebody/madiff", "--gallery", "0", "--steps", "1"]) == 0
         assert not [name for name in hub.downloads() if name.endswith(".py")]
     results = str(tmp_path / "results" / "results.json")
-    assert main(["export", str(tmp_path / "out"), "--checkpoint", str(tiny_folder), "--results", results, "--license", "mit"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "out"),
+                "--checkpoint",
+                str(tiny_folder),
+                "--results",
+                results,
+                "--license",
+                "mit",
+            ]
+        )
+        == 0
+    )
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     runs = json.loads(Path(results).read_text())["runs"]
     scores = {run["label"]: run["scores"] for run in runs}
@@ -220,8 +256,14 @@ def test_scores_of_a_results_file_go_into_the_card(tiny_folder, tmp_path, capsys
 
 def test_the_shipped_card_has_the_metadata_that_it_tells(tmp_path):
     card = ModelCard.load(REPOSITORY / "model_card.md")
-    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == ("diffusers", "video-to-video", "apache-2.0")
-    assert (CHECKPOINT_FOLDER / "madiff-compact" / "README.md").read_text() == (REPOSITORY / "model_card.md").read_text()
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == (
+        "diffusers",
+        "video-to-video",
+        "apache-2.0",
+    )
+    assert (CHECKPOINT_FOLDER / "madiff-compact" / "README.md").read_text() == (
+        REPOSITORY / "model_card.md"
+    ).read_text()
     scores = card.text[card.text.index("## Scores") : card.text.index("## What its parts are worth")]
     assert {each.dataset_type for each in card.data.eval_results} == {"middlebury", "davis", "ucf101"}
     digits = {"psnr": 2, "ssim": 4, "lpips": 4, "lpips_vgg": 4}
@@ -263,7 +305,9 @@ def test_a_source_that_is_gone_does_not_keep_from_saving(pipeline, tmp_path):
     loaded = MADiffPipeline.from_pretrained(tmp_path / "source", variant="fp16")
     loaded.save_pretrained(tmp_path / "first", variant="fp16")
     card = (tmp_path / "first" / "README.md").read_text()
-    assert 'from_pretrained("REPOSITORY", variant="fp16", trust_remote_code=True)' in card, "there are no other weights"
+    assert 'from_pretrained("REPOSITORY", variant="fp16", trust_remote_code=True)' in card, (
+        "there are no other weights"
+    )
     shutil.rmtree(tmp_path / "source")
     loaded.save_pretrained(tmp_path / "second")
     assert str(tmp_path) not in (tmp_path / "second" / "README.md").read_text()
@@ -275,7 +319,9 @@ def test_a_folder_goes_before_the_checkpoint_of_its_name(tiny_folder, tmp_path, 
     bundled = MADiffPipeline.from_pretrained("madiff-compact")
     monkeypatch.chdir(tmp_path)
     for name in ("madiff-compact", "./madiff-compact", Path("madiff-compact")):
-        assert MADiffPipeline.from_pretrained(name).unet.config.block_out_channels == tiny.unet.config.block_out_channels
+        assert (
+            MADiffPipeline.from_pretrained(name).unet.config.block_out_channels == tiny.unet.config.block_out_channels
+        )
     assert main(["export", "out", "--checkpoint", "./madiff-compact"]) == 0
     assert MADiffPipeline.from_pretrained("out").unet.config.block_out_channels == tiny.unet.config.block_out_channels
     assert bundled.unet.config.block_out_channels != tiny.unet.config.block_out_channels
@@ -297,9 +343,14 @@ def test_subclasses(pipeline, tmp_path, diffusers_log):
     DiffusionPipeline.from_pretrained(tmp_path / "mine", trust_remote_code=True)
     # The code of a component of one's own is one's own to ship.
     own = OwnAutoencoder.from_config(pipeline.vqvae.config)
-    MADiffPipeline(**{**pipeline.components, "vqvae": own}, hint_source="events+flow").save_pretrained(tmp_path / "own")
+    MADiffPipeline(**{**pipeline.components, "vqvae": own}, hint_source="events+flow").save_pretrained(
+        tmp_path / "own"
+    )
     assert f"`vqvae` loads only where {__name__} was imported" in diffusers_log.text
-    assert not list((tmp_path / "own" / "vqvae").glob("*.py")) and "auto_map" not in (tmp_path / "own" / "vqvae" / "config.json").read_text()
+    assert (
+        not list((tmp_path / "own" / "vqvae").glob("*.py"))
+        and "auto_map" not in (tmp_path / "own" / "vqvae" / "config.json").read_text()
+    )
     assert type(MADiffPipeline.from_pretrained(tmp_path / "own").vqvae) is OwnAutoencoder
 
 
@@ -329,7 +380,9 @@ def test_missing_packages_are_named(tiny_folder, tmp_path, monkeypatch, diffuser
     with local_hub() as hub, pytest.raises(ImportError, match=message):
         hub.add("somebody/madiff", tiny_folder)
         DiffusionPipeline.from_pretrained("somebody/madiff", trust_remote_code=True, cache_dir=tmp_path)
-    assert "einops" in diffusers_log.text and "cv2" not in diffusers_log.text, "nobody can install a package of that name"
+    assert "einops" in diffusers_log.text and "cv2" not in diffusers_log.text, (
+        "nobody can install a package of that name"
+    )
 
 
 def test_what_a_stranger_saves_is_whole_again(bare_python, tiny_folder, tmp_path):
@@ -344,7 +397,9 @@ def test_what_a_stranger_saves_is_whole_again(bare_python, tiny_folder, tmp_path
     )
     target = tmp_path / "again"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run([bare_python, "-c", code, tiny_folder, target], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [bare_python, "-c", code, tiny_folder, target], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "not expected" not in done.stderr, "no configuration is reported as unknown"
     names = {path.relative_to(tiny_folder) for path in tiny_folder.rglob("*") if path.is_file()}
@@ -352,7 +407,9 @@ def test_what_a_stranger_saves_is_whole_again(bare_python, tiny_folder, tmp_path
     for name in names - {Path("LICENSE")}:
         assert filecmp.cmp(tiny_folder / name, target / name, shallow=False), name
     alone = VQMAGANModel.from_pretrained(tmp_path / "again-vqvae")
-    for mine, theirs in zip(alone.state_dict().values(), MADiffPipeline.from_pretrained(target).vqvae.state_dict().values()):
+    for mine, theirs in zip(
+        alone.state_dict().values(), MADiffPipeline.from_pretrained(target).vqvae.state_dict().values()
+    ):
         assert torch.equal(mine, theirs)
 
 
@@ -372,7 +429,9 @@ def test_components_load_by_their_class_and_by_automodel(part, kind, tiny_folder
     own = kind.from_pretrained(tiny_folder, subfolder=part)
     other = AutoModel.from_pretrained(str(tiny_folder / part), trust_remote_code=True)
     assert type(other).__name__ == kind.__name__ and type(other) is not kind
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(own.state_dict().values(), other.state_dict().values()))
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(own.state_dict().values(), other.state_dict().values())
+    )
 
 
 # ---- over the Hub's protocol ----
@@ -386,7 +445,11 @@ def test_download_breaks_off_and_goes_on(bare_python, exported, frames, expected
         run_stranger(bare_python, "somebody/madiff", frames, tmp_path / "mid.npy", cwd=tmp_path)
         assert np.array_equal(np.load(tmp_path / "mid.npy"), expected)
         ranges = [part for method, path, part in hub.requests if method == "GET" and path.endswith(weights)]
-        assert len(ranges) == 2 and ranges[0] is None and int(ranges[1].removeprefix("bytes=").partition("-")[0]) > 10_000_000
+        assert (
+            len(ranges) == 2
+            and ranges[0] is None
+            and int(ranges[1].removeprefix("bytes=").partition("-")[0]) > 10_000_000
+        )
         assert not [name for name in hub.downloads() if "fp16" in name]
         first = len(hub.downloads())
         run_stranger(bare_python, "somebody/madiff", frames, tmp_path / "half.npy", "variant=fp16", cwd=tmp_path)
@@ -401,14 +464,28 @@ def test_a_killed_download_keeps_the_files_that_it_has(exported, frames, expecte
     pair = [str(tmp_path / f"{name}.png") for name in ("prev", "next")]
     for path, frame in zip(pair, np.load(frames)):
         Image.fromarray(frame).save(path)
-    command = [sys.executable, "-c", code, "interpolate", *pair, "-o", str(tmp_path / "mid.png"), "--checkpoint", "somebody/madiff"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "interpolate",
+        *pair,
+        "-o",
+        str(tmp_path / "mid.png"),
+        "--checkpoint",
+        "somebody/madiff",
+    ]
     weights = "unet/diffusion_pytorch_model.safetensors"
     with local_hub() as hub:
         hub.add("somebody/madiff", exported)
         hub.stalls[weights] = 15_000_000
         environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
         killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        others = {"vqvae/diffusion_pytorch_model.safetensors", "i2e/diffusion_pytorch_model.safetensors", "model_index.json"}
+        others = {
+            "vqvae/diffusion_pytorch_model.safetensors",
+            "i2e/diffusion_pytorch_model.safetensors",
+            "model_index.json",
+        }
         snapshots = tmp_path / "cache" / "hub" / "models--somebody--madiff" / "snapshots"
         deadline = time.monotonic() + 120
         while hub.stalls or not all(list(snapshots.glob(f"*/{name}")) for name in others):
@@ -420,7 +497,9 @@ def test_a_killed_download_keeps_the_files_that_it_has(exported, frames, expecte
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert not others & set(hub.downloads()[first:]) and weights in hub.downloads()[first:]
-        assert not [name for name in hub.downloads() if name.endswith(".py")], "the package runs its own code, and fetches none"
+        assert not [name for name in hub.downloads() if name.endswith(".py")], (
+            "the package runs its own code, and fetches none"
+        )
     assert np.array_equal(np.array(Image.open(tmp_path / "mid.png")), (expected[0, 0] * 255).round().astype(np.uint8))
 
 
@@ -441,7 +520,9 @@ def test_revisions_variants_and_repositories_that_there_are_not(tiny, tiny_folde
         assert (steps(), steps(revision="second")) == (2, 7)
         first = len(hub.downloads())
         assert steps(revision="second", variant="fp16") == 7
-        assert set(hub.downloads()[first:]) == {f"{part}/diffusion_pytorch_model.fp16.safetensors" for part in ("vqvae", "unet", "i2e")}
+        assert set(hub.downloads()[first:]) == {
+            f"{part}/diffusion_pytorch_model.fp16.safetensors" for part in ("vqvae", "unet", "i2e")
+        }
         arguments = {"subfolder": "vqvae", "revision": "second", "cache_dir": tmp_path / "cache"}
         assert isinstance(VQMAGANModel.from_pretrained("somebody/madiff", **arguments), VQMAGANModel)
         alone = AutoModel.from_pretrained("somebody/vqvae", trust_remote_code=True, cache_dir=tmp_path / "cache")
@@ -465,12 +546,19 @@ def test_uploads(tiny_folder, tmp_path, capsys):
         pipe.vqvae.push_to_hub("somebody/vqvae", commit_message="A part")
         pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="somebody/saved")
         folder = str(tiny_folder)
-        assert main(["push", folder, "somebody/branch", "--private", "--revision", "new", "--message", "On a branch"]) == 0
+        assert (
+            main(["push", folder, "somebody/branch", "--private", "--revision", "new", "--message", "On a branch"])
+            == 0
+        )
         assert main(["push", f"{folder}/i2e", "somebody/i2e"]) == 0
         assert main(["push", folder, "somebody/branch", "--create-pr"]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"{ADDRESS}/somebody/branch/discussions/1"
 
-        files = {path.relative_to(tiny_folder).as_posix(): path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(tiny_folder).as_posix(): path.read_bytes()
+            for path in tiny_folder.rglob("*")
+            if path.is_file()
+        }
         card = files.pop("README.md").decode()
         assert 'DiffusionPipeline.from_pretrained("REPOSITORY"' in card
         for name, branch in (("pipeline", "main"), ("saved", "main"), ("branch", "new")):
@@ -478,14 +566,22 @@ def test_uploads(tiny_folder, tmp_path, capsys):
             assert sent.pop("README.md").decode() == card.replace('"REPOSITORY"', f'"somebody/{name}"')
             assert sent == files, name
         assert hub.repositories["somebody/branch"]["main"] == {}, "neither the branch nor the pull request touched it"
-        assert {"vq_magan.py", "config.json", "diffusion_pytorch_model.safetensors"} <= set(hub.repositories["somebody/vqvae"]["main"])
+        assert {"vq_magan.py", "config.json", "diffusion_pytorch_model.safetensors"} <= set(
+            hub.repositories["somebody/vqvae"]["main"]
+        )
         i2e = hub.repositories["somebody/i2e"]["main"]
-        assert {"LICENSE", "README.md", "eventgan.py", "config.json", "diffusion_pytorch_model.safetensors"} == set(i2e)
+        assert {"LICENSE", "README.md", "eventgan.py", "config.json", "diffusion_pytorch_model.safetensors"} == set(
+            i2e
+        )
         assert b'AutoModel.from_pretrained("somebody/i2e", trust_remote_code=True)' in i2e["README.md"]
         summaries = {(name.split("/")[1], branch): summary for name, branch, summary in reversed(hub.commits)}
         assert summaries["pipeline", "main"] == "All of it" and summaries["vqvae", "main"] == "A part"
         assert summaries["branch", "new"] == "On a branch"
-        private = {name for name, request in hub.created.items() if request.get("private") or request.get("visibility") == "private"}
+        private = {
+            name
+            for name, request in hub.created.items()
+            if request.get("private") or request.get("visibility") == "private"
+        }
         assert private == {"somebody/pipeline", "somebody/branch"}
 
 
@@ -520,7 +616,10 @@ def test_a_checkpoint_from_the_hub_keeps_its_card(exported, tmp_path):
     with local_hub() as hub:
         upload_repository(exported, "somebody/compact")
         pipe = MADiffPipeline.from_pretrained("somebody/compact", cache_dir=tmp_path / "cache")
-        assert pipe.name_or_path == "somebody/compact" and str(tmp_path) not in hub.repositories["somebody/compact"]["main"]["README.md"].decode()
+        assert (
+            pipe.name_or_path == "somebody/compact"
+            and str(tmp_path) not in hub.repositories["somebody/compact"]["main"]["README.md"].decode()
+        )
     pipe.save_pretrained(tmp_path / "same")
     assert (tmp_path / "same" / "README.md").read_text() == (REPOSITORY / "model_card.md").read_text()
     pipe.register_to_config(default_num_inference_steps=9)
@@ -543,7 +642,10 @@ def test_a_failed_upload_loses_nothing_and_says_what_to_run_again(tiny_folder, t
     messages = capsys.readouterr().err.strip().splitlines()
     assert len(messages) == 2
     for message in messages:
-        assert message.startswith("madiff: error: The upload to somebody/madiff failed: ") and "the same command tries again" in message
+        assert (
+            message.startswith("madiff: error: The upload to somebody/madiff failed: ")
+            and "the same command tries again" in message
+        )
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -591,7 +693,9 @@ def test_pickled_weights_are_not_read(part, hostile, tmp_path):
         pickle.dump({"weight": Bomb(tmp_path / "ran")}, file)
     with pytest.raises(OSError, match="safetensors"):
         MADiffPipeline.from_pretrained(hostile)
-    with pytest.raises(OSError):  # the code that came along is ours, and refuses them too; Diffusers' own classes read no such pickle
+    with pytest.raises(
+        OSError
+    ):  # the code that came along is ours, and refuses them too; Diffusers' own classes read no such pickle
         DiffusionPipeline.from_pretrained(hostile, trust_remote_code=True)
     kind = {"vqvae": VQMAGANModel, "i2e": EventGANModel}.get(part)
     if kind is not None:

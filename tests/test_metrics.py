@@ -43,7 +43,10 @@ def random_lpips(net: str = "alex") -> nn.Module:
 def random_backbone_file(path: Path, seed: int, net: str = "alex") -> str:
     """A file of AlexNet's or VGG's feature layers, with random weights."""
     torch.manual_seed(seed)
-    state = {".".join(["features", *name.split(".")[1:]]): value for name, value in random_lpips(net).net.state_dict().items()}
+    state = {
+        ".".join(["features", *name.split(".")[1:]]): value
+        for name, value in random_lpips(net).net.state_dict().items()
+    }
     save_file(state, path)
     return str(path)
 
@@ -160,7 +163,10 @@ class Means(nn.Module):
 def test_fid_is_the_distance_of_two_normal_distributions():
     sets = [[moving_picture(time + shift, 40 + i, 60) for i, time in enumerate(range(14))] for shift in (0, 25)]
     value = fid(Means(), iter(sets[0]), iter(sets[1]), torch.device("cpu"))
-    features = [torch.cat([Means()(torch.from_numpy(image).permute(2, 0, 1)[None])[0] for image in each]).numpy() for each in sets]
+    features = [
+        torch.cat([Means()(torch.from_numpy(image).permute(2, 0, 1)[None])[0] for image in each]).numpy()
+        for each in sets
+    ]
     (mean_a, cov_a), (mean_b, cov_b) = ((each.mean(0), np.cov(each, rowvar=False)) for each in features)
     expected = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
     assert value == pytest.approx(expected, rel=1e-3)
@@ -245,5 +251,8 @@ def test_a_file_that_was_named_and_cannot_be_used_is_an_error(random_backbone, t
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(random_backbone):
     frames = tuple(moving_picture(time, 64, 80) for time in (-1, 0, 1, 2))
-    on_cpu, on_gpu = (Scorer(lpips_backbone=random_backbone, device=torch.device(name)).score([frames])[0] for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        Scorer(lpips_backbone=random_backbone, device=torch.device(name)).score([frames])[0]
+        for name in ("cpu", "cuda")
+    )
     assert on_gpu == pytest.approx(on_cpu, rel=1e-3)

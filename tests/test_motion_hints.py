@@ -95,7 +95,8 @@ def test_event_hints_start_from_nothing_and_run_towards_the_future(i2e):
     assert source.hint_channels == 10
     assert not any(hints.any() for hints in source.start(prev, next_))
     grey = [
-        (frame * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True) for frame in (prev, mid, next_)
+        (frame * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        for frame in (prev, mid, next_)
     ]
     with torch.no_grad():
         hints_prev, hints_next = source.from_guess(prev, mid, next_)
@@ -129,7 +130,9 @@ def test_damped_hints_settle():
 
 
 def test_unknown_or_impossible_sources_are_named():
-    with pytest.raises(ValueError, match="events, flow, fine_flow, events\\+flow, events\\+fine_flow, .*but is 'sound'"):
+    with pytest.raises(
+        ValueError, match="events, flow, fine_flow, events\\+flow, events\\+fine_flow, .*but is 'sound'"
+    ):
         build_hint_source("sound")
     with pytest.raises(ValueError, match="`i2e` is None"):
         build_hint_source("events")
@@ -137,7 +140,10 @@ def test_unknown_or_impossible_sources_are_named():
 
 def test_start_hints_of_a_batch_are_each_of_its_own_instant():
     pictures = frames(-1, 1, 5)
-    prev, next_ = torch.cat([pictures[0], pictures[1], pictures[0]]), torch.cat([pictures[1], pictures[2], pictures[2]])
+    prev, next_ = (
+        torch.cat([pictures[0], pictures[1], pictures[0]]),
+        torch.cat([pictures[1], pictures[2], pictures[2]]),
+    )
     times = torch.tensor([0.25, 0.75, 0.25])
     together = start_hints(FlowHints(), prev, next_, times)
     for i, time in enumerate(times.tolist()):
@@ -148,7 +154,9 @@ def test_start_hints_of_a_batch_are_each_of_its_own_instant():
 def test_events_of_smaller_frames_are_spread_over_as_many_pixels(i2e, tmp_path):
     """As the pipeline's setting says, in training too."""
     i2e.save_pretrained(tmp_path)
-    source, _ = load_hint_source({"hint_source": "events", "pipeline": {"event_scale": 2}}, str(tmp_path), torch.device("cpu"))
+    source, _ = load_hint_source(
+        {"hint_source": "events", "pipeline": {"event_scale": 2}}, str(tmp_path), torch.device("cpu")
+    )
     prev, mid, next_ = frames(-1, 0, 1)
     with torch.no_grad():
         hints = source.from_guess(prev, mid, next_)

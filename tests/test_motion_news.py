@@ -29,8 +29,20 @@ from tests.conftest import excite, load_config, moving_picture
 def tiny_news() -> dict:
     """The `motion` configuration at the smallest size that has every part."""
     config = load_config("motion")
-    config["hint_model"] = {"channels": [4, 8, 8], "start_channels": [8, 8], "refine_channels": [8, 8], "match_channels": 4, "reach": [1, 2]}
-    small = {"block_out_channels": [6, 8], "num_vq_embeddings": 32, "refine_channels": 4, "news_block_out_channels": [6, 8], "evidence_channels": 4}
+    config["hint_model"] = {
+        "channels": [4, 8, 8],
+        "start_channels": [8, 8],
+        "refine_channels": [8, 8],
+        "match_channels": 4,
+        "reach": [1, 2],
+    }
+    small = {
+        "block_out_channels": [6, 8],
+        "num_vq_embeddings": 32,
+        "refine_channels": 4,
+        "news_block_out_channels": [6, 8],
+        "evidence_channels": 4,
+    }
     config["vqvae"].update(small)
     channels = VQMAGANModel(**config["vqvae"]).condition_channels + config["vqvae"]["latent_channels"]
     small = {"in_channels": channels, "block_out_channels": [8, 16], "norm_num_groups": 4}
@@ -60,7 +72,9 @@ def pipeline(tiny_news) -> MADiffPipeline:
 
 
 def neighbours(pipeline: MADiffPipeline, size: tuple = (64, 96)) -> tuple:
-    frames = [torch.from_numpy(moving_picture(time, *size)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in (-1, 1, 0)]
+    frames = [
+        torch.from_numpy(moving_picture(time, *size)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in (-1, 1, 0)
+    ]
     features = [pipeline.vqvae.encode(frame).features for frame in frames[:2]]
     return frames, features
 
@@ -118,35 +132,57 @@ def test_flags_that_do_not_fit_together_are_refused(tiny_news, setting):
 
 def shifted(by: tuple, size: int = 64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    picture = F.interpolate(torch.rand(1, 3, 24, 24, generator=generator), size=(3 * size, 3 * size), mode="bicubic") * 2 - 1
+    picture = (
+        F.interpolate(torch.rand(1, 3, 24, 24, generator=generator), size=(3 * size, 3 * size), mode="bicubic") * 2 - 1
+    )
     return picture[..., size + by[1] : 2 * size + by[1], size + by[0] : 2 * size + by[0]].clamp(-1, 1)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (51, 67)])
 def test_hints_have_the_frames_size_and_follow_the_instant(pipeline, size):
-    prev, mid, next_ = (torch.from_numpy(moving_picture(time, *size)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in (-1, 0, 1))
+    prev, mid, next_ = (
+        torch.from_numpy(moving_picture(time, *size)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in (-1, 0, 1)
+    )
     model = pipeline.hint_model
-    for pair in (model(prev, next_, 0.3), model.refine(prev, mid, next_), model.refine(prev, mid, next_, model(prev, next_))):
-        assert [each.shape for each in pair] == [(1, 2, *size)] * 2 and all(each.dtype == torch.float32 for each in pair)
+    for pair in (
+        model(prev, next_, 0.3),
+        model.refine(prev, mid, next_),
+        model.refine(prev, mid, next_, model(prev, next_)),
+    ):
+        assert [each.shape for each in pair] == [(1, 2, *size)] * 2 and all(
+            each.dtype == torch.float32 for each in pair
+        )
     assert not torch.equal(model(prev, next_, 0.3)[0], model(prev, next_, 0.7)[0])
 
 
 def test_a_small_model_learns_a_shift():
     """Gradients reach every part that `forward` and `refine` read, and the flow is in pixels of the frames."""
     torch.manual_seed(0)
-    model = MotionHintModel(channels=(8, 12, 16), start_channels=(12, 16), refine_channels=(12, 16), match_channels=8, reach=(2, 3))
+    model = MotionHintModel(
+        channels=(8, 12, 16), start_channels=(12, 16), refine_channels=(12, 16), match_channels=8, reach=(2, 3)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    prev, mid, next_ = shifted((4, 0)), shifted((0, 0)), shifted((-4, 0))  # what was at x in the middle was at x - 4 before
+    prev, mid, next_ = (
+        shifted((4, 0)),
+        shifted((0, 0)),
+        shifted((-4, 0)),
+    )  # what was at x in the middle was at x - 4 before
     truth = torch.tensor([-4.0, 0.0]).view(1, 2, 1, 1)
     for _ in range(150):
         to_prev, to_next = model(prev, next_)
         again_prev, again_next = model.refine(prev, mid, next_)
-        loss = sum((each - sign * truth).abs().mean() for each, sign in ((to_prev, 1), (to_next, -1), (again_prev, 1), (again_next, -1)))
+        loss = sum(
+            (each - sign * truth).abs().mean()
+            for each, sign in ((to_prev, 1), (to_next, -1), (again_prev, 1), (again_next, -1))
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    errors = [(each - sign * truth).abs().mean() for each, sign in ((to_prev, 1), (to_next, -1), (again_prev, 1), (again_next, -1))]
+    errors = [
+        (each - sign * truth).abs().mean()
+        for each, sign in ((to_prev, 1), (to_next, -1), (again_prev, 1), (again_next, -1))
+    ]
     assert max(errors) < 0.6
     warped = warp(prev, to_prev)[..., 8:-8, 8:-8]
     assert (warped - mid[..., 8:-8, 8:-8]).abs().mean() < 0.5 * (prev - mid)[..., 8:-8, 8:-8].abs().mean()
@@ -198,7 +234,9 @@ def test_files_that_are_no_rife_are_refused(tmp_path):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_frames_come_at_any_instant(pipeline, pair, steps):
     generator = torch.Generator().manual_seed(0)
-    frames = pipeline(*pair, num_inference_steps=steps, times=[0.25, Fraction(1, 3), 0.5], generator=generator, output_type="np").frames
+    frames = pipeline(
+        *pair, num_inference_steps=steps, times=[0.25, Fraction(1, 3), 0.5], generator=generator, output_type="np"
+    ).frames
     assert frames.shape == (2, 3, 51, 67, 3)
     assert np.abs(frames[:, 0] - frames[:, 2]).max() > 1e-3
 
@@ -221,12 +259,19 @@ def test_hints_are_extracted_between_steps_alone(pipeline, pair):
 
 
 def test_saved_and_loaded_it_makes_the_same_frames(pipeline, pair, tmp_path):
-    expected = pipeline(*pair, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt").frames
+    expected = pipeline(
+        *pair, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt"
+    ).frames
     pipeline.save_pretrained(tmp_path / "checkpoint")
-    for load in (MADiffPipeline.from_pretrained, lambda folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)):
+    for load in (
+        MADiffPipeline.from_pretrained,
+        lambda folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True),
+    ):
         loaded = load(str(tmp_path / "checkpoint"))
         loaded.set_progress_bar_config(disable=True)
-        result = loaded(*pair, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt").frames
+        result = loaded(
+            *pair, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt"
+        ).frames
         assert torch.equal(result, expected)
     model = AutoModel.from_pretrained(str(tmp_path / "checkpoint" / "hint_model"), trust_remote_code=True)
     assert type(model).__name__ == "MotionHintModel"
@@ -252,7 +297,9 @@ def test_a_source_without_its_model_is_refused(pipeline):
 
 
 def test_tiles_give_what_whole_frames_give(pipeline):
-    frames = [torch.from_numpy(moving_picture(time, 192, 256)).permute(2, 0, 1)[None].float() / 255 for time in (-1, 1)]
+    frames = [
+        torch.from_numpy(moving_picture(time, 192, 256)).permute(2, 0, 1)[None].float() / 255 for time in (-1, 1)
+    ]
     whole = pipeline(*frames, generator=torch.Generator().manual_seed(0), output_type="pt").frames
     pipeline.enable_tiling(128 * 128)
     tiled = pipeline(*frames, generator=torch.Generator().manual_seed(0), output_type="pt").frames

@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
+
 NOTEBOOK = REPOSITORY / "examples" / "interpolate.ipynb"
 
 
@@ -24,7 +25,9 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "examples")}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "examples")}}
+    )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if any(kind.startswith("image/") for kind in output.get("data", {}))]

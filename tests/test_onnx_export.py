@@ -17,6 +17,7 @@ from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.onnx_export import build_graphs, example_tensors, export_onnx, frame_multiple
 from tests.conftest import REPOSITORY, build_pipeline, excite, load_config, moving_picture
 
+
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -24,11 +25,23 @@ pytest.importorskip("onnxscript")
 def tiny_news() -> dict:
     """Configuration of the smallest networks with latents of news and a hint model."""
     config = load_config("motion")
-    widths = {"block_out_channels": [8, 8], "news_block_out_channels": [8, 8], "evidence_channels": 4, "evidence_reach": 1, "refine_channels": 4}
+    widths = {
+        "block_out_channels": [8, 8],
+        "news_block_out_channels": [8, 8],
+        "evidence_channels": 4,
+        "evidence_reach": 1,
+        "refine_channels": 4,
+    }
     config["vqvae"].update(widths, num_vq_embeddings=64)
     config["unet"].update(block_out_channels=[8, 8], norm_num_groups=4, in_channels=4 + 3 * 4 + 9 + 4)
     config["unet"].update(down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)
-    config["hint_model"] = {"channels": [4, 8, 8], "start_channels": [8, 8], "refine_channels": [8, 8], "match_channels": 4, "reach": [1, 2]}
+    config["hint_model"] = {
+        "channels": [4, 8, 8],
+        "start_channels": [8, 8],
+        "refine_channels": [8, 8],
+        "match_channels": 4,
+        "reach": [1, 2],
+    }
     return config
 
 
@@ -69,7 +82,10 @@ def check(folder, parts: tuple) -> None:
 def example(*arguments) -> np.ndarray:
     """What the page's function gives."""
     names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", (REPOSITORY / "docs" / "onnx.md").read_text(), flags=re.DOTALL).group(1), names)
+    exec(
+        re.search(r"```python\n(.*?)```", (REPOSITORY / "docs" / "onnx.md").read_text(), flags=re.DOTALL).group(1),
+        names,
+    )
     return names["interpolate"](*arguments)
 
 
@@ -87,7 +103,12 @@ def test_latents_of_news(news):
     check(folder, parts)
     about = json.loads((folder / "madiff.json").read_text())
     assert list(about["graphs"]) == ["encode", "hints", "denoise", "decode", "refine"]
-    assert (about["frame_multiple"], about["downsample_factor"], about["latent_channels"], about["hint_channels"]) == (8, 4, 4, 2)
+    assert (about["frame_multiple"], about["downsample_factor"], about["latent_channels"], about["hint_channels"]) == (
+        8,
+        4,
+        4,
+        2,
+    )
     assert about["graphs"]["denoise"]["inputs"][:3] == ["latents", "timestep", "time"]
 
 
@@ -104,14 +125,24 @@ def test_the_page_s_example_makes_a_step_with_learned_hints(news):
     hints = hint_model(first, second, time)
     seen = torch.cat([noise, vqvae.condition(*features, *hints)], dim=1)
     latents = unet(seen, 999, class_labels=1000 * time).sample
-    expected = ((vqvae.decode(latents, *features, *hints, time=time).sample.clamp(-1, 1) + 1) * 127.5).round()[0].permute(1, 2, 0)
+    expected = (
+        ((vqvae.decode(latents, *features, *hints, time=time).sample.clamp(-1, 1) + 1) * 127.5)
+        .round()[0]
+        .permute(1, 2, 0)
+    )
     assert frame.shape == (24, 40, 3) and np.abs(frame - expected.numpy()).max() <= 1
 
 
 @pytest.mark.slow
 def test_the_command_and_the_page_s_example_make_what_the_pipeline_makes(tmp_path, capfd):
     config = load_config("tiny")
-    config["vqvae"].update(block_out_channels=[8], hint_channels=2, norm_num_groups=None, mid_block_add_attention=False, still_threshold=0.03)
+    config["vqvae"].update(
+        block_out_channels=[8],
+        hint_channels=2,
+        norm_num_groups=None,
+        mid_block_add_attention=False,
+        still_threshold=0.03,
+    )
     config["unet"].update(in_channels=13, down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)
     config["hint_source"] = "flow"
     pipeline = build_pipeline(config)
@@ -133,7 +164,9 @@ def test_the_command_and_the_page_s_example_make_what_the_pipeline_makes(tmp_pat
 
 def test_what_cannot_be_exported_is_named(tmp_path):
     vqvae, unet, scheduler, hint_model = build(tiny_news())
-    with pytest.raises(ValueError, match="`hint_model` must be a MotionHintModel or None to become a graph, but is a RIFEFlowModel"):
+    with pytest.raises(
+        ValueError, match="`hint_model` must be a MotionHintModel or None to become a graph, but is a RIFEFlowModel"
+    ):
         export_onnx(tmp_path, vqvae, unet, scheduler, RIFEFlowModel(channels=(8, 8, 8, 8)))
     with pytest.raises(ValueError, match="`unet` must be in float32 on the CPU, but is in torch.bfloat16 on cpu"):
         export_onnx(tmp_path, vqvae, unet.bfloat16(), scheduler, hint_model)
@@ -151,7 +184,11 @@ def test_missing_packages_and_bad_options_are_one_line(checkpoint, tmp_path, cap
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     found = importlib.util.find_spec
-    monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else found(name, *rest))
+    monkeypatch.setattr(
+        onnx_export.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "onnxscript" else found(name, *rest),
+    )
     assert main(["export", "--onnx", out, "--checkpoint", str(checkpoint)]) == 2
     error = capsys.readouterr().err
     assert error == "madiff: error: Exporting to ONNX needs onnxscript: pip install 'madiff_diffusers[onnx]'\n"
@@ -173,14 +210,21 @@ def test_the_benchmark_compares_runtimes(tmp_path, capsys):
     assert result["size"] == "32x24" and list(result["seconds"]) == ["encode", "hints", "denoise", "decode", "refine"]
     assert all(list(own) == list(RUNTIMES) and min(own.values()) > 0 for own in result["seconds"].values())
     assert max(result["differences"].values()) < 1e-3
-    assert all(f"| {name} |" in printed for name in [*result["seconds"], "together"]) and "The fastest together is" in printed
+    assert (
+        all(f"| {name} |" in printed for name in [*result["seconds"], "together"])
+        and "The fastest together is" in printed
+    )
 
 
 def test_the_benchmark_says_what_it_lacks(capsys, monkeypatch):
     from benchmarks.runtimes import main as benchmark
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(sys.modules["importlib.util"], "find_spec", lambda name, *rest: None if name == "openvino" else found(name, *rest))
+    monkeypatch.setattr(
+        sys.modules["importlib.util"],
+        "find_spec",
+        lambda name, *rest: None if name == "openvino" else found(name, *rest),
+    )
     with pytest.raises(SystemExit, match="2"):
         benchmark([])
     assert "needs packages that are not installed: pip install" in capsys.readouterr().err

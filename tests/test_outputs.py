@@ -3,10 +3,10 @@
 import errno
 import os
 import resource
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import pytest
@@ -88,13 +88,32 @@ def test_interpolate_writes_over_nothing(checkpoint, tmp_path, capsys):
     image(tmp_path / "in" / "there.png")
     before = contents(tmp_path / "in")
     for output, options, message in (
-        ("a_1.png", [], "must not take the place of its source"), ("a.png", ["--num-frames", "3"], "must not take the place of its source"),
-        ("a.png", ["--times", "0.25", "0.5"], "must not take the place of its source"), ("a_2.png", ["--overwrite"], "must not take the place of its source"), ("there.png", [], "there.png is there already; --overwrite replaces it"),
-    ):  # fmt: skip
-        assert main(["interpolate", *map(str, sources), "-o", str(tmp_path / "in" / output), "--checkpoint", "none", *options]) == 2
+        ("a_1.png", [], "must not take the place of its source"),
+        ("a.png", ["--num-frames", "3"], "must not take the place of its source"),
+        ("a.png", ["--times", "0.25", "0.5"], "must not take the place of its source"),
+        ("a_2.png", ["--overwrite"], "must not take the place of its source"),
+        ("there.png", [], "there.png is there already; --overwrite replaces it"),
+    ):
+        assert (
+            main(
+                [
+                    "interpolate",
+                    *map(str, sources),
+                    "-o",
+                    str(tmp_path / "in" / output),
+                    "--checkpoint",
+                    "none",
+                    *options,
+                ]
+            )
+            == 2
+        )
         assert message in capsys.readouterr().err and contents(tmp_path / "in") == before
     output = tmp_path / "in" / "there.png"
-    assert main(["interpolate", *map(str, sources), "-o", str(output), "--checkpoint", str(checkpoint), "--overwrite"]) == 0
+    assert (
+        main(["interpolate", *map(str, sources), "-o", str(output), "--checkpoint", str(checkpoint), "--overwrite"])
+        == 0
+    )
     after = contents(tmp_path / "in")
     assert after.pop(output) != before.pop(output) and after == before
 
@@ -111,17 +130,32 @@ def test_video_writes_over_nothing(pipeline, tmp_path):
     image(folder / "strip.png")
     before = contents(folder)
     for name, output, options, message in (
-        ("clip.partial.mkv", "clip.mkv", {"keep_partial": True, "overwrite": True}, "clip.partial.mkv must not take the place of its source"),
+        (
+            "clip.partial.mkv",
+            "clip.mkv",
+            {"keep_partial": True, "overwrite": True},
+            "clip.partial.mkv must not take the place of its source",
+        ),
         ("clip.partial.mkv", "linked.mkv", {"overwrite": True}, "linked.mkv must not take the place of its source"),
         ("clip.partial.mkv", "there.mkv", {"keep_partial": True}, "there.partial.mkv is there already"),
-        ("clip.partial.mkv", "there.mkv", {"keep_partial": True, "resume": True}, "there.partial.mkv is there already"),
+        (
+            "clip.partial.mkv",
+            "there.mkv",
+            {"keep_partial": True, "resume": True},
+            "there.partial.mkv is there already",
+        ),
         ("clip.partial.mkv", "file.mkv", {}, "file.mkv.parts is needed for parts"),
         ("clip.partial.mkv", "new.mkv", {"preview": folder / "strip.png"}, "strip.png is there already"),
-        ("frames", "new.mkv", {"preview": folder / "frames" / "1.png", "overwrite": True}, "1.png must not take the place of its source"),
+        (
+            "frames",
+            "new.mkv",
+            {"preview": folder / "frames" / "1.png", "overwrite": True},
+            "1.png must not take the place of its source",
+        ),
         ("frames", "new.mkv", {"preview": folder / "frames" / "3.png"}, "3.png would become one of the images"),
         ("frames/?.png", "new.mkv", {"preview": folder / "frames" / "3.png"}, "3.png would become one of the images"),
         ("frames/%d.png", "frames", {"overwrite": True}, "frames must not take the place of its source"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(VideoError, match=message):
             run(pipeline, folder / name, folder / output, **options)
         assert contents(folder) == before, (name, output, options)
@@ -144,13 +178,19 @@ def test_a_folder_of_videos_is_looked_at_before_work_begins(checkpoint, tmp_path
     os.link(sources / "b.mkv", made / "b.mkv")
     before = contents(tmp_path)
     command = ["video", str(sources), str(made), "--factor", "1", "--checkpoint", str(checkpoint)]
-    assert main([*command, "--overwrite"]) == 2 and "b.mkv must not take the place of its source" in capsys.readouterr().err
+    assert (
+        main([*command, "--overwrite"]) == 2
+        and "b.mkv must not take the place of its source" in capsys.readouterr().err
+    )
     (made / "b.mkv").unlink()
     (made / "b.mkv").write_bytes(b"precious")
     assert main(command) == 2 and "b.mkv is there already; --overwrite replaces it" in capsys.readouterr().err
     assert not (made / "a.mkv").exists() and (made / "b.mkv").read_bytes() == b"precious"
     assert all(path.read_bytes() == data for path, data in before.items() if path.parent == sources)
-    assert main([*command, "--overwrite", "--preview", str(tmp_path / "strip.png")]) == 0 and (tmp_path / "strip.png").exists()
+    assert (
+        main([*command, "--overwrite", "--preview", str(tmp_path / "strip.png")]) == 0
+        and (tmp_path / "strip.png").exists()
+    )
     assert len(decode(made / "b.mkv")) == 3
 
 
@@ -159,7 +199,9 @@ def test_evaluate_writes_over_nothing(tmp_path):
     for number in range(2):
         for view in range(3):
             image(root / str(number) / f"{view}.png", view)
-    for output, message in ((tmp_path, "must not take the place of its source|is there already, but from no evaluation"),):
+    for output, message in (
+        (tmp_path, "must not take the place of its source|is there already, but from no evaluation"),
+    ):
         before = contents(tmp_path)
         with pytest.raises(ValueError, match=message):
             evaluate("triplets", str(root), output, [Baseline("average")], Scorer(["psnr"]))
@@ -194,7 +236,9 @@ def disk_of(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_said_of_the_file(pipeline, tmp_path):
-    source = write_video(tmp_path / "in.mkv", drifting(24), range(24), Fraction(1, 25), codec="ffv1", pixel_format="bgr0")
+    source = write_video(
+        tmp_path / "in.mkv", drifting(24), range(24), Fraction(1, 25), codec="ffv1", pixel_format="bgr0"
+    )
     for options in ({"codec": "ffv1"}, {"codec": "ffv1", "keep_partial": True}):
         with disk_of(60_000), pytest.raises(OSError, match=r"^cannot write .*/out.mkv: File too large") as caught:
             run(pipeline, source, tmp_path / "out.mkv", **options)

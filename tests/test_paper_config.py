@@ -7,6 +7,7 @@ from diffusers import UNet2DModel
 from madiff_diffusers import EventGANModel, VQMAGANModel
 from tests.conftest import load_config
 
+
 PARTS = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": UNet2DModel}
 
 

@@ -81,9 +81,13 @@ def test_quarters_can_be_middles_of_middles(pipeline, pair):
     assert torch.equal(three[:, 1:2], middle)
     quarter = run(pipeline, (pair[0], middle[:, 0]), latents=noise[:, 0])
     assert torch.allclose(three[:, :1], quarter, atol=1e-5)
-    assert torch.equal(three[:, :1], run(pipeline, pair, times=[0.25, 0.5], latents=noise[:, :2], recursive=True)[:, :1])
+    assert torch.equal(
+        three[:, :1], run(pipeline, pair, times=[0.25, 0.5], latents=noise[:, :2], recursive=True)[:, :1]
+    )
     thirds = {"num_frames": 2, "latents": noise[:, :2]}
-    assert torch.equal(run(pipeline, pair, recursive=True, **thirds), run(pipeline, pair, **thirds)), "others are made straight"
+    assert torch.equal(run(pipeline, pair, recursive=True, **thirds), run(pipeline, pair, **thirds)), (
+        "others are made straight"
+    )
     assert run(pipeline, pair, times=[0.375], recursive=True).shape == (2, 1, 3, 48, 64)
 
 
@@ -110,7 +114,9 @@ def test_networks_are_told_the_instant(tiny, pair):
     pipeline = build_pipeline(tiny)
     told, gates = [], []
     pipeline.unet.class_embedding.register_forward_hook(lambda module, inputs, output: told.append(inputs[0]))
-    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: gates.append(output[2][-1].mean().item()))
+    pipeline.vqvae.decoder.register_forward_hook(
+        lambda module, inputs, output: gates.append(output[2][-1].mean().item())
+    )
     run(pipeline, pair, times=[0.1, 0.9], num_inference_steps=1, hint_policy="start", frames_per_batch=2)
     labels = pipeline.unet.time_proj(torch.tensor([100.0, 100.0, 900.0, 900.0]))
     assert torch.allclose(told[0], labels, atol=1e-3)
@@ -126,12 +132,19 @@ def test_guesses_are_made_at_a_smaller_scale(tiny, pair, scale):
     pipeline = build_pipeline(tiny)
     pipeline.hints = Recorder(pipeline.hints)
     decoded = []
-    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: decoded.append(tuple(output[0].shape[-2:])))
+    pipeline.vqvae.decoder.register_forward_hook(
+        lambda module, inputs, output: decoded.append(tuple(output[0].shape[-2:]))
+    )
     assert run(pipeline, pair, num_inference_steps=2).shape == (2, 1, 3, 51, 67)
     *guesses, result = decoded
     size = (result[0] // scale, result[1] // scale)
     assert guesses == [size] * 2
-    assert all(frame.shape[-2:] == size for _, frames, _ in pipeline.hints.calls for frame in frames if isinstance(frame, torch.Tensor))
+    assert all(
+        frame.shape[-2:] == size
+        for _, frames, _ in pipeline.hints.calls
+        for frame in frames
+        if isinstance(frame, torch.Tensor)
+    )
     decoded.clear()
     run(pipeline, pair, num_inference_steps=2, hint_policy="start")
     assert decoded == [result], "what no guess refines is full size all along"
@@ -263,7 +276,14 @@ def test_damped_hints_move_less_with_every_extraction(pipeline, pair):
 
     pipeline.hints = Recorder(pipeline.hints)
     inputs = ["hints_prev"]
-    run(pipeline, pair, num_inference_steps=3, hint_policy="damped", callback_on_step_end=note, callback_on_step_end_tensor_inputs=inputs)
+    run(
+        pipeline,
+        pair,
+        num_inference_steps=3,
+        hint_policy="damped",
+        callback_on_step_end=note,
+        callback_on_step_end_tensor_inputs=inputs,
+    )
     extracted = [result[0] for name, _, result in pipeline.hints.calls if name == "from_guess"]
     first, second, third = extracted
     assert torch.equal(used[0], first)
@@ -272,7 +292,10 @@ def test_damped_hints_move_less_with_every_extraction(pipeline, pair):
 
 
 def test_the_checkpoint_says_which_policy_is_the_default(pipeline, pair, tmp_path):
-    settings = {**{name: pipeline.config[name] for name in ("hint_source", "default_num_inference_steps")}, "default_hint_policy": "damped"}
+    settings = {
+        **{name: pipeline.config[name] for name in ("hint_source", "default_num_inference_steps")},
+        "default_hint_policy": "damped",
+    }
     damping = MADiffPipeline(**pipeline.components, **settings)
     damping.save_pretrained(tmp_path)
     loaded = MADiffPipeline.from_pretrained(tmp_path)
@@ -457,9 +480,11 @@ def grey_images() -> dict:
     """One ramp of 16 bits, as PIL images of every mode that holds as many."""
     ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
     return {
-        "I;16": PIL.Image.fromarray(ramp), "I;16B": PIL.Image.frombytes("I;16B", (64, 48), ramp.astype(">u2").tobytes()), "I": PIL.Image.fromarray(ramp.astype(np.int32)),
+        "I;16": PIL.Image.fromarray(ramp),
+        "I;16B": PIL.Image.frombytes("I;16B", (64, 48), ramp.astype(">u2").tobytes()),
+        "I": PIL.Image.fromarray(ramp.astype(np.int32)),
         "F": PIL.Image.fromarray((ramp / 65535).astype(np.float32)),
-    }  # fmt: skip
+    }
 
 
 def test_grey_images_of_more_than_eight_bits(pipeline):
@@ -472,8 +497,14 @@ def test_grey_images_of_more_than_eight_bits(pipeline):
         given = next(interpolate_frames(pipeline, [grey], output_type="np"))
         assert np.abs(given - right.numpy()[..., None]).max() < 1e-6, mode
     for wrong, message in (
-        (PIL.Image.fromarray(np.full((8, 8), 70000, np.int32)), r"mode I must lie in \[0, 65535\], but lies in \[70000, 70000\]"),
-        (PIL.Image.fromarray(np.full((8, 8), 255, np.float32)), r"mode F must lie in \[0, 1\], but lies in \[255, 255\]"),
+        (
+            PIL.Image.fromarray(np.full((8, 8), 70000, np.int32)),
+            r"mode I must lie in \[0, 65535\], but lies in \[70000, 70000\]",
+        ),
+        (
+            PIL.Image.fromarray(np.full((8, 8), 255, np.float32)),
+            r"mode F must lie in \[0, 1\], but lies in \[255, 255\]",
+        ),
         (PIL.Image.fromarray(np.full((8, 8), np.nan, np.float32)), "mode F must lie in"),
     ):
         with pytest.raises(ValueError, match=f"`image_prev` as a PIL image of {message}"):
@@ -484,7 +515,9 @@ def test_grey_images_of_more_than_eight_bits(pipeline):
 def test_what_transparency_hides_stays_hidden(pipeline, mode):
     image = PIL.Image.new("RGBA", (32, 32), (200, 200, 200, 255))
     image.paste((10, 10, 10, 0), (0, 0, 16, 32))
-    image = image.convert("LA" if mode == "La" else "RGBA").convert(mode) if "with" not in mode else image.convert("RGB")
+    image = (
+        image.convert("LA" if mode == "La" else "RGBA").convert(mode) if "with" not in mode else image.convert("RGB")
+    )
     if "with" in mode:
         image.info["transparency"] = (10, 10, 10)
     tensor = pipeline.frame_processor.to_tensor(image, "image_prev")

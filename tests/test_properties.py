@@ -13,15 +13,33 @@ from PIL import Image, ImageCms, PngImagePlugin
 from madiff_diffusers import interpolate_video
 from madiff_diffusers.cli import main
 from madiff_diffusers.image_io import WRITABLE_FORMATS, open_image
-from madiff_diffusers.properties import IRRELEVANT_INFO, IRRELEVANT_SIDE_DATA, OUTPUTS, PROPERTIES, found_in_image, lost
+from madiff_diffusers.properties import (
+    IRRELEVANT_INFO,
+    IRRELEVANT_SIDE_DATA,
+    OUTPUTS,
+    PROPERTIES,
+    found_in_image,
+    lost,
+)
 from madiff_diffusers.video.found import hdr10_of
 from madiff_diffusers.video.reading import Source
 from madiff_diffusers.video.writing import CODECS, CONTAINERS, Hdr10
 from tests.conftest import REPOSITORY, moving_picture
-from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
+from tests.video_files import decode, drifting, film_clip, phone_clip, read
+
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-NAMES = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv", "webm": ".webm", "avi": ".avi", "gif": ".gif", "yuv4mpegpipe": ".y4m", "folder": "PNG folder", "image": "`interpolate`"}
+NAMES = {
+    "mp4": ".mp4",
+    "mov": ".mov",
+    "matroska": ".mkv",
+    "webm": ".webm",
+    "avi": ".avi",
+    "gif": ".gif",
+    "yuv4mpegpipe": ".y4m",
+    "folder": "PNG folder",
+    "image": "`interpolate`",
+}
 
 
 def notes(pipeline, source: Path, output: Path, **options) -> list:
@@ -34,14 +52,22 @@ def test_all_that_ffmpeg_knows_is_in_the_table():
     assert {kind.value for kind in Type} <= set(rows)
     assert set(OUTPUTS) == {container.format for container in CONTAINERS.values()} | {"folder", "image"}
     known = {*OUTPUTS, *CODECS, *WRITABLE_FORMATS.values()}
-    assert all(known.issuperset((*each.kept, *each.converted, *each.meaningless, *each.told)) for each in PROPERTIES.values())
+    assert all(
+        known.issuperset((*each.kept, *each.converted, *each.meaningless, *each.told)) for each in PROPERTIES.values()
+    )
 
 
 def picture(mode: str) -> Image.Image:
     image = Image.fromarray(moving_picture(0, 32, 48))
     if mode == "I;16":
         return Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)
-    return image.convert("L").convert(mode) if mode in "LAIF1" else image.convert("RGBA").convert(mode) if mode == "PA" else image.convert(mode)
+    return (
+        image.convert("L").convert(mode)
+        if mode in "LAIF1"
+        else image.convert("RGBA").convert(mode)
+        if mode == "PA"
+        else image.convert(mode)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp", ".bmp", ".gif", ".ppm"])
@@ -56,7 +82,9 @@ def test_all_that_pillow_knows_is_in_the_table(suffix):
         except (OSError, KeyError, ValueError):
             continue  # the format has no such mode
         opened, plain = Image.open(file), plain + 1
-        assert found_in_image(opened) - {"resolution"} == ({"bits"} if opened.mode.startswith("I") else set()), mode  # BMP always has a resolution
+        assert found_in_image(opened) - {"resolution"} == ({"bits"} if opened.mode.startswith("I") else set()), (
+            mode
+        )  # BMP always has a resolution
     assert plain >= 2
     known = {*IRRELEVANT_INFO, *(name for each in PROPERTIES.values() for name in each.info)}
     exif = Image.Exif()
@@ -64,30 +92,50 @@ def test_all_that_pillow_knows_is_in_the_table(suffix):
     text = PngImagePlugin.PngInfo()
     text.add_text("Author", "me")
     rich = io.BytesIO()
-    picture("RGB").save(rich, format_name, icc_profile=PROFILE, exif=exif.tobytes(), dpi=(300, 150), comment="hello", pnginfo=text, **({"tiffinfo": {270: "hello"}} if suffix == ".tif" else {}))
+    picture("RGB").save(
+        rich,
+        format_name,
+        icc_profile=PROFILE,
+        exif=exif.tobytes(),
+        dpi=(300, 150),
+        comment="hello",
+        pnginfo=text,
+        **({"tiffinfo": {270: "hello"}} if suffix == ".tif" else {}),
+    )
     image = Image.open(rich)
     assert set(image.info) - known <= {"Author"}
     expected = {
-        ".png": {"profile", "EXIF", "resolution", "pixel aspect", "comments", "orientation"}, ".jpg": {"profile", "EXIF", "resolution", "pixel aspect", "comments", "orientation"},
-        ".tif": {"profile", "EXIF", "resolution", "pixel aspect"}, ".webp": {"profile", "EXIF", "orientation"}, ".bmp": {"resolution", "pixel aspect"},
-        ".gif": {"comments"}, ".ppm": set(),
-    }  # fmt: skip
+        ".png": {"profile", "EXIF", "resolution", "pixel aspect", "comments", "orientation"},
+        ".jpg": {"profile", "EXIF", "resolution", "pixel aspect", "comments", "orientation"},
+        ".tif": {"profile", "EXIF", "resolution", "pixel aspect"},
+        ".webp": {"profile", "EXIF", "orientation"},
+        ".bmp": {"resolution", "pixel aspect"},
+        ".gif": {"comments"},
+        ".ppm": set(),
+    }
     assert found_in_image(image) == expected[suffix]
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_every_row_of_the_table_is_noted_where_it_is_lost(output):
-    codecs = next((container.codecs for container in CONTAINERS.values() if container.format == output), ("PNG", "PPM"))
+    codecs = next(
+        (container.codecs for container in CONTAINERS.values() if container.format == output), ("PNG", "PPM")
+    )
     for key, row in PROPERTIES.items():
         for codec in codecs:
             said = lost({key}, output, codec)
-            assert said == ([f"not kept: {row.name}"] if row.fate(output, codec) == "noted" and output not in row.told else []), key
+            assert said == (
+                [f"not kept: {row.name}"] if row.fate(output, codec) == "noted" and output not in row.told else []
+            ), key
     everything = lost(PROPERTIES, output, codecs[0])
     assert len(everything) == len(set(everything)) and lost((), output, codecs[0]) == []
 
 
 def cell(row, output: str) -> str:
-    codecs = next((container.codecs for container in CONTAINERS.values() if container.format == output), WRITABLE_FORMATS.values() if output == "image" else ())
+    codecs = next(
+        (container.codecs for container in CONTAINERS.values() if container.format == output),
+        WRITABLE_FORMATS.values() if output == "image" else (),
+    )
     fates = {codec: row.fate(output, codec) for codec in dict.fromkeys(codecs) or (None,)}
     if len(set(fates.values())) == 1:
         return next(iter(fates.values())) or "–"
@@ -103,8 +151,20 @@ def test_the_table_in_the_docs_is_that_of_the_code():
 
 def interpolated(checkpoint, capsys, prev: Path, next_: Path, out: Path) -> list:
     """Notes of the command."""
-    assert main(["interpolate", *map(str, (prev, next_, "-o", out, "--checkpoint", checkpoint, "--steps", 1, "--overwrite"))]) == 0
-    return [line.removeprefix("madiff: note: ") for line in capsys.readouterr().err.splitlines() if "madiff: note: " in line]
+    assert (
+        main(
+            [
+                "interpolate",
+                *map(str, (prev, next_, "-o", out, "--checkpoint", checkpoint, "--steps", 1, "--overwrite")),
+            ]
+        )
+        == 0
+    )
+    return [
+        line.removeprefix("madiff: note: ")
+        for line in capsys.readouterr().err.splitlines()
+        if "madiff: note: " in line
+    ]
 
 
 def saved(path: Path, image: Image.Image, **settings) -> Path:
@@ -117,7 +177,15 @@ def names(*keys: str) -> list:
 
 
 def test_an_image_keeps_its_profile_and_resolution(checkpoint, tmp_path, capsys):
-    sources = [saved(tmp_path / f"{number}.png", Image.fromarray(moving_picture(number, 48, 64)), icc_profile=PROFILE, dpi=(300, 300)) for number in range(2)]
+    sources = [
+        saved(
+            tmp_path / f"{number}.png",
+            Image.fromarray(moving_picture(number, 48, 64)),
+            icc_profile=PROFILE,
+            dpi=(300, 300),
+        )
+        for number in range(2)
+    ]
     for name in ("out.png", "out.jpg", "out.tif"):
         assert interpolated(checkpoint, capsys, *sources, tmp_path / name) == []
         info = Image.open(tmp_path / name).info
@@ -125,13 +193,18 @@ def test_an_image_keeps_its_profile_and_resolution(checkpoint, tmp_path, capsys)
     assert interpolated(checkpoint, capsys, *sources, tmp_path / "out.webp") == names("resolution")
     assert Image.open(tmp_path / "out.webp").info["icc_profile"] == PROFILE
     assert interpolated(checkpoint, capsys, *sources, tmp_path / "out.ppm") == names("resolution", "profile")
-    made = {name: np.array(Image.open(tmp_path / name).convert("RGB")).astype(int) for name in ("out.png", "out.webp", "out.jpg")}
+    made = {
+        name: np.array(Image.open(tmp_path / name).convert("RGB")).astype(int)
+        for name in ("out.png", "out.webp", "out.jpg")
+    }
     assert np.array_equal(made["out.png"], made["out.webp"]), "WebP without loss"
     assert np.abs(made["out.png"] - made["out.jpg"]).mean() < 3
     with Image.open(tmp_path / "out.jpg") as image:
         assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3, "colours as fine as the picture"
     plain = saved(tmp_path / "plain.png", Image.fromarray(moving_picture(1, 48, 64)), dpi=(300, 300))
-    assert interpolated(checkpoint, capsys, sources[0], plain, tmp_path / "mixed.png") == ["PREV and NEXT have different colour profiles; the result has that of PREV, or none"]
+    assert interpolated(checkpoint, capsys, sources[0], plain, tmp_path / "mixed.png") == [
+        "PREV and NEXT have different colour profiles; the result has that of PREV, or none"
+    ]
 
 
 def test_what_an_image_loses_is_said(checkpoint, tmp_path, capsys):
@@ -145,10 +218,17 @@ def test_what_an_image_loses_is_said(checkpoint, tmp_path, capsys):
     grey_profile = bytearray(PROFILE)
     grey_profile[16:20] = b"GRAY"
     cases = [
-        ("exif.jpg", image, {"exif": exif}, ["EXIF"]), ("text.png", image, {"pnginfo": text}, ["comments"]), ("clear.png", clear, {}, ["transparency"]),
-        ("grey16.png", grey16, {}, ["bits"]), ("pages.tif", image, {"save_all": True, "append_images": [image]}, ["pages"]), ("opaque.png", opaque, {}, []),
-        ("cmyk.jpg", image.convert("CMYK"), {}, []), ("opaque.gif", image, {}, []), ("plain.jpg", image, {}, []), ("grey.png", image.convert("L"), {"icc_profile": bytes(grey_profile)}, ["other profile"]),
-    ]  # fmt: skip
+        ("exif.jpg", image, {"exif": exif}, ["EXIF"]),
+        ("text.png", image, {"pnginfo": text}, ["comments"]),
+        ("clear.png", clear, {}, ["transparency"]),
+        ("grey16.png", grey16, {}, ["bits"]),
+        ("pages.tif", image, {"save_all": True, "append_images": [image]}, ["pages"]),
+        ("opaque.png", opaque, {}, []),
+        ("cmyk.jpg", image.convert("CMYK"), {}, []),
+        ("opaque.gif", image, {}, []),
+        ("plain.jpg", image, {}, []),
+        ("grey.png", image.convert("L"), {"icc_profile": bytes(grey_profile)}, ["other profile"]),
+    ]
     for name, source, settings, keys in cases:
         path = saved(tmp_path / name, source, **settings)
         assert interpolated(checkpoint, capsys, path, path, tmp_path / "out.png") == names(*keys), name
@@ -158,24 +238,53 @@ def test_a_plain_video_loses_nothing_but_what_is_said(pipeline, tmp_path):
     plain = film_clip(tmp_path / "plain.mp4", 2)
     assert all(notes(pipeline, plain, tmp_path / f"out{suffix}") == [] for suffix in (".mp4", ".mkv", ".mov", ".webm"))
     phone = phone_clip(tmp_path / "phone.mp4", 4)
-    assert notes(pipeline, phone, tmp_path / "out.gif") == names("sound", "chapters", "metadata") == notes(pipeline, phone, tmp_path / "out")
+    assert (
+        notes(pipeline, phone, tmp_path / "out.gif")
+        == names("sound", "chapters", "metadata")
+        == notes(pipeline, phone, tmp_path / "out")
+    )
     assert names("chapters")[0] in notes(pipeline, phone, tmp_path / "out.avi")
     fine = film_clip(tmp_path / "fine.mkv", 2, pixel_format="yuv444p")
-    assert notes(pipeline, fine, tmp_path / "out.webm", codec="av1") == ["av1 keeps one colour for 2x2 pixels (yuv420p)"]
+    assert notes(pipeline, fine, tmp_path / "out.webm", codec="av1") == [
+        "av1 keeps one colour for 2x2 pixels (yuv420p)"
+    ]
     deep = film_clip(tmp_path / "deep.mkv", 2, codec="ffv1", pixel_format="yuv420p12le")
     assert notes(pipeline, deep, tmp_path / "out.mp4") == ["h264 keeps 10 bits of the source's 12 (yuv420p10le)"]
 
 
 def test_what_frames_carry(pipeline, tmp_path):
-    hdr = "hdr10=1:master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1):max-cll=1000,400"
-    source = film_clip(tmp_path / "hdr.mkv", 2, codec="libx265", pixel_format="yuv420p10le", colours=(1, 9, 9, 16), options={"x265-params": hdr})
-    assert notes(pipeline, source, tmp_path / "out.mp4", codec="h264") == names("HDR10") == notes(pipeline, source, tmp_path / "out.mkv", codec="ffv1")
-    told = Hdr10(tuple(map(Fraction, "0.68 0.32 0.265 0.69 0.15 0.06 0.3127 0.329".split())), Fraction(1, 10000), Fraction(1000), 1000, 400)
+    hdr = (
+        "hdr10=1:master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1):max-cll=1000,400"
+    )
+    source = film_clip(
+        tmp_path / "hdr.mkv",
+        2,
+        codec="libx265",
+        pixel_format="yuv420p10le",
+        colours=(1, 9, 9, 16),
+        options={"x265-params": hdr},
+    )
+    assert (
+        notes(pipeline, source, tmp_path / "out.mp4", codec="h264")
+        == names("HDR10")
+        == notes(pipeline, source, tmp_path / "out.mkv", codec="ffv1")
+    )
+    told = Hdr10(
+        tuple(map(Fraction, "0.68 0.32 0.265 0.69 0.15 0.06 0.3127 0.329".split())),
+        Fraction(1, 10000),
+        Fraction(1000),
+        1000,
+        400,
+    )
     assert hdr10_of(Source(source)) == told
     for name in ("out.mp4", "out.mkv", "out.mov", "out.webm"):
         assert notes(pipeline, source, tmp_path / name) == [], name
         kept = hdr10_of(Source(tmp_path / name))
-        assert kept[3:] == told[3:] and all(abs(a - b) < 1e-4 for a, b in zip((*kept.colours, kept.darkest), (*told.colours, told.darkest))) and abs(kept.brightest - 1000) < 0.01
+        assert (
+            kept[3:] == told[3:]
+            and all(abs(a - b) < 1e-4 for a, b in zip((*kept.colours, kept.darkest), (*told.colours, told.darkest)))
+            and abs(kept.brightest - 1000) < 0.01
+        )
     assert notes(pipeline, source, tmp_path / "out.y4m") == names("matrix", "primaries", "HDR10")
     stereo = film_clip(tmp_path / "stereo.mkv", 2, options={"x264-params": "frame-packing=3"})
     assert notes(pipeline, stereo, tmp_path / "out.mp4") == names("stereo")
@@ -186,7 +295,9 @@ def test_what_frames_carry(pipeline, tmp_path):
             if packet.size:
                 packet.stream = stream
                 tagged.mux(packet)
-    assert notes(pipeline, tmp_path / "tagged.mkv", tmp_path / "out.mkv") == [] and notes(pipeline, tmp_path / "tagged.mkv", tmp_path / "out.mp4") == names("stereo tag")
+    assert notes(pipeline, tmp_path / "tagged.mkv", tmp_path / "out.mkv") == [] and notes(
+        pipeline, tmp_path / "tagged.mkv", tmp_path / "out.mp4"
+    ) == names("stereo tag")
     with av.open(str(tmp_path / "out.mkv")) as file:
         assert file.streams.video[0].metadata["stereo_mode"] == "left_right"
 
@@ -198,7 +309,9 @@ def test_pixels_that_are_not_square_are_kept_or_noted(pipeline, tmp_path, suffix
     if suffix in (".webm", ".y4m"):
         assert said == names("pixel aspect", *(["matrix"] if suffix == ".y4m" else []))
     elif suffix:
-        assert said == [] and abs(read(out).pixel_aspect - Fraction(16, 11)) < (0.01 if suffix == ".gif" else 1e-9)  # GIF has 1/64
+        assert said == [] and abs(read(out).pixel_aspect - Fraction(16, 11)) < (
+            0.01 if suffix == ".gif" else 1e-9
+        )  # GIF has 1/64
     else:
         assert said == [] and Image.open(out / "00000000.png").info["aspect"] == (11, 16), "PNG has pixels to the unit"
 
@@ -212,7 +325,12 @@ def test_images_with_pixels_that_are_not_square(pipeline, checkpoint, tmp_path, 
     assert notes(pipeline, tmp_path / "in", tmp_path / "made") == []
     across, down = Image.open(tmp_path / "made" / "00000000.png").info["aspect"]
     assert abs(down / across - 16 / 11) < 0.01
-    assert interpolated(checkpoint, capsys, tmp_path / "in" / "0.png", tmp_path / "made" / "00000001.png", tmp_path / "mid.png") == []
+    assert (
+        interpolated(
+            checkpoint, capsys, tmp_path / "in" / "0.png", tmp_path / "made" / "00000001.png", tmp_path / "mid.png"
+        )
+        == []
+    )
     assert np.allclose(Image.open(tmp_path / "mid.png").info["dpi"], (110, 160), atol=0.1)
 
 
@@ -248,7 +366,9 @@ def test_transparency_that_the_decoder_leaves_out(pipeline, tmp_path):
         video.height, video.width, video.pix_fmt = 64, 96, "yuva420p"
         video.metadata["alpha_mode"] = "1"
         for number, frame in enumerate(drifting(2)):
-            picture = av.VideoFrame.from_ndarray(np.dstack([frame, np.full(frame.shape[:2], 100, np.uint8)]), format="rgba")
+            picture = av.VideoFrame.from_ndarray(
+                np.dstack([frame, np.full(frame.shape[:2], 100, np.uint8)]), format="rgba"
+            )
             picture.pts, picture.time_base = number, Fraction(1, 25)
             file.mux(video.encode(picture.reformat(format="yuva420p")))
         file.mux(video.encode(None))
@@ -272,6 +392,14 @@ def test_a_folder_of_images_of_which_some_have_more(pipeline, tmp_path):
 def test_opening_an_image_tells_what_it_has(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6
-    opened = open_image(saved(tmp_path / "turned.jpg", Image.fromarray(moving_picture(0, 32, 48)), exif=exif, dpi=(300, 150), icc_profile=PROFILE))
+    opened = open_image(
+        saved(
+            tmp_path / "turned.jpg",
+            Image.fromarray(moving_picture(0, 32, 48)),
+            exif=exif,
+            dpi=(300, 150),
+            icc_profile=PROFILE,
+        )
+    )
     assert opened.image.size == (32, 48) and opened.resolution == (150, 300) and opened.profile == PROFILE
     assert opened.found == {"orientation", "profile", "resolution", "pixel aspect"}

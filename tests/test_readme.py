@@ -23,6 +23,7 @@ from tests.video_files import phone_clip, read
 from training.data import LAYOUTS
 from training.options import RunOptions
 
+
 README = (REPOSITORY / "README.md").read_text()
 DOCS = {f"docs/{path.name}": path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md"))}
 PAGES = {"README.md": README, **DOCS, "comfyui/README.md": (REPOSITORY / "comfyui" / "README.md").read_text()}
@@ -54,7 +55,10 @@ def test_the_first_command_makes_the_picture_that_is_shown(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == printed.removeprefix("# ")
-    made, shown = (np.array(Image.open(path)).astype(float) for path in (tmp_path / "mid.png", REPOSITORY / "examples" / "mid.png"))
+    made, shown = (
+        np.array(Image.open(path)).astype(float)
+        for path in (tmp_path / "mid.png", REPOSITORY / "examples" / "mid.png")
+    )
     assert np.abs(made - shown).mean() < 0.5
 
 
@@ -64,7 +68,14 @@ def test_python_snippets_run(page, tmp_path):
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     phone_clip(tmp_path / "in.mp4", 3)
     for command in commands(page, "madiff export"):
-        assert main([*command[1:-1], str(tmp_path / command[-1])] if command[2].startswith("--") else [command[1], str(tmp_path / command[2]), *command[3:]]) == 0
+        assert (
+            main(
+                [*command[1:-1], str(tmp_path / command[-1])]
+                if command[2].startswith("--")
+                else [command[1], str(tmp_path / command[2]), *command[3:]]
+            )
+            == 0
+        )
     code = "\n".join(blocks("python", page)).replace(".resize((640, 480))", ".resize((96, 64))")
     if not torch.cuda.is_available():
         code = code.replace('.to("cuda")', '.to("cpu")')
@@ -75,7 +86,11 @@ def test_python_snippets_run(page, tmp_path):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_have_options_that_exist(page, capsys):
     """All of `madiff`, those that are typed behind `accelerate launch` too."""
-    printed = commands(page, "madiff ") + [command[command.index("madiff_diffusers") :] for command in commands(page, "accelerate launch") if "madiff_diffusers" in command]
+    printed = commands(page, "madiff ") + [
+        command[command.index("madiff_diffusers") :]
+        for command in commands(page, "accelerate launch")
+        if "madiff_diffusers" in command
+    ]
     assert printed or page in ("docs/properties.md", "docs/hint-sources.md", "comfyui/README.md")
     for _, *arguments in printed:
         build_parser().parse_args(arguments)
@@ -111,7 +126,9 @@ def test_links_lead_somewhere():
             assert found.exists(), f"{page}: {target}"
             if heading:
                 headings = re.findall(r"^#+ (.*)$", found.read_text(), flags=re.MULTILINE)
-                assert heading in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], f"{page}: {target}"
+                assert heading in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], (
+                    f"{page}: {target}"
+                )
 
 
 def test_the_readme_is_short_and_its_moving_picture_small():
@@ -130,11 +147,17 @@ def test_ci_runs_the_test_command():
 
 @pytest.mark.parametrize("name", ["README.md", "training/README.md"])
 def test_training_commands_have_options_that_exist(name):
-    printed = re.findall(r"accelerate launch ([^\n]*?)-m training\.(\w+)([^#\n]*)", (REPOSITORY / name).read_text().replace("\\\n", ""))
+    printed = re.findall(
+        r"accelerate launch ([^\n]*?)-m training\.(\w+)([^#\n]*)", (REPOSITORY / name).read_text().replace("\\\n", "")
+    )
     assert len(printed) >= 3
     for launcher, module, flags in printed:
         options = importlib.import_module(f"training.{module}")
-        owner = next(each for each in vars(options).values() if isinstance(each, type) and each.__name__.endswith("Options") and each is not RunOptions)
+        owner = next(
+            each
+            for each in vars(options).values()
+            if isinstance(each, type) and each.__name__.endswith("Options") and each is not RunOptions
+        )
         known = {field.name for field in dataclasses.fields(owner)} | {"config"}
         assert set(re.findall(r"--(\w+)", flags)) <= known
         for path in re.findall(r"--config_file (\S+)", launcher):
@@ -144,17 +167,36 @@ def test_training_commands_have_options_that_exist(name):
 def test_parameters_are_what_the_command_prints():
     text = (REPOSITORY / "training" / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "numel" in block)
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     printed = {tuple(line.split()[:2]): line.split(maxsplit=2)[2] for line in done.stdout.splitlines()}
     shown = {}
-    for name, *cells in (re.findall(r"[^|]+", line) for line in text.splitlines() if re.match(r"\| `(tiny|compact|motion|paper)` \| [\d–]", line)):
-        shown.update({(name.strip(" `"), part): cell.strip() for part, cell in zip(("i2e", "hint_model", "vqvae", "unet"), cells) if cell.strip() != "–"})
+    for name, *cells in (
+        re.findall(r"[^|]+", line)
+        for line in text.splitlines()
+        if re.match(r"\| `(tiny|compact|motion|paper)` \| [\d–]", line)
+    ):
+        shown.update(
+            {
+                (name.strip(" `"), part): cell.strip()
+                for part, cell in zip(("i2e", "hint_model", "vqvae", "unet"), cells)
+                if cell.strip() != "–"
+            }
+        )
     assert shown == printed
 
 
 def test_every_data_format_is_described():
     described = (REPOSITORY / "training" / "README.md").read_text()
-    assert all(f"| `{name}`" in described or f"`{name}` |" in described or f"`{name}`," in described for name in LAYOUTS)
+    assert all(
+        f"| `{name}`" in described or f"`{name}` |" in described or f"`{name}`," in described for name in LAYOUTS
+    )
 
 
 def test_every_benchmark_metric_and_question_is_described():
@@ -174,16 +216,25 @@ def table_rows(text: str) -> dict:
 
 @pytest.mark.slow
 def test_the_results_are_what_the_commands_print(shared_data, tmp_path):
-    backbone, vgg = (str(shared_data / "weights" / f"lpips_{net}_features.safetensors") for net in ("alexnet", "vgg16"))
+    backbone, vgg = (
+        str(shared_data / "weights" / f"lpips_{net}_features.safetensors") for net in ("alexnet", "vgg16")
+    )
     printed = re.findall(r"^madiff (evaluate --benchmark .*)$", EVALUATION, flags=re.MULTILINE)
     assert len(printed) == 3
     for command in printed:
         arguments = shlex.split(command)
         benchmark = arguments[arguments.index("--benchmark") + 1]
         root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(benchmark, benchmark)
-        values = {"DIR": str(root), "alexnet_features.safetensors": backbone, "vgg16_features.safetensors": vgg, "results": str(tmp_path / "results")}
+        values = {
+            "DIR": str(root),
+            "alexnet_features.safetensors": backbone,
+            "vgg16_features.safetensors": vgg,
+            "results": str(tmp_path / "results"),
+        }
         done = subprocess.run(
-            [sys.executable, "-m", "madiff_diffusers", *(values.get(each, each) for each in arguments)], capture_output=True, text=True
+            [sys.executable, "-m", "madiff_diffusers", *(values.get(each, each) for each in arguments)],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
     assert table_rows((tmp_path / "results" / "results.md").read_text()) == table_rows(EVALUATION) != {}

@@ -18,6 +18,7 @@ from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions
 
+
 RECIPE = REPOSITORY / "training" / "recipes" / "madiff-compact"
 OPTIONS = {"train_i2e": I2EOptions, "train_vq_magan": VQMAGANOptions, "train_denoiser": DenoiserOptions}
 
@@ -44,7 +45,10 @@ def test_every_command_is_understood_and_has_its_table():
         options, config = parse_options(OPTIONS[module], module, [*flags, "--data", "clips", "--output", "runs"], "")
         check_config(config)
         last = table(name)[-1]
-        assert int(last["step"]) <= options.steps and int(last["step"]) > (options.stop_step or options.steps) - options.log_every
+        assert (
+            int(last["step"]) <= options.steps
+            and int(last["step"]) > (options.stop_step or options.steps) - options.log_every
+        )
         assert int(last["samples"]) % (int(last["step"]) * options.batch_size) == 0
 
 
@@ -75,8 +79,20 @@ def test_the_first_steps_are_those_of_the_tables(shared_data, tmp_path):
         module, flags = commands()[name]
         for place, path in places.items():
             flags = [flag.replace(place, path) for flag in flags]
-        flags = [*flags, "--data", str(shared_data / "train" / "open"), "--output", str(tmp_path / name), "--workers", "1", "--stop_step", "50"]
-        subprocess.run([sys.executable, "-m", f"training.{module}", *flags], cwd=REPOSITORY, env=environment, check=True)
+        flags = [
+            *flags,
+            "--data",
+            str(shared_data / "train" / "open"),
+            "--output",
+            str(tmp_path / name),
+            "--workers",
+            "1",
+            "--stop_step",
+            "50",
+        ]
+        subprocess.run(
+            [sys.executable, "-m", f"training.{module}", *flags], cwd=REPOSITORY, env=environment, check=True
+        )
         with (tmp_path / name / "summary.csv").open(newline="") as file:
             made = {key: float(value) for key, value in next(csv.DictReader(file)).items()}
         expected = {key: float(value) for key, value in table(name)[0].items()}

@@ -11,7 +11,9 @@ from madiff_diffusers.video.middles import bytes_per_pixel, tile_pixels_for
 from tests.conftest import moving_picture, photograph
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (256, 1920), (1088, 1920), (2176, 3840), (3840, 2176), (448, 320), (64, 8192)])
+@pytest.mark.parametrize(
+    "height, width", [(64, 64), (256, 1920), (1088, 1920), (2176, 3840), (3840, 2176), (448, 320), (64, 8192)]
+)
 @pytest.mark.parametrize("pixels", [1, 100_000, 400_000, 1_500_000])
 def test_tiles_cover_a_frame_and_overlap(height, width, pixels):
     tiling = Tiling(pixels, 64)
@@ -46,7 +48,9 @@ def test_fast_motion_is_followed_across_the_borders_of_tiles():
     prev, truth, next_ = (np.ascontiguousarray(picture[200:520, 200 + shift : 840 + shift]) for shift in (0, 50, 100))
 
     def error() -> np.ndarray:
-        made = pipeline(prev, next_, generator=torch.Generator().manual_seed(0), output_type="np", hint_policy="start").frames[0, 0]
+        made = pipeline(
+            prev, next_, generator=torch.Generator().manual_seed(0), output_type="np", hint_policy="start"
+        ).frames[0, 0]
         return ((made * 255 - truth)[:, 100:-100] ** 2).mean()
 
     whole = error()

@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY, load_config, moving_picture
 from training.frame_bank import FrameBank, augment, composed
 from training.train_sampler import distance, disturbed
 
+
 CPU = torch.device("cpu")
 
 
@@ -86,8 +87,12 @@ def test_a_folder_without_videos_is_refused(tmp_path):
 def test_distance_is_in_pixels_of_the_frames_at_every_scale():
     truth = torch.tensor([6.0, -8.0]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
     for stride in (1, 2, 4):
-        assert distance(torch.zeros(1, 2, 16 // stride, 16 // stride), truth, torch.ones(1, 1, 16, 16)).item() == pytest.approx(10, abs=0.1)
-        assert distance(truth[..., ::stride, ::stride] / stride, truth, torch.ones(1, 1, 16, 16)).item() == pytest.approx(0.1, abs=0.01)
+        assert distance(
+            torch.zeros(1, 2, 16 // stride, 16 // stride), truth, torch.ones(1, 1, 16, 16)
+        ).item() == pytest.approx(10, abs=0.1)
+        assert distance(
+            truth[..., ::stride, ::stride] / stride, truth, torch.ones(1, 1, 16, 16)
+        ).item() == pytest.approx(0.1, abs=0.01)
 
 
 def test_disturbed_hints_are_a_share():
@@ -104,13 +109,45 @@ def test_disturbed_hints_are_a_share():
 def config(tmp_path) -> Path:
     """The `motion` configuration at the smallest size that has every part."""
     config = load_config("motion")
-    config["hint_model"] = {"channels": [4, 8, 8], "start_channels": [8, 8], "refine_channels": [8, 8], "match_channels": 4, "reach": [1, 2]}
-    small = {"block_out_channels": [6, 8], "num_vq_embeddings": 32, "refine_channels": 4, "news_block_out_channels": [6, 8], "evidence_channels": 4}
+    config["hint_model"] = {
+        "channels": [4, 8, 8],
+        "start_channels": [8, 8],
+        "refine_channels": [8, 8],
+        "match_channels": 4,
+        "reach": [1, 2],
+    }
+    small = {
+        "block_out_channels": [6, 8],
+        "num_vq_embeddings": 32,
+        "refine_channels": 4,
+        "news_block_out_channels": [6, 8],
+        "evidence_channels": 4,
+    }
     config["vqvae"].update(small)
-    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "block_out_channels": [8, 16]}
+    blocks = {
+        "down_block_types": ["DownBlock2D"] * 2,
+        "up_block_types": ["UpBlock2D"] * 2,
+        "block_out_channels": [8, 16],
+    }
     config["unet"].update(blocks, in_channels=45, norm_num_groups=4)
-    tiny = {"steps": 6, "batch_size": 3, "crop": 32, "warmup_steps": 1, "mixed_precision": "no", "save_every": 2, "log_every": 1}
-    tiny.update(scales=[1.0, 1.5], lpips_net="none", lpips_weight=0.0, tracker="none", two_steps_from=0.3, two_step_share=0.5, gaps=[1.0])
+    tiny = {
+        "steps": 6,
+        "batch_size": 3,
+        "crop": 32,
+        "warmup_steps": 1,
+        "mixed_precision": "no",
+        "save_every": 2,
+        "log_every": 1,
+    }
+    tiny.update(
+        scales=[1.0, 1.5],
+        lpips_net="none",
+        lpips_weight=0.0,
+        tracker="none",
+        two_steps_from=0.3,
+        two_step_share=0.5,
+        gaps=[1.0],
+    )
     config["train_sampler"] = tiny
     path = tmp_path / "motion.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -118,7 +155,17 @@ def config(tmp_path) -> Path:
 
 
 def command(config: Path, clips: Path, output: Path, *flags: str) -> list:
-    base = [sys.executable, "-m", "training.train_sampler", "--config", str(config), "--data", str(clips), "--output", str(output)]
+    base = [
+        sys.executable,
+        "-m",
+        "training.train_sampler",
+        "--config",
+        str(config),
+        "--data",
+        str(clips),
+        "--output",
+        str(output),
+    ]
     return [*base, *flags]
 
 
@@ -127,13 +174,26 @@ def train(*arguments) -> subprocess.CompletedProcess:
 
 
 def weights(folder: Path) -> dict:
-    return {f"{path.parent.name}.{name}": value for path in folder.glob("*/*.safetensors") for name, value in load_file(path).items()}
+    return {
+        f"{path.parent.name}.{name}": value
+        for path in folder.glob("*/*.safetensors")
+        for name, value in load_file(path).items()
+    }
 
 
 def test_it_trains_validates_exports_and_resumes_exactly(config, clips, tmp_path):
     torch.manual_seed(0)
     RIFEFlowModel().save_pretrained(tmp_path / "teacher")
-    flags = ["--teacher", str(tmp_path / "teacher"), "--validation", str(clips), "--validation_samples", "2", "--validation_crop", "64"]
+    flags = [
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--validation",
+        str(clips),
+        "--validation_samples",
+        "2",
+        "--validation_crop",
+        "64",
+    ]
     flags += ["--validate_every", "6"]
     done = train(config, clips, tmp_path / "whole", *flags)
     assert done.returncode == 0, done.stderr
@@ -151,7 +211,9 @@ def test_it_trains_validates_exports_and_resumes_exactly(config, clips, tmp_path
     frames = torch.from_numpy(moving_picture(0, 40, 40)).permute(2, 0, 1)[None].float() / 255
     assert pipeline(frames, frames, output_type="pt").frames.shape == (1, 1, 3, 40, 40)
     assert (tmp_path / "whole" / "pipeline" / "README.md").is_file()
-    done = train(config, clips, tmp_path / "again", *flags[:2], "--init", str(tmp_path / "whole" / "pipeline"), "--steps", "1")
+    done = train(
+        config, clips, tmp_path / "again", *flags[:2], "--init", str(tmp_path / "whole" / "pipeline"), "--steps", "1"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -181,7 +243,19 @@ def test_bad_options_are_one_line(config, clips, tmp_path, flags, message):
 
 @pytest.mark.slow
 def test_the_loss_falls(config, clips, tmp_path):
-    done = train(config, clips, tmp_path / "run", "--steps", "400", "--learning_rate", "2e-3", "--log_every", "20", "--save_every", "400")
+    done = train(
+        config,
+        clips,
+        tmp_path / "run",
+        "--steps",
+        "400",
+        "--learning_rate",
+        "2e-3",
+        "--log_every",
+        "20",
+        "--save_every",
+        "400",
+    )
     assert done.returncode == 0, done.stderr
     with (tmp_path / "run" / "summary.csv").open() as file:
         losses = [float(row["l1"]) for row in csv.DictReader(file)]
@@ -190,7 +264,9 @@ def test_the_loss_falls(config, clips, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_saves(config, clips, tmp_path):
-    process = subprocess.Popen(command(config, clips, tmp_path / "run", "--steps", "100000", "--save_every", "100000"), cwd=REPOSITORY)
+    process = subprocess.Popen(
+        command(config, clips, tmp_path / "run", "--steps", "100000", "--save_every", "100000"), cwd=REPOSITORY
+    )
     while not (tmp_path / "run" / "summary.csv").exists():
         time.sleep(0.5)
         assert process.poll() is None

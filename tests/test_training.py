@@ -32,6 +32,7 @@ from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions, start_from
 
+
 SLOW = pytest.mark.slow
 STAGES = {"i2e": "train_i2e", "vqvae": "train_vq_magan", "unet": "train_denoiser"}
 OPTIONS = {"train_i2e": I2EOptions, "train_vq_magan": VQMAGANOptions, "train_denoiser": DenoiserOptions}
@@ -50,7 +51,16 @@ def command(stage: str, clips: Path, runs: Path, *flags: str) -> list:
 
 
 def one_process(module_and_options: list) -> list:
-    return [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", *module_and_options]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "-m",
+        *module_and_options,
+    ]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -69,7 +79,9 @@ def succeed(arguments: list, **environment: str) -> str:
 
 def start(arguments: list) -> subprocess.Popen:
     pipe = subprocess.PIPE
-    return subprocess.Popen(arguments, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(
+        arguments, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
 
 
 def stop_at(process: subprocess.Popen, line_start: str, number: int) -> str:
@@ -224,7 +236,15 @@ def test_loss_falls_on_one_fixed_batch(stage, trained, tmp_path):
 @pytest.mark.parametrize("stage", [pytest.param("i2e", marks=SLOW), "vqvae", pytest.param("unet", marks=SLOW)])
 def test_speed_and_memory_options_keep_training_going(stage, clips, trained, tmp_path):
     runs = link(stage, trained, tmp_path / "runs")
-    flags = ["--mixed_precision", "bf16", "--accumulation", "2", "--gradient_checkpointing", "--channels_last", "false"]
+    flags = [
+        "--mixed_precision",
+        "bf16",
+        "--accumulation",
+        "2",
+        "--gradient_checkpointing",
+        "--channels_last",
+        "false",
+    ]
     motion = ["--random_motion_share", "0.5", "--colour_jitter", "0.1", "--steps", "6"]
     succeed(command(stage, clips, runs, *flags, *motion, "--tracker", "none", "--workers", "1"))
     assert [int(row["samples"]) for row in rows(runs / stage)] == list(range(4, 28, 4))
@@ -237,12 +257,18 @@ def test_the_result_is_sent_to_the_hub_with_a_filled_card(clips, trained):
         succeed(command("unet", clips, trained, *flags, "--hub_private"))
         sent = hub.repositories["somebody/madiff-tiny"]["main"]
         request = hub.created["somebody/madiff-tiny"]
-        assert request.get("visibility") == "private" or request.get("private"), "by whichever name the client gives it"
+        assert request.get("visibility") == "private" or request.get("private"), (
+            "by whichever name the client gives it"
+        )
         folder = trained / "unet" / "pipeline"
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert b'"REPOSITORY"' in files["README.md"]
         files["README.md"] = files["README.md"].replace(b'"REPOSITORY"', b'"somebody/madiff-tiny"')
-        assert sent == files and {"model_index.json", "pipeline_madiff.py", "unet/diffusion_pytorch_model.safetensors"} <= set(sent)
+        assert sent == files and {
+            "model_index.json",
+            "pipeline_madiff.py",
+            "unet/diffusion_pytorch_model.safetensors",
+        } <= set(sent)
         card = sent["README.md"].decode()
         header = yaml.safe_load(card.split("---")[1])
         assert header["library_name"] == "diffusers"
@@ -341,9 +367,7 @@ def test_two_processes_go_on_where_they_were_killed(clips, trained, tmp_path):
     assert [name for name in whole if not same(whole[name], resumed[name])] == []
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)]
-)
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)])
 def test_a_signal_saves_and_ends_the_run(number, code, clips, trained, tmp_path):
     flags = ["--steps", "400", "--save_every", "1000", "--workers", "1"]
     process = start(command("i2e", clips, tmp_path, *flags))
@@ -402,7 +426,10 @@ def test_killed_at_random_moments_a_run_always_goes_on(clips, trained, tmp_path)
 def test_a_batch_that_breaks_training_is_saved(clips, tmp_path):
     done = launch(command("i2e", clips, tmp_path, "--learning_rate", "1e30", "--accumulation", "2"))
     assert done.returncode == 1
-    match = re.search(r"error: The gradient's norm is (nan|inf) at step (\d+); the batches that caused it are in (\S+)\.\n", done.stderr)
+    match = re.search(
+        r"error: The gradient's norm is (nan|inf) at step (\d+); the batches that caused it are in (\S+)\.\n",
+        done.stderr,
+    )
     assert match, done.stderr
     batches = load_file(match.group(3))
     assert {name.split(".")[0] for name in batches} == {"pass_0", "pass_1"}
@@ -441,13 +468,28 @@ def test_wrong_options_are_named(flags, message, capsys):
 
 @pytest.mark.parametrize("stage", OPTIONS)
 def test_every_option_has_a_range_and_nothing_outside_of_it_is_taken(stage, capsys):
-    free = {"data", "output", "columns", "validation", "lpips_backbone", "push_to_hub", "hub_revision", "hub_message", "init", "i2e", "vqvae", "hint_source"}
+    free = {
+        "data",
+        "output",
+        "columns",
+        "validation",
+        "lpips_backbone",
+        "push_to_hub",
+        "hub_revision",
+        "hub_message",
+        "init",
+        "i2e",
+        "vqvae",
+        "hint_source",
+    }
     for field in dataclasses.fields(OPTIONS[stage]):
         default, allowed = field.default, field.metadata["allowed"]
         if isinstance(default, bool) or field.name in free:
             continue
         outside = {"less": -1, "infinite": float("inf")}
-        outside.update(most=allowed.most and allowed.most + 1, less_than=allowed.less_than, more_than=allowed.more_than)
+        outside.update(
+            most=allowed.most and allowed.most + 1, less_than=allowed.less_than, more_than=allowed.more_than
+        )
         if isinstance(default, str):
             outside = {"choices": "else"}
         for value in outside.values():
@@ -457,7 +499,12 @@ def test_every_option_has_a_range_and_nothing_outside_of_it_is_taken(stage, caps
                 value = [value] * len(default)
             text = yaml.safe_dump(value, default_flow_style=True).replace("...", "").strip()
             with pytest.raises(SystemExit):
-                parse_options(OPTIONS[stage], stage, ["--config", "tiny", "--data", "x", "--output", "y", f"--{field.name}={text}"], "")
+                parse_options(
+                    OPTIONS[stage],
+                    stage,
+                    ["--config", "tiny", "--data", "x", "--output", "y", f"--{field.name}={text}"],
+                    "",
+                )
             assert f"error: --{field.name} must be {allowed}, but is " in capsys.readouterr().err, (field.name, value)
     with pytest.raises(SystemExit):
         parse_options(OPTIONS[stage], stage, ["--config", "tiny", "--data", "x", "--output", "y", "--gaps", "[]"], "")
@@ -477,7 +524,11 @@ def test_an_empty_section_is_one_without_keys(section, content, tmp_path, tiny, 
         return
     with pytest.raises(SystemExit):
         parse_options(I2EOptions, "train_i2e", given, "")
-    wanted = "class must be a scheduler of diffusers" if content is None else f"must be a mapping of keys to values, but is {content!r}"
+    wanted = (
+        "class must be a scheduler of diffusers"
+        if content is None
+        else f"must be a mapping of keys to values, but is {content!r}"
+    )
     assert f"mine.yaml: section {section}" in (said := capsys.readouterr().err) and wanted in said
 
 
@@ -502,7 +553,19 @@ def test_unknown_keys_of_a_configuration_are_named(section, key, message, tmp_pa
 
 
 def test_flags_go_before_the_file_and_the_file_before_defaults():
-    flags = ["--config", "tiny", "--data", "x", "--output", "y", "--crop", "64", "--compile", "--adam_betas", "[0.8, 0.95]"]
+    flags = [
+        "--config",
+        "tiny",
+        "--data",
+        "x",
+        "--output",
+        "y",
+        "--crop",
+        "64",
+        "--compile",
+        "--adam_betas",
+        "[0.8, 0.95]",
+    ]
     options, config = parse_options(VQMAGANOptions, "train_vq_magan", flags, "")
     assert (options.crop, options.compile, options.adam_betas) == (64, True, (0.8, 0.95))
     assert options.batch_size == 2 and options.weight_decay == 0.0 and config["vqvae"]["stem_stride"] == 2
@@ -521,7 +584,9 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
     logs = sorted((runs / "i2e" / "log").rglob("*"))
     assert len([path for path in logs if path.is_dir()]) == 1, "no folder but the one with TensorBoard's file"
     assert "resumed at step 20" in succeed(command("i2e", clips, runs))
-    assert rows(runs / "i2e") == before and sorted((runs / "i2e" / "log").rglob("*")) == logs, "a start that logs nothing leaves nothing"
+    assert rows(runs / "i2e") == before and sorted((runs / "i2e" / "log").rglob("*")) == logs, (
+        "a start that logs nothing leaves nothing"
+    )
     done = launch(command("i2e", clips, runs, "--steps", "22", "--learning_rate", "1e-4"))
     assert done.returncode == 0 and len(rows(runs / "i2e")) == 22
     assert "changed since the last start: learning_rate was 0.002, is 0.0001" in done.stderr
@@ -540,7 +605,13 @@ def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tm
         file.write("6,3.")  # killed while it wrote
     _take_back(path, 4)
     _append(path, {"step": 5, "loss": 9.0})
-    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("1", "0.5"), ("2", "1.0"), ("3", "1.5"), ("4", "2.0"), ("5", "9.0")]
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        ("1", "0.5"),
+        ("2", "1.0"),
+        ("3", "1.5"),
+        ("4", "2.0"),
+        ("5", "9.0"),
+    ]
     _take_back(path, 0)
     _take_back(path, 0)
     assert list(tmp_path.iterdir()) == [], "nothing is left of a run that has no checkpoint yet"
@@ -596,7 +667,10 @@ def test_help_says_what_every_option_is_and_the_defaults_of_the_configuration(ca
             parse_options(VQMAGANOptions, "train_vq_magan", [*flags, "--help"], "")
         return " ".join(capsys.readouterr().out.split())
 
-    assert "--latent_noise LATENT_NOISE noise on the latents" in printed() and "sample; at least 0 (default: 0.0)" in printed()
+    assert (
+        "--latent_noise LATENT_NOISE noise on the latents" in printed()
+        and "sample; at least 0 (default: 0.0)" in printed()
+    )
     assert "give way to those of --config" in printed()
     assert "sample; at least 0 (default: 0.5)" in printed("--config", "compact")
     assert "one of alex, vgg, none (default: 'alex')" in printed("--config", "compact")
@@ -658,11 +732,42 @@ def test_every_stage_can_be_told_the_instant(clips, tmp_path):
     config["hint_source"], config["vqvae"]["hint_channels"], config["unet"]["in_channels"] = "flow", 2, 13
     config["vqvae"]["time_conditioned"], config["unet"]["class_embed_type"] = True, "timestep"
     (tmp_path / "timed.yaml").write_text(yaml.safe_dump(config))
-    instants = ["--config", str(tmp_path / "timed.yaml"), "--any_time", "1", "--window", "5", "--steps", "2", "--validation", ""]
+    instants = [
+        "--config",
+        str(tmp_path / "timed.yaml"),
+        "--any_time",
+        "1",
+        "--window",
+        "5",
+        "--steps",
+        "2",
+        "--validation",
+        "",
+    ]
     for stage in ("vqvae", "unet"):
         given = ["--vqvae", str(tmp_path / "vqvae" / "vqvae")] if stage == "unet" else []
-        succeed([sys.executable, "-m", f"training.{STAGES[stage]}", "--data", str(clips), "--output", str(tmp_path / stage), *given, *instants])
+        succeed(
+            [
+                sys.executable,
+                "-m",
+                f"training.{STAGES[stage]}",
+                "--data",
+                str(clips),
+                "--output",
+                str(tmp_path / stage),
+                *given,
+                *instants,
+            ]
+        )
     pipeline = MADiffPipeline.from_pretrained(tmp_path / "unet" / "pipeline")
     assert pipeline.vqvae.config.time_conditioned and pipeline.unet.config.class_embed_type == "timestep"
-    early, late = (pipeline(*[moving_picture(t) for t in (0, 4)], times=[time], output_type="np", generator=torch.Generator().manual_seed(0)).frames for time in (0.2, 0.8))
+    early, late = (
+        pipeline(
+            *[moving_picture(t) for t in (0, 4)],
+            times=[time],
+            output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+        for time in (0.2, 0.8)
+    )
     assert not np.array_equal(early, late)

@@ -20,6 +20,7 @@ from madiff_diffusers.video.writing import CODECS, CONTAINERS, analogous_format,
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
 
+
 LOSSLESS = {"codec": "ffv1"}
 
 
@@ -37,7 +38,10 @@ def test_what_a_phone_records(pipeline, tmp_path):
     assert after.audio == before.audio and after.audio["codec"] == "aac" and after.audio["language"] == "fra"
     assert after.rotation == before.rotation == 90 and after.size == before.size
     assert after.chapters == before.chapters and len(after.chapters) == 2
-    assert {name: after.metadata[name] for name in ("title", "comment")} == {"title": "Holiday", "comment": "by the sea"}
+    assert {name: after.metadata[name] for name in ("title", "comment")} == {
+        "title": "Holiday",
+        "comment": "by the sea",
+    }
     assert after.colours == before.colours == (1, 1, 1, 1) and after.pixel_format == "yuv420p"
 
 
@@ -70,11 +74,15 @@ def test_ten_bits_and_their_colours(pipeline, tmp_path):
 
 def test_a_gif(pipeline, tmp_path):
     frames = [Image.fromarray(frame) for frame in drifting(6, 51, 75)]
-    frames[0].save(tmp_path / "in.gif", save_all=True, append_images=frames[1:], duration=[100, 100, 300, 100, 100, 200], loop=0)
+    frames[0].save(
+        tmp_path / "in.gif", save_all=True, append_images=frames[1:], duration=[100, 100, 300, 100, 100, 200], loop=0
+    )
     result = run(pipeline, tmp_path / "in.gif", tmp_path / "out.mp4")
     after = read(tmp_path / "out.mp4")
     assert after.size == (52, 76) and "no odd sizes" in result.notes[-1] and after.pixel_format == "yuv420p"
-    assert after.times[::2] == [Fraction(time, 10) for time in (0, 1, 2, 5, 6, 7)] and after.duration == Fraction(9, 10)
+    assert after.times[::2] == [Fraction(time, 10) for time in (0, 1, 2, 5, 6, 7)] and after.duration == Fraction(
+        9, 10
+    )
     assert after.colours == (1, 1, 1, 1)
     source, shown = decode(tmp_path / "in.gif"), decode(tmp_path / "out.mp4")
     assert np.abs(source[3].astype(int) - shown[6][:51, :75]).mean() < 6
@@ -89,7 +97,15 @@ def test_a_gif(pipeline, tmp_path):
 
 def test_nothing_is_made_across_a_cut(pipeline, tmp_path):
     frames = drifting(4) + [255 - frame for frame in drifting(4, start=4)]
-    source = write_video(tmp_path / "cut.mkv", frames, range(8), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    source = write_video(
+        tmp_path / "cut.mkv",
+        frames,
+        range(8),
+        Fraction(1, 25),
+        codec="ffv1",
+        pixel_format="bgr0",
+        colours=(2, 0, 1, 1),
+    )
     result = run(pipeline, source, tmp_path / "out.mkv", factor=3, **LOSSLESS)
     shown = decode(tmp_path / "out.mkv")
     assert result.frames == len(shown) == 24 and result.made == 6 * 2
@@ -102,11 +118,23 @@ def test_nothing_is_made_across_a_cut(pipeline, tmp_path):
 def test_repeated_frames(pipeline, tmp_path):
     moving = drifting(12)
     frames = [moving[number // 2 * 2] for number in range(12)] + [moving[-1]] * 8 + drifting(4, start=14)
-    source = write_video(tmp_path / "twos.mkv", frames, range(24), Fraction(1, 24), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    source = write_video(
+        tmp_path / "twos.mkv",
+        frames,
+        range(24),
+        Fraction(1, 24),
+        codec="ffv1",
+        pixel_format="bgr0",
+        colours=(2, 0, 1, 1),
+    )
     plain = run(pipeline, source, tmp_path / "plain.mkv", cut_threshold=2.0, **LOSSLESS)
     smooth = run(pipeline, source, tmp_path / "smooth.mkv", cut_threshold=2.0, dedup=True, **LOSSLESS)
     shown = decode(tmp_path / "smooth.mkv")
-    assert plain.made == 23 and plain.frames == smooth.frames == len(shown) == 48 and read(tmp_path / "smooth.mkv").times == read(tmp_path / "plain.mkv").times
+    assert (
+        plain.made == 23
+        and plain.frames == smooth.frames == len(shown) == 48
+        and read(tmp_path / "smooth.mkv").times == read(tmp_path / "plain.mkv").times
+    )
     for number in range(1, 20):
         assert not np.array_equal(shown[number], shown[number - 1]), number
     still = [number for number in range(1, 48) if np.array_equal(shown[number], shown[number - 1])]
@@ -128,11 +156,18 @@ def test_the_way_to_rgb_and_back_loses_nothing(matrix, colour_range, pixel_forma
     bits = picture.format.components[0].bits
     for mine, theirs in zip(picture.planes, back.planes):
         assert np.array_equal(*(np.frombuffer(plane, np.uint16 if bits > 8 else np.uint8) for plane in (mine, theirs)))
-    luma = np.frombuffer(picture.planes[0], np.uint16 if bits > 8 else np.uint8).reshape(size[0], -1)[:, : size[1]] / 2 ** (bits - 8)
+    luma = np.frombuffer(picture.planes[0], np.uint16 if bits > 8 else np.uint8).reshape(size[0], -1)[
+        :, : size[1]
+    ] / 2 ** (bits - 8)
     assert (luma.min() >= 16 and luma.max() <= 235) == (colour_range == 1)
     # FFmpeg's own conversion, which rounds, tells whether matrix and range are the right ones.
     if pixel_format == "yuv444p":
-        theirs = picture.to_ndarray(format="rgb24", src_colorspace={1: 1, 6: 5, 9: 9}.get(matrix, 5), src_color_range=colour_range, dst_color_range=2)
+        theirs = picture.to_ndarray(
+            format="rgb24",
+            src_colorspace={1: 1, 6: 5, 9: 9}.get(matrix, 5),
+            src_color_range=colour_range,
+            dst_color_range=2,
+        )
         assert np.abs(theirs / 255 - rgb).max() < 0.02
 
 
@@ -140,7 +175,12 @@ def planes(path: Path) -> list:
     """All samples of each frame as they are decoded."""
     with av.open(str(path)) as file:
         return [
-            np.concatenate([np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width].ravel() for plane in frame.planes])
+            np.concatenate(
+                [
+                    np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width].ravel()
+                    for plane in frame.planes
+                ]
+            )
             for frame in file.decode(video=0)
         ]
 
@@ -157,8 +197,16 @@ def test_originals_in_a_lossless_file_are_what_they_were(pipeline, tmp_path, col
 def test_made_frames_have_the_colours_of_their_neighbours(pipeline, tmp_path):
     """A still picture: what flickers between frames that are made and those that are not is two ways for colours."""
     source = write_video(tmp_path / "still.mkv", drifting(1) * 5, range(5), Fraction(1, 25), colours=(1, 6, 6, 6))
-    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: (torch.full_like(output[0], 0.2), *output[1:]))
-    grey = write_video(tmp_path / "grey.mkv", [np.full((64, 96, 3), 153, np.uint8)] * 5, range(5), Fraction(1, 25), colours=(1, 6, 6, 6))
+    pipeline.vqvae.decoder.register_forward_hook(
+        lambda module, inputs, output: (torch.full_like(output[0], 0.2), *output[1:])
+    )
+    grey = write_video(
+        tmp_path / "grey.mkv",
+        [np.full((64, 96, 3), 153, np.uint8)] * 5,
+        range(5),
+        Fraction(1, 25),
+        colours=(1, 6, 6, 6),
+    )
     for path in (source, grey):
         run(pipeline, path, tmp_path / "out.mkv", overwrite=True, **LOSSLESS)
         made = decode(tmp_path / "out.mkv")[1::2][:4]
@@ -170,7 +218,13 @@ def test_made_frames_have_the_colours_of_their_neighbours(pipeline, tmp_path):
 @pytest.mark.parametrize(
     "suffix, codec",
     [
-        pytest.param(suffix, codec, marks=[] if codec == container.codecs[0] or (suffix, codec) in ((".mov", "prores"), (".mkv", "ffv1")) else pytest.mark.slow)
+        pytest.param(
+            suffix,
+            codec,
+            marks=[]
+            if codec == container.codecs[0] or (suffix, codec) in ((".mov", "prores"), (".mkv", "ffv1"))
+            else pytest.mark.slow,
+        )
         for suffix, container in CONTAINERS.items()
         for codec in container.codecs
     ],
@@ -191,10 +245,15 @@ def test_every_kind_of_file(pipeline, tmp_path, suffix, codec):
     offset = after.times[0]
     rounding = {".gif": Fraction(1, 100), ".mkv": Fraction(1, 1000), ".webm": Fraction(1, 1000)}.get(suffix, 0)
     if not CONTAINERS[suffix].steady:
-        assert all(abs(a - offset - b * slower.get("slow_motion", 1)) <= rounding for a, b in zip(after.times[::2], before.times))
+        assert all(
+            abs(a - offset - b * slower.get("slow_motion", 1)) <= rounding
+            for a, b in zip(after.times[::2], before.times)
+        )
     if suffix in (".mp4", ".m4v", ".mov", ".mkv", ".avi"):
         assert after.audio["hash"] == before.audio["hash"]
-        assert abs((after.audio["times"][-1] - after.times[0]) - (before.audio["times"][-1] - before.times[0])) < Fraction(3, 100)
+        assert abs(
+            (after.audio["times"][-1] - after.times[0]) - (before.audio["times"][-1] - before.times[0])
+        ) < Fraction(3, 100)
     elif suffix == ".webm":
         assert after.audio["codec"] == "opus" and "encoded anew" in result.notes[-1]
 
@@ -243,7 +302,11 @@ def noise(pixel_format: str, seed: int = 0, size: tuple = (48, 70)) -> av.VideoF
     for plane in planar.planes:
         width = plane.line_size // (2 if bits > 8 else 1)
         plane.update(dice.integers(0, 2**bits, (plane.height, width)).astype(np.uint16 if bits > 8 else np.uint8))
-    return planar if planar.format.name == pixel_format else planar.reformat(format=pixel_format, src_color_range=2, dst_color_range=2)
+    return (
+        planar
+        if planar.format.name == pixel_format
+        else planar.reformat(format=pixel_format, src_color_range=2, dst_color_range=2)
+    )
 
 
 def samples(frame: av.VideoFrame) -> list:
@@ -251,7 +314,14 @@ def samples(frame: av.VideoFrame) -> list:
 
 
 # All that some codec is given, and what decoders give that it is made of.
-SOURCES = sorted(name for name in av.video.format.names if not re.search("f16|f32|32[bl]e|96|128|bayer|msb|xyz|^(amf|cuda|d3d11|d3d12|drm_prime|mediacodec|mmal|ohcodec|opencl|qsv|vaapi|vdpau|vulkan)$|^mono|^pal|[1-6]{3}[bl]e$|_byte$|^bgr8|^rgb8|^rgb4|^bgr4|vld|be$", name))
+SOURCES = sorted(
+    name
+    for name in av.video.format.names
+    if not re.search(
+        "f16|f32|32[bl]e|96|128|bayer|msb|xyz|^(amf|cuda|d3d11|d3d12|drm_prime|mediacodec|mmal|ohcodec|opencl|qsv|vaapi|vdpau|vulkan)$|^mono|^pal|[1-6]{3}[bl]e$|_byte$|^bgr8|^rgb8|^rgb4|^bgr4|vld|be$",
+        name,
+    )
+)
 BUILT = [name for name, kind in CODECS.items() if kind.encoder in av.codecs_available]
 ENCODED = sorted({analogous_format(av.VideoFormat(name), codec) for name in SOURCES for codec in BUILT})
 
@@ -263,7 +333,21 @@ def test_every_format_that_is_written_keeps_every_value(pixel_format, colour_ran
     assert samples(path.from_rgb(path.to_rgb(frame), pixel_format)) == samples(frame)
 
 
-@pytest.mark.parametrize("pixel_format", ["rgb48be", "rgb24", "gbrp10le", "yuv420p16le", "yuv444p12le", "yuv422p9le", "yuv440p10le", "gray16le", "gray12le", "yuv410p"])
+@pytest.mark.parametrize(
+    "pixel_format",
+    [
+        "rgb48be",
+        "rgb24",
+        "gbrp10le",
+        "yuv420p16le",
+        "yuv444p12le",
+        "yuv422p9le",
+        "yuv440p10le",
+        "gray16le",
+        "gray12le",
+        "yuv410p",
+    ],
+)
 def test_originals_reach_lossless_files_bit_for_bit(pipeline, tmp_path, pixel_format):
     frames = [noise(pixel_format, number) for number in range(3)]
     if "rgb" in pixel_format:
@@ -288,7 +372,9 @@ def test_originals_reach_lossless_files_bit_for_bit(pipeline, tmp_path, pixel_fo
     with av.open(str(tmp_path / "out.mkv")) as file:
         for shown, frame in zip(file.decode(video=0), frames):
             planar = planar_format(frame.format)
-            assert samples(shown if shown.format.name == planar else shown.reformat(format=planar)) == samples(frame if "rgb" not in pixel_format else frame.reformat(format=planar))
+            assert samples(shown if shown.format.name == planar else shown.reformat(format=planar)) == samples(
+                frame if "rgb" not in pixel_format else frame.reformat(format=planar)
+            )
 
 
 def test_slow_motion(pipeline, tmp_path):
@@ -296,8 +382,15 @@ def test_slow_motion(pipeline, tmp_path):
     before = read(source)
     result = run(pipeline, source, tmp_path / "slow.mp4", slow_motion=Fraction(3), audio="stretch")
     after = read(tmp_path / "slow.mp4")
-    assert result.frames == 42 and abs(after.duration - 3 * before.duration) <= Fraction(1, 1000) and after.times[::3] == [3 * time for time in before.times]
-    assert abs(after.audio["times"][-1] - 3 * before.audio["times"][-1]) < 0.1 and after.audio["hash"] != before.audio["hash"]
+    assert (
+        result.frames == 42
+        and abs(after.duration - 3 * before.duration) <= Fraction(1, 1000)
+        and after.times[::3] == [3 * time for time in before.times]
+    )
+    assert (
+        abs(after.audio["times"][-1] - 3 * before.audio["times"][-1]) < 0.1
+        and after.audio["hash"] != before.audio["hash"]
+    )
     assert [chapter[1] for chapter in after.chapters] == [3 * chapter[1] for chapter in before.chapters]
     with av.open(str(tmp_path / "slow.mp4")) as file:  # the pitch of a sine stays
         sound = np.concatenate([frame.to_ndarray()[0] for frame in file.decode(audio=0)])[4096:][:32768]
@@ -333,7 +426,9 @@ def test_sound_that_begins_earlier_stays_in_step(pipeline, tmp_path):
 
 
 def test_a_pause_is_shown_and_not_filled(pipeline, tmp_path):
-    source = write_video(tmp_path / "in.mkv", drifting(4), [0, 40, 1140, 1180], Fraction(1, 1000), codec="ffv1", pixel_format="bgr0")
+    source = write_video(
+        tmp_path / "in.mkv", drifting(4), [0, 40, 1140, 1180], Fraction(1, 1000), codec="ffv1", pixel_format="bgr0"
+    )
     assert run(pipeline, source, tmp_path / "out.mkv", fps=Fraction(50)).made == 2
     assert run(pipeline, source, tmp_path / "all.mkv", fps=Fraction(10), max_gap=Fraction(3)).made >= 8
 
@@ -350,15 +445,29 @@ def test_bad_input_says_what_is_allowed(pipeline, tmp_path):
         file.mux(sound.encode(None))
     before = sorted(tmp_path.rglob("*"))
     cases = [
-        (dict(source="none.mp4"), "there is no file"), (dict(source="text.mp4"), "cannot read .*text.mp4 as a video"), (dict(source="empty.mp4"), "is empty"),
-        (dict(source="sound.mp4"), "has no video"), (dict(output="out.xyz"), "must end in .mp4"), (dict(output="no/out.mp4"), "there is no folder"),
-        (dict(output="in.mp4"), "must not take the place"), (dict(output="text.mp4"), "is there already"), (dict(factor=0), "`factor` must be an integer from 1 to 64, but is 0"),
-        (dict(factor=2, fps=Fraction(50)), "either `factor` or `fps`"), (dict(fps=Fraction(5000)), "`fps` must be"), (dict(codec="prores"), "`codec` for .mp4 must be one of h264"),
-        (dict(crf=70), "`crf` for h264 must be from 0"), (dict(preset="quick"), "`preset` for h264 must be one of ultrafast"), (dict(slow_motion=Fraction(1, 2)), "`slow_motion` must be"),
-        (dict(slow_motion=Fraction(2), audio="keep"), "`audio` must be stretch or drop in slow motion, but is keep"), (dict(audio="stretch"), "`audio` must be keep or drop, but is stretch"),
-        (dict(image_fps=Fraction(25)), "which has a rate of its own"), (dict(source="*.png"), "there are no images"), (dict(seed=-1), "`seed`"), (dict(max_memory=5), "`max_memory`"),
-        (dict(output="out.mkv", codec="ffv1", crf=3), "`crf` cannot be set for ffv1"),
-    ]  # fmt: skip
+        ({"source": "none.mp4"}, "there is no file"),
+        ({"source": "text.mp4"}, "cannot read .*text.mp4 as a video"),
+        ({"source": "empty.mp4"}, "is empty"),
+        ({"source": "sound.mp4"}, "has no video"),
+        ({"output": "out.xyz"}, "must end in .mp4"),
+        ({"output": "no/out.mp4"}, "there is no folder"),
+        ({"output": "in.mp4"}, "must not take the place"),
+        ({"output": "text.mp4"}, "is there already"),
+        ({"factor": 0}, "`factor` must be an integer from 1 to 64, but is 0"),
+        ({"factor": 2, "fps": Fraction(50)}, "either `factor` or `fps`"),
+        ({"fps": Fraction(5000)}, "`fps` must be"),
+        ({"codec": "prores"}, "`codec` for .mp4 must be one of h264"),
+        ({"crf": 70}, "`crf` for h264 must be from 0"),
+        ({"preset": "quick"}, "`preset` for h264 must be one of ultrafast"),
+        ({"slow_motion": Fraction(1, 2)}, "`slow_motion` must be"),
+        ({"slow_motion": Fraction(2), "audio": "keep"}, "`audio` must be stretch or drop in slow motion, but is keep"),
+        ({"audio": "stretch"}, "`audio` must be keep or drop, but is stretch"),
+        ({"image_fps": Fraction(25)}, "which has a rate of its own"),
+        ({"source": "*.png"}, "there are no images"),
+        ({"seed": -1}, "`seed`"),
+        ({"max_memory": 5}, "`max_memory`"),
+        ({"output": "out.mkv", "codec": "ffv1", "crf": 3}, "`crf` cannot be set for ffv1"),
+    ]
     for changed, message in cases:
         options = {"source": source.name, "output": "out.mp4", **changed}
         with pytest.raises(VideoError, match=message):
@@ -375,11 +484,21 @@ def test_options_have_their_defaults_filled_in():
 @pytest.mark.parametrize(
     "option, value, text, expected",
     [
-        ("fps", 59.94, "59.94", Fraction(60000, 1001)), ("fps", np.float32(23.976), "23.976", Fraction(24000, 1001)), ("fps", Fraction(2997, 50), "2997/50", Fraction(2997, 50)),
-        ("fps", 29.5, "29.5", Fraction(59, 2)), ("fps", np.int64(60), "60", Fraction(60)), ("image_fps", 29.97, "29.97", Fraction(30000, 1001)), ("slow_motion", 2.2, "2.2", Fraction(11, 5)),
-        ("max_gap", 0.3, "0.3", Fraction(3, 10)), ("max_memory", 2**31, "2GiB", 2**31), ("factor", np.int64(3), "3", 3), ("preset", 2, "2", "2"), ("cut_ratio", 4, "4", 4.0), ("seed", 7, "7", 7),
+        ("fps", 59.94, "59.94", Fraction(60000, 1001)),
+        ("fps", np.float32(23.976), "23.976", Fraction(24000, 1001)),
+        ("fps", Fraction(2997, 50), "2997/50", Fraction(2997, 50)),
+        ("fps", 29.5, "29.5", Fraction(59, 2)),
+        ("fps", np.int64(60), "60", Fraction(60)),
+        ("image_fps", 29.97, "29.97", Fraction(30000, 1001)),
+        ("slow_motion", 2.2, "2.2", Fraction(11, 5)),
+        ("max_gap", 0.3, "0.3", Fraction(3, 10)),
+        ("max_memory", 2**31, "2GiB", 2**31),
+        ("factor", np.int64(3), "3", 3),
+        ("preset", 2, "2", "2"),
+        ("cut_ratio", 4, "4", 4.0),
+        ("seed", 7, "7", 7),
     ],
-)  # fmt: skip
+)
 def test_python_and_the_command_line_agree(option, value, text, expected):
     flag = f"--{'input-fps' if option == 'image_fps' else option.replace('_', '-')}"
     parsed = vars(build_parser().parse_args(["video", "in.mp4", "out.mp4", flag, text]))
@@ -394,29 +513,58 @@ def test_the_command_line_has_no_defaults_of_its_own(capsys):
         build_parser().parse_args(["video", "--help"])
     printed = " ".join(capsys.readouterr().out.split("options:")[1].split())
     for name in ("slow_motion", "cut_threshold", "cut_ratio", "max_gap", "dedup_threshold", "dedup_run", "seed"):
-        assert re.search(rf"--{name.replace('_', '-')} .*?\(default: ([\d.]+)\)", printed)[1] == f"{float(getattr(VideoOptions, name)):g}", name
-    assert f"(default: {VideoOptions.max_memory // 2**30}GiB)" in printed and f"images (default: {IMAGE_RATE})" in printed
+        assert (
+            re.search(rf"--{name.replace('_', '-')} .*?\(default: ([\d.]+)\)", printed)[1]
+            == f"{float(getattr(VideoOptions, name)):g}"
+        ), name
+    assert (
+        f"(default: {VideoOptions.max_memory // 2**30}GiB)" in printed and f"images (default: {IMAGE_RATE})" in printed
+    )
 
 
 def test_options_are_found_wrong_before_anything_is_read(pipeline, tmp_path):
     source = phone_clip(tmp_path / "in.mp4", 4)
     read_frames = []
     for options, message in (
-        ({"factor": 2.5}, "`factor` must be an integer, but is 2.5"), ({"factor": True}, "`factor`"), ({"steps": 1.5}, "`steps`"), ({"dedup_run": "3"}, "`dedup_run`"), ({"fps": "fast"}, "`fps`"),
-        ({"slow_motion": float("nan")}, "`slow_motion`"), ({"max_gap": None}, "`max_gap`"), ({"max_memory": "big"}, "`max_memory` must be a size such as 8GiB"), ({"fps": "1/0"}, "a fraction"),
-        ({"cut_ratio": "x"}, "`cut_ratio`"), ({"cut_threshold": float("nan")}, "`cut_threshold`"), ({"image_fps": float("inf")}, "`image_fps`"), ({"slow_motion": 2, "audio": "keep"}, "`audio`"),
-    ):  # fmt: skip
+        ({"factor": 2.5}, "`factor` must be an integer, but is 2.5"),
+        ({"factor": True}, "`factor`"),
+        ({"steps": 1.5}, "`steps`"),
+        ({"dedup_run": "3"}, "`dedup_run`"),
+        ({"fps": "fast"}, "`fps`"),
+        ({"slow_motion": float("nan")}, "`slow_motion`"),
+        ({"max_gap": None}, "`max_gap`"),
+        ({"max_memory": "big"}, "`max_memory` must be a size such as 8GiB"),
+        ({"fps": "1/0"}, "a fraction"),
+        ({"cut_ratio": "x"}, "`cut_ratio`"),
+        ({"cut_threshold": float("nan")}, "`cut_threshold`"),
+        ({"image_fps": float("inf")}, "`image_fps`"),
+        ({"slow_motion": 2, "audio": "keep"}, "`audio`"),
+    ):
         with pytest.raises(VideoError, match=message):
-            VideoJob(pipeline, source, tmp_path / "out.mp4", VideoOptions(**options), progress=lambda: read_frames.append(1))
+            VideoJob(
+                pipeline, source, tmp_path / "out.mp4", VideoOptions(**options), progress=lambda: read_frames.append(1)
+            )
     assert not read_frames
 
 
 def test_formats_of_pixels():
     for source, codec, expected in (
-        ("yuvj420p", "h264", "yuv420p"), ("nv12", "hevc", "yuv420p"), ("p010le", "hevc", "yuv420p10le"), ("bgra", "h264", "yuv420p"), ("yuv444p", "av1", "yuv420p"),
-        ("yuv420p", "prores", "yuv422p10le"), ("yuv444p12le", "prores", "yuv444p10le"), ("gray", "h264", "yuv420p"), ("gray", "ffv1", "gray"), ("pal8", "ffv1", "bgr0"),
-        ("gbrp10le", "ffv1", "gbrp10le"), ("yuv420p14le", "ffv1", "yuv420p14le"), ("rgb48be", "ffv1", "gbrp16le"), ("yuva422p10le", "ffv1", "yuv422p10le"), ("gbrpf32le", "ffv1", "gbrp16le"),
-    ):  # fmt: skip
+        ("yuvj420p", "h264", "yuv420p"),
+        ("nv12", "hevc", "yuv420p"),
+        ("p010le", "hevc", "yuv420p10le"),
+        ("bgra", "h264", "yuv420p"),
+        ("yuv444p", "av1", "yuv420p"),
+        ("yuv420p", "prores", "yuv422p10le"),
+        ("yuv444p12le", "prores", "yuv444p10le"),
+        ("gray", "h264", "yuv420p"),
+        ("gray", "ffv1", "gray"),
+        ("pal8", "ffv1", "bgr0"),
+        ("gbrp10le", "ffv1", "gbrp10le"),
+        ("yuv420p14le", "ffv1", "yuv420p14le"),
+        ("rgb48be", "ffv1", "gbrp16le"),
+        ("yuva422p10le", "ffv1", "yuv422p10le"),
+        ("gbrpf32le", "ffv1", "gbrp16le"),
+    ):
         assert analogous_format(av.VideoFormat(source), codec) == expected
 
 
@@ -426,15 +574,25 @@ def test_a_generator_over_frames(pipeline, output_type):
     encoded = []
     pipeline.vqvae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
     taken = []
-    stream = interpolate_frames(pipeline, (taken.append(number) or frame for number, frame in enumerate(frames)), output_type=output_type)
+    stream = interpolate_frames(
+        pipeline, (taken.append(number) or frame for number, frame in enumerate(frames)), output_type=output_type
+    )
     first = next(stream)
     assert len(taken) <= 5, "frames are taken as they are needed"
     shown = [first, *stream]
     assert len(shown) == 16 and sum(encoded) == 8, "each frame is encoded once"
-    as_arrays = {"pil": np.array, "np": lambda frame: (frame * 255).round(), "pt": lambda frame: (frame.permute(1, 2, 0) * 255).round().numpy()}[output_type]
+    as_arrays = {
+        "pil": np.array,
+        "np": lambda frame: (frame * 255).round(),
+        "pt": lambda frame: (frame.permute(1, 2, 0) * 255).round().numpy(),
+    }[output_type]
     shown = [as_arrays(frame).astype(np.uint8) for frame in shown]
     assert all(np.array_equal(a, b) for a, b in zip(shown[::2], frames))
-    assert np.array_equal(shown[7], frames[3]) and np.array_equal(shown[15], frames[7]) and not np.array_equal(shown[5], frames[2])
+    assert (
+        np.array_equal(shown[7], frames[3])
+        and np.array_equal(shown[15], frames[7])
+        and not np.array_equal(shown[5], frames[2])
+    )
     expected = pipeline(frames[0], frames[1], generator=torch.Generator().manual_seed(0)).frames[0][0]
     assert np.abs(np.array(expected).astype(int) - shown[1]).max() <= 1
     with pytest.raises(ValueError, match="`factor`"):
@@ -450,10 +608,21 @@ def test_each_frame_is_encoded_once(pipeline, tmp_path):
     assert sum(encoded) == 9
 
 
-def remuxed(source: Path, target: Path, kinds=("video", "audio"), shift: Fraction = Fraction(0), hole: tuple = (10**6, 10**6), cover: bool = False) -> Path:
+def remuxed(
+    source: Path,
+    target: Path,
+    kinds=("video", "audio"),
+    shift: Fraction = Fraction(0),
+    hole: tuple = (10**6, 10**6),
+    cover: bool = False,
+) -> Path:
     """A file's packets in another file, later by some seconds and without those of its sound in a hole."""
     with av.open(str(source)) as file, av.open(str(target), "w") as out:
-        streams = {stream.index: out.add_stream_from_template(stream, opaque=True) for stream in file.streams if stream.type in kinds}
+        streams = {
+            stream.index: out.add_stream_from_template(stream, opaque=True)
+            for stream in file.streams
+            if stream.type in kinds
+        }
         if cover:
             picture = out.add_mux_stream("png", width=8, height=8)
             picture.time_base, picture.disposition = Fraction(1, 1000), av.stream.Disposition.attached_pic
@@ -461,12 +630,21 @@ def remuxed(source: Path, target: Path, kinds=("video", "audio"), shift: Fractio
             time = packet.dts is not None and packet.dts * packet.time_base
             if packet.dts is None or (packet.stream.type == "audio" and hole[0] <= time < hole[1]):
                 continue
-            packet.pts, packet.dts = packet.pts + int(shift / packet.time_base), packet.dts + int(shift / packet.time_base)
+            packet.pts, packet.dts = (
+                packet.pts + int(shift / packet.time_base),
+                packet.dts + int(shift / packet.time_base),
+            )
             packet.stream = streams[packet.stream.index]
             out.mux(packet)
         if cover:
             packet = av.Packet(png_bytes(av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8), format="rgb24")))
-            packet.stream, packet.pts, packet.dts, packet.time_base, packet.is_keyframe = picture, 0, 0, Fraction(1, 1000), True
+            packet.stream, packet.pts, packet.dts, packet.time_base, packet.is_keyframe = (
+                picture,
+                0,
+                0,
+                Fraction(1, 1000),
+                True,
+            )
             out.mux(packet)
     return target
 
@@ -481,7 +659,9 @@ def test_a_recording_that_begins_at_an_hour(pipeline, tmp_path):
     run(pipeline, source, tmp_path / "out.mkv")
     after = read(tmp_path / "out.mkv")
     assert after.times[0] < 1 and len(after.times) == 28
-    assert abs((after.audio["times"][0] - after.times[0]) - (read(source).audio["times"][0] - read(source).times[0])) < Fraction(1, 100)
+    assert abs(
+        (after.audio["times"][0] - after.times[0]) - (read(source).audio["times"][0] - read(source).times[0])
+    ) < Fraction(1, 100)
     run(pipeline, source, tmp_path / "slow.mkv", slow_motion=Fraction(2), audio="stretch")
     for path in (tmp_path / "out.mkv", tmp_path / "slow.mkv"):
         order = order_of_packets(path)
@@ -490,7 +670,10 @@ def test_a_recording_that_begins_at_an_hour(pipeline, tmp_path):
 
 def test_a_hole_in_sound_that_is_encoded_anew(pipeline, tmp_path):
     source = remuxed(film_clip(tmp_path / "film.mp4", 24, sound=1.0), tmp_path / "in.mp4", hole=(0.3, 0.6))
-    for name, options, length in (("out.webm", {}, 1), ("slow.mp4", {"slow_motion": Fraction(2), "audio": "stretch"}, 2)):
+    for name, options, length in (
+        ("out.webm", {}, 1),
+        ("slow.mp4", {"slow_motion": Fraction(2), "audio": "stretch"}, 2),
+    ):
         run(pipeline, source, tmp_path / name, **options)
         assert abs(float(read(tmp_path / name).audio["times"][-1]) - length) < 0.1
 
@@ -510,11 +693,25 @@ def test_two_recordings_glued_together(pipeline, tmp_path):
     source.write_bytes(part.read_bytes() * 2)
     with pytest.raises(VideoError, match="jump back by"):
         run(pipeline, source, tmp_path / "out.mp4")
-    result = run(pipeline, source, tmp_path / "out.mp4", skip_damage=True, cut_threshold=0.0, max_gap=Fraction(1, 1000))
-    assert result.made == 0 and ["jump back" in note for note in result.notes] == [True, False] and len(read(tmp_path / "out.mp4").times) == 80
+    result = run(
+        pipeline, source, tmp_path / "out.mp4", skip_damage=True, cut_threshold=0.0, max_gap=Fraction(1, 1000)
+    )
+    assert (
+        result.made == 0
+        and ["jump back" in note for note in result.notes] == [True, False]
+        and len(read(tmp_path / "out.mp4").times) == 80
+    )
 
 
-@pytest.mark.parametrize("turns, expected", [((0, True, False), lambda a: a[:, ::-1]), ((0, False, True), lambda a: a[::-1]), ((90, True, False), None), ((180, False, False), lambda a: a[::-1, ::-1])])
+@pytest.mark.parametrize(
+    "turns, expected",
+    [
+        ((0, True, False), lambda a: a[:, ::-1]),
+        ((0, False, True), lambda a: a[::-1]),
+        ((90, True, False), None),
+        ((180, False, False), lambda a: a[::-1, ::-1]),
+    ],
+)
 def test_mirrored_pictures(pipeline, tmp_path, turns, expected):
     frames = drifting(2)
     with av.open(str(tmp_path / "in.mov"), "w") as file:
@@ -529,16 +726,28 @@ def test_mirrored_pictures(pipeline, tmp_path, turns, expected):
     if expected is not None:
         assert np.abs(upright - expected(frames[0])).mean() < 3
     else:
-        assert upright.shape == (96, 64, 3) and min(np.abs(upright - turned).mean() for turned in (frames[0].transpose(1, 0, 2), frames[0].transpose(1, 0, 2)[::-1, ::-1])) < 3
+        assert (
+            upright.shape == (96, 64, 3)
+            and min(
+                np.abs(upright - turned).mean()
+                for turned in (frames[0].transpose(1, 0, 2), frames[0].transpose(1, 0, 2)[::-1, ::-1])
+            )
+            < 3
+        )
     run(pipeline, tmp_path / "in.mov", tmp_path / "out.mov")
     with av.open(str(tmp_path / "in.mov")) as before, av.open(str(tmp_path / "out.mov")) as after:
-        matrices = [bytes(next(file.decode(video=0)).side_data.get("DISPLAYMATRIX") or b"") for file in (before, after)]
+        matrices = [
+            bytes(next(file.decode(video=0)).side_data.get("DISPLAYMATRIX") or b"") for file in (before, after)
+        ]
     assert matrices[0] == matrices[1]
 
 
 def test_what_files_cannot_hold_is_found_at_once(pipeline, tmp_path):
     source = film_clip(tmp_path / "in.mkv", 4, codec="libx265", pixel_format="yuv420p10le")
-    assert run(pipeline, source, tmp_path / "out.y4m").frames == 8 and read(tmp_path / "out.y4m").pixel_format == "yuv420p10le"
+    assert (
+        run(pipeline, source, tmp_path / "out.y4m").frames == 8
+        and read(tmp_path / "out.y4m").pixel_format == "yuv420p10le"
+    )
     with pytest.raises(VideoError, match="`fps` for .gif must be at most 50"):
         run(pipeline, source, tmp_path / "out.gif", fps=Fraction(120))
     with pytest.raises(ValueError, match="must end in an image format"):
@@ -567,7 +776,15 @@ def test_pictures_of_b_frames_in_avi(pipeline, tmp_path):
 
 def test_grey_that_does_not_tell_its_range_is_full(pipeline, tmp_path):
     ramp = np.repeat(np.tile(np.linspace(0, 255, 96).astype(np.uint8), (64, 1))[..., None], 3, 2)
-    source = write_video(tmp_path / "in.mkv", [ramp] * 2, range(2), Fraction(1, 25), codec="ffv1", pixel_format="gray", colours=(0, 2, 2, 2))
+    source = write_video(
+        tmp_path / "in.mkv",
+        [ramp] * 2,
+        range(2),
+        Fraction(1, 25),
+        codec="ffv1",
+        pixel_format="gray",
+        colours=(0, 2, 2, 2),
+    )
     run(pipeline, source, tmp_path / "made")
     shown = np.array(Image.open(tmp_path / "made" / "00000000.png")).astype(int)
     assert abs(int(shown.min()) - int(decode(source)[0].min())) <= 1 and np.abs(shown - decode(source)[0]).max() <= 2

@@ -16,6 +16,7 @@ from madiff_diffusers.video.reading import Source, VideoError, analyse, image_fr
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, write_video
 
+
 ORIENTATION = 0x0112
 LOSSLESS = {"codec": "ffv1", "image_fps": Fraction(25), "factor": 1, "progress": False}
 
@@ -36,9 +37,23 @@ def test_colour_profiles_are_no_obstacle(checkpoint, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     folder_of(tmp_path / "icc", pictures(), icc_profile=profile)
     done = subprocess.run(
-        [sys.executable, "-m", "madiff_diffusers", "video", str(tmp_path / "icc"), str(tmp_path / "out.mkv"), "--factor", "1", "--codec", "ffv1", "--checkpoint", str(checkpoint)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "madiff_diffusers",
+            "video",
+            str(tmp_path / "icc"),
+            str(tmp_path / "out.mkv"),
+            "--factor",
+            "1",
+            "--codec",
+            "ffv1",
+            "--checkpoint",
+            str(checkpoint),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, (done.returncode, done.stderr)
     assert all(map(np.array_equal, decode(tmp_path / "out.mkv"), drifting(3)))
 
@@ -48,7 +63,9 @@ def test_a_motion_jpeg_with_a_profile_and_exif(tmp_path):
     profile, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), Image.Exif()
     exif[0x010F] = "camera"
     folder_of(tmp_path / "frames", pictures(), ".jpg", icc_profile=profile, exif=exif)
-    (tmp_path / "film.mjpeg").write_bytes(b"".join((tmp_path / "frames" / f"{number}.jpg").read_bytes() for number in range(3)))
+    (tmp_path / "film.mjpeg").write_bytes(
+        b"".join((tmp_path / "frames" / f"{number}.jpg").read_bytes() for number in range(3))
+    )
     code = "import sys; from madiff_diffusers.video.reading import Source, analyse; print(len(analyse(Source(sys.argv[1])).starts))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "film.mjpeg")], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "3\n", (done.returncode, done.stderr)
@@ -96,7 +113,15 @@ def test_every_kind_of_pixels(pipeline, tmp_path):
     image = Image.fromarray(moving_picture(0))
     half = image.copy()
     half.putalpha(128)
-    kinds = [image.convert("L"), image.convert("1"), image.convert("P"), image, image.convert("RGBA"), half, image.convert("L").convert("LA")]
+    kinds = [
+        image.convert("L"),
+        image.convert("1"),
+        image.convert("P"),
+        image,
+        image.convert("RGBA"),
+        half,
+        image.convert("L").convert("LA"),
+    ]
     for number, kind in enumerate(kinds):
         kind.save(tmp_path / "mixed" / f"{number}.png")
     image.convert("CMYK").save(tmp_path / "mixed" / "7.tif")
@@ -119,7 +144,9 @@ def test_grey_before_colours_in_a_video(pipeline, tmp_path):
     interpolate_video(pipeline, tmp_path / "film.mjpeg", tmp_path / "out.mkv", factor=1, codec="ffv1", progress=False)
     shown = decode(tmp_path / "out.mkv")
     assert np.abs(shown[3].astype(int) - frames[3]).mean() < 3, "colours"
-    assert np.abs(shown[0].astype(int) - np.array(Image.fromarray(frames[0]).convert("L"))[..., None]).mean() < 3, "grey"
+    assert np.abs(shown[0].astype(int) - np.array(Image.fromarray(frames[0]).convert("L"))[..., None]).mean() < 3, (
+        "grey"
+    )
 
 
 def test_a_size_that_changes_among_images(pipeline, tmp_path):
@@ -186,17 +213,33 @@ def test_players_keep_the_delays_of_a_gif(pipeline, tmp_path, rate, factor, show
     source = write_video(tmp_path / "in.mkv", drifting(rate // 2), range(rate // 2), Fraction(1, rate))
     result = interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, progress=False)
     durations, _ = gif_times(tmp_path / "out.gif")
-    assert min(durations) >= 20 and all(each % 10 == 0 for each in durations) and sum(durations) == 1000 * (rate // 2) // rate
+    assert (
+        min(durations) >= 20
+        and all(each % 10 == 0 for each in durations)
+        and sum(durations) == 1000 * (rate // 2) // rate
+    )
     assert set(durations) == ({1000 // shown} if shown else {30, 40}) and len(durations) == result.frames
     told = [note for note in result.notes if "GIF players" in note]
-    assert told == ([f"GIF players keep delays of 2/100 s and more: {shown}.00 frames a second are shown in the place of {rate * factor}.00"] if shown and rate * factor != shown else [])
+    assert told == (
+        [
+            f"GIF players keep delays of 2/100 s and more: {shown}.00 frames a second are shown in the place of {rate * factor}.00"
+        ]
+        if shown and rate * factor != shown
+        else []
+    )
 
 
 def test_a_folder_of_videos_by_any_name(checkpoint, tmp_path, capsys):
     """Whatever FFmpeg opens is made, and what is left out is named."""
     folder = tmp_path / "in"
     folder.mkdir()
-    for name, codec in (("a.mp4", "libx264"), ("b.flv", "flv1"), ("c.3gp", "libx264"), ("B.asf", "wmv2"), ("d.mkv", "libx264")):
+    for name, codec in (
+        ("a.mp4", "libx264"),
+        ("b.flv", "flv1"),
+        ("c.3gp", "libx264"),
+        ("B.asf", "wmv2"),
+        ("d.mkv", "libx264"),
+    ):
         write_video(folder / name, drifting(2), range(2), Fraction(1, 25), codec=codec)
     (folder / "d.mkv").rename(folder / "nameless")
     (folder / "notes.txt").write_text("\033[1mno video\033[0m\n" * 50)
@@ -205,7 +248,9 @@ def test_a_folder_of_videos_by_any_name(checkpoint, tmp_path, capsys):
     assert main(["video", str(folder), str(tmp_path / "out"), "--factor", "1", "--checkpoint", str(checkpoint)]) == 0
     printed = capsys.readouterr()
     assert "note: left out, for there is no video in them: cover.jp2, notes.txt, song.bin" in printed.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(["a.mp4", "b.flv.mp4", "B.asf.mp4", "c.mp4", "nameless.mp4"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["a.mp4", "b.flv.mp4", "B.asf.mp4", "c.mp4", "nameless.mp4"]
+    )
 
 
 def test_what_is_no_image_is_named(pipeline, tmp_path):

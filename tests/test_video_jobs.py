@@ -37,7 +37,13 @@ def digest(path: Path) -> str:
 
 
 def command(source: Path, output: Path, checkpoint: Path, *options) -> list:
-    return [sys.executable, "-m", "madiff_diffusers", "video", *map(str, (source, output, "--checkpoint", checkpoint, *options))]
+    return [
+        sys.executable,
+        "-m",
+        "madiff_diffusers",
+        "video",
+        *map(str, (source, output, "--checkpoint", checkpoint, *options)),
+    ]
 
 
 def wait_for(condition, seconds: float = 90) -> None:
@@ -49,7 +55,11 @@ def wait_for(condition, seconds: float = 90) -> None:
 
 def test_the_command(checkpoint, tmp_path):
     source, out = phone_clip(tmp_path / "in.mp4", 6), tmp_path / "out.mp4"
-    done = subprocess.run(command(source, out, checkpoint, "--fps", "59.94", "--preview", tmp_path / "strip.png"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(source, out, checkpoint, "--fps", "59.94", "--preview", tmp_path / "strip.png"),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and done.stdout.strip() == str(out), done.stderr
     assert read(out).rate == Fraction(60000, 1001) and "frame/s" in done.stderr
     assert Image.open(tmp_path / "strip.png").size == (8 * 120, 194), "eight portraits of 180 rows, and captions"
@@ -83,7 +93,9 @@ def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
     dice, killed = random.Random(0), 0
     for number in range(count):
         before = len(list((tmp_path / "out.mkv.parts").glob("*.json"))) if number else 0
-        process = subprocess.Popen(command(film, out, checkpoint, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(film, out, checkpoint, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         wait_for(lambda: (tmp_path / "out.mkv.parts" / "job.json").is_file() or process.poll() is not None)
         time.sleep(dice.random())
         process.kill()
@@ -104,7 +116,12 @@ def test_killed_work_goes_on_and_gives_the_same_file(film, checkpoint, tmp_path)
 
 @pytest.mark.slow
 def test_killed_ten_times(checkpoint, tmp_path):
-    kills(10, write_video(tmp_path / "film.mp4", drifting(120), range(120), Fraction(1, 4), sound=29.0), checkpoint, tmp_path)
+    kills(
+        10,
+        write_video(tmp_path / "film.mp4", drifting(120), range(120), Fraction(1, 4), sound=29.0),
+        checkpoint,
+        tmp_path,
+    )
 
 
 @pytest.mark.slow
@@ -112,7 +129,10 @@ def test_killed_ten_times(checkpoint, tmp_path):
 def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_path, keep):
     out, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
     process = subprocess.Popen(
-        command(film, out, checkpoint, *(["--keep-partial"] if keep else [])), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(film, out, checkpoint, *(["--keep-partial"] if keep else [])),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_for(lambda: len(list(parts.glob("*.json"))) >= 2)  # the plan and a part
     process.send_signal(signal.SIGINT)
@@ -123,16 +143,30 @@ def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_p
     assert partial.exists() == keep
     if keep:
         frames = read(partial).times
-        assert f"it can be watched in {partial}" in printed and read(partial).audio["times"][-1] < frames[-1] + Fraction(1, 4)
-        assert len(frames) >= 8 and frames == [number * Fraction(1, 8) for number in range(len(frames))] and len(decode(partial)) == len(frames)
+        assert f"it can be watched in {partial}" in printed and read(partial).audio["times"][-1] < frames[
+            -1
+        ] + Fraction(1, 4)
+        assert (
+            len(frames) >= 8
+            and frames == [number * Fraction(1, 8) for number in range(len(frames))]
+            and len(decode(partial)) == len(frames)
+        )
     assert main(list(map(str, command(film, out, checkpoint)[3:]))) == 2, "what is done is not thrown away unasked"
-    assert main(list(map(str, command(film, out, checkpoint, "--resume", "--crf", 30)[3:]))) == 2, "nor mixed with other work"
-    assert main(list(map(str, command(film, out, checkpoint, "--resume")[3:]))) == 0 and len(read(out).times) == 48 and not parts.exists()
+    assert main(list(map(str, command(film, out, checkpoint, "--resume", "--crf", 30)[3:]))) == 2, (
+        "nor mixed with other work"
+    )
+    assert (
+        main(list(map(str, command(film, out, checkpoint, "--resume")[3:]))) == 0
+        and len(read(out).times) == 48
+        and not parts.exists()
+    )
 
 
 @pytest.mark.slow
 def test_interrupted_before_a_part_is_done(film, checkpoint, tmp_path):
-    process = subprocess.Popen(command(film, tmp_path / "out.mp4", checkpoint), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command(film, tmp_path / "out.mp4", checkpoint), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_for((tmp_path / "out.mp4.parts" / "job.json").is_file)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -144,7 +178,11 @@ def test_interrupted_before_a_part_is_done(film, checkpoint, tmp_path):
 @pytest.mark.slow
 def test_two_processes_make_the_same_file(film, checkpoint, tmp_path):
     # Each with one thread: two on as many cores are slower, and sums of another number of threads are rounded otherwise.
-    alone, shared, environment = tmp_path / "alone.mp4", tmp_path / "shared.mp4", {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    alone, shared, environment = (
+        tmp_path / "alone.mp4",
+        tmp_path / "shared.mp4",
+        {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
     subprocess.run(command(film, alone, checkpoint), check=True, capture_output=True, env=environment)
     launch = two_processes(["madiff_diffusers", *command(film, shared, checkpoint)[3:]])
     done = subprocess.run(launch, capture_output=True, text=True, env=environment)
@@ -164,7 +202,11 @@ def test_a_folder_of_videos(checkpoint, tmp_path, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert "1 of 4 videos could not be made" in printed.err and "cannot read" in printed.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "b.mkv", "c.mp4"] == [Path(line).name for line in printed.out.split()]
+    assert (
+        sorted(path.name for path in (tmp_path / "out").iterdir())
+        == ["a.mp4", "b.mkv", "c.mp4"]
+        == [Path(line).name for line in printed.out.split()]
+    )
     assert len(read(tmp_path / "out" / "b.mkv").times) == 8
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     (tmp_path / "in" / "broken.mp4").unlink()
@@ -177,9 +219,19 @@ def test_a_folder_of_videos_among_processes(checkpoint, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.mp4", "b.mkv"):
         film_clip(tmp_path / "in" / name, 4)
-    launch = two_processes(["madiff_diffusers", *command(tmp_path / "in", tmp_path / "out", checkpoint, "--factor", 3)[3:]])
-    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and len(read(tmp_path / "out" / "a.mp4").times) == len(read(tmp_path / "out" / "b.mkv").times) == 12, done.stderr
+    launch = two_processes(
+        ["madiff_diffusers", *command(tmp_path / "in", tmp_path / "out", checkpoint, "--factor", 3)[3:]]
+    )
+    done = subprocess.run(
+        launch,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        done.returncode == 0
+        and len(read(tmp_path / "out" / "a.mp4").times) == len(read(tmp_path / "out" / "b.mkv").times) == 12
+    ), done.stderr
 
 
 def damaged(data: bytes, dice: random.Random, kind: int) -> bytes:
@@ -217,15 +269,26 @@ def try_damaged(pipeline, tmp_path, count: int, capfd) -> dict:
         started = time.monotonic()
         try:
             result = interpolate_video(
-                pipeline, path, out, progress=False, skip_damage=number % 3 == 0, keep_partial=number % 7 == 0, fps=Fraction(50) if number % 2 else None
+                pipeline,
+                path,
+                out,
+                progress=False,
+                skip_damage=number % 3 == 0,
+                keep_partial=number % 7 == 0,
+                fps=Fraction(50) if number % 2 else None,
             )
         except (VideoError, OSError) as error:
             outcomes["error"] += 1
             assert str(error) and "\n" not in str(error)
-            assert not [left for left in folder.iterdir() if left.name != f"out.partial{out.suffix}"], (number, str(error))
+            assert not [left for left in folder.iterdir() if left.name != f"out.partial{out.suffix}"], (
+                number,
+                str(error),
+            )
         else:
             outcomes["file"] += 1
-            assert [left for left in folder.iterdir() if "partial" not in left.name] == [out] and len(decode(out)) == result.frames, number
+            assert [left for left in folder.iterdir() if "partial" not in left.name] == [out] and len(
+                decode(out)
+            ) == result.frames, number
         assert time.monotonic() - started < 60, number
         for left in folder.iterdir():
             left.unlink()
@@ -268,12 +331,16 @@ def test_damage_in_the_middle(pipeline, tmp_path):
 @pytest.mark.parametrize("codec, suffix", [("libx264", ".mkv"), ("mpeg4", ".avi")])
 def test_damage_that_the_decoder_conceals(pipeline, tmp_path, codec, suffix):
     """Frames that it fills in from others are none of the source's."""
-    source = write_video(tmp_path / f"in{suffix}", drifting(12), range(12), Fraction(1, 25), codec=codec, options={"bf": "0", "g": "4"})
+    source = write_video(
+        tmp_path / f"in{suffix}", drifting(12), range(12), Fraction(1, 25), codec=codec, options={"bf": "0", "g": "4"}
+    )
     good, sizes = source.read_bytes(), [packet.size for packet in packets_of(source)]
     place = good.find(bytes(packets_of(source)[4])) + sizes[4] // 2
     source.write_bytes(good[:place] + b"\xaa" * 60 + good[place + 60 :])
     with av.open(str(source)) as file:
-        assert [frame.is_corrupt for frame in file.decode(video=0)] == [number == 4 for number in range(12)], "the decoder goes on"
+        assert [frame.is_corrupt for frame in file.decode(video=0)] == [number == 4 for number in range(12)], (
+            "the decoder goes on"
+        )
     options = {"factor": 1, "codec": "ffv1", "progress": False}
     with pytest.raises(VideoError, match=f"in{suffix} is damaged: its frame at 0.16 s"):
         interpolate_video(pipeline, source, tmp_path / "out.mkv", **options)
@@ -297,8 +364,18 @@ def limited_file_size() -> None:
 @pytest.mark.slow
 def test_a_full_disk(checkpoint, tmp_path):
     """A limit on files' sizes, which fails as a full disk does."""
-    source = write_video(tmp_path / "in.mkv", [np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8) for number in range(6)], range(6), Fraction(1, 25))
-    done = subprocess.run(command(source, tmp_path / "out.mkv", checkpoint, "--codec", "ffv1"), capture_output=True, text=True, preexec_fn=limited_file_size)
+    source = write_video(
+        tmp_path / "in.mkv",
+        [np.random.default_rng(number).integers(0, 256, (64, 96, 3), dtype=np.uint8) for number in range(6)],
+        range(6),
+        Fraction(1, 25),
+    )
+    done = subprocess.run(
+        command(source, tmp_path / "out.mkv", checkpoint, "--codec", "ffv1"),
+        capture_output=True,
+        text=True,
+        preexec_fn=limited_file_size,
+    )
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert done.returncode == 2 and len(errors) == 1 and "File too large" in errors[0], done.stderr
     assert not (tmp_path / "out.mkv").exists() and not (tmp_path / "out.mkv.parts").exists()
@@ -323,7 +400,9 @@ def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_
 def test_large_frames_are_made_by_tiles(pipeline, tmp_path):
     """Where memory is short, and for as long as the video takes."""
     frames = drifting(2, 320, 320)
-    source = write_video(tmp_path / "in.mkv", frames, range(2), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1))
+    source = write_video(
+        tmp_path / "in.mkv", frames, range(2), Fraction(1, 25), codec="ffv1", pixel_format="bgr0", colours=(2, 0, 1, 1)
+    )
     sizes = set()
     pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: sizes.add(tuple(output[0].shape[-2:])))
     interpolate_video(pipeline, source, tmp_path / "whole.mkv", codec="ffv1", progress=False)
@@ -344,8 +423,14 @@ def test_memory_does_not_grow_with_length(checkpoint, tmp_path):
     )
     peaks = []
     for count in (100, 1000):
-        source = write_video(tmp_path / f"{count}.mp4", drifting(50) * (count // 50), range(count), Fraction(1, 25), sound=count / 25)
-        done = subprocess.run([sys.executable, "-c", script, str(checkpoint), str(source), str(tmp_path / f"out{count}.mp4")], capture_output=True, text=True)
+        source = write_video(
+            tmp_path / f"{count}.mp4", drifting(50) * (count // 50), range(count), Fraction(1, 25), sound=count / 25
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(checkpoint), str(source), str(tmp_path / f"out{count}.mp4")],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         assert len(read(tmp_path / f"out{count}.mp4").times) == 2 * count
         peaks.append(int(done.stdout))
@@ -361,6 +446,8 @@ def test_real_clips(shared_data, tmp_path):
         result = interpolate_video(pipeline, source, out, factor=2, steps=1, progress=False)
         before, after = read(source), read(out)
         assert after.times[::2] == before.times and abs(after.duration - before.duration) <= 1 / before.rate, source
-        assert (after.rotation, after.size) == (before.rotation, before.size) and result.frames == 2 * len(before.times)
+        assert (after.rotation, after.size) == (before.rotation, before.size) and result.frames == 2 * len(
+            before.times
+        )
         # x264 does not write that a range is limited where it writes nothing else of colours: it is what players take for granted.
         assert (after.colours[0] or 1, *after.colours[1:]) == before.colours

@@ -6,6 +6,7 @@ from madiff_diffusers import VQMAGANModel
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import excite, load_config
 
+
 PAPER_BEHAVIOUR = {
     "coarse_to_fine": False,
     "offset_hints": False,

@@ -1,9 +1,10 @@
 """Video files as phones, cameras and editors make them, and what can be read of a file."""
 
 import hashlib
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -14,19 +15,19 @@ from tests.conftest import moving_picture
 class Reading(NamedTuple):
     """What a player finds in a file; times in seconds."""
 
-    times: List[Fraction]
-    duration: Optional[Fraction]
+    times: list[Fraction]
+    duration: Fraction | None
     codec: str
     pixel_format: str
     size: tuple
     rate: Fraction
     colours: tuple
     rotation: int
-    pixel_aspect: Optional[Fraction]
-    metadata: Dict[str, str]
+    pixel_aspect: Fraction | None
+    metadata: dict[str, str]
     chapters: list
-    audio: Dict[str, Any]
-    subtitles: List[tuple]
+    audio: dict[str, Any]
+    subtitles: list[tuple]
 
 
 def read(path: Path) -> Reading:
@@ -45,13 +46,20 @@ def read(path: Path) -> Reading:
             rotation=int(first.rotation) % 360,
             pixel_aspect=stream.sample_aspect_ratio,
             metadata=dict(container.metadata),
-            chapters=[(chapter["start"] * chapter["time_base"], chapter["end"] * chapter["time_base"], chapter["metadata"].get("title")) for chapter in container.chapters()],
+            chapters=[
+                (
+                    chapter["start"] * chapter["time_base"],
+                    chapter["end"] * chapter["time_base"],
+                    chapter["metadata"].get("title"),
+                )
+                for chapter in container.chapters()
+            ],
             audio=read_audio(path),
             subtitles=read_subtitles(path),
         )
 
 
-def read_audio(path: Path) -> Dict[str, Any]:
+def read_audio(path: Path) -> dict[str, Any]:
     with av.open(str(path)) as container:
         if not container.streams.audio:
             return {}
@@ -59,17 +67,26 @@ def read_audio(path: Path) -> Dict[str, Any]:
         for packet in container.demux(stream):
             digest.update(bytes(packet))
             times += [packet.pts * packet.time_base] if packet.size else []
-        return {"codec": stream.codec_context.codec.canonical_name, "hash": digest.hexdigest(), "times": times, "language": stream.metadata.get("language")}
+        return {
+            "codec": stream.codec_context.codec.canonical_name,
+            "hash": digest.hexdigest(),
+            "times": times,
+            "language": stream.metadata.get("language"),
+        }
 
 
-def read_subtitles(path: Path) -> List[tuple]:
+def read_subtitles(path: Path) -> list[tuple]:
     with av.open(str(path)) as container:
         if not container.streams.subtitles:
             return []
-        return [(packet.pts * packet.time_base, bytes(packet)) for packet in container.demux(container.streams.subtitles[0]) if packet.size]
+        return [
+            (packet.pts * packet.time_base, bytes(packet))
+            for packet in container.demux(container.streams.subtitles[0])
+            if packet.size
+        ]
 
 
-def decode(path: Path) -> List[np.ndarray]:
+def decode(path: Path) -> list[np.ndarray]:
     """Frames as `(H, W, 3)` uint8."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -84,18 +101,22 @@ def write_video(
     pixel_format: str = "yuv420p",
     colours: tuple = (1, 1, 1, 1),
     rotation: int = 0,
-    pixel_aspect: Optional[Fraction] = None,
-    last: Optional[int] = None,
-    options: Optional[Dict[str, str]] = None,
-    sound: Optional[float] = None,
-    metadata: Optional[Dict[str, str]] = None,
+    pixel_aspect: Fraction | None = None,
+    last: int | None = None,
+    options: dict[str, str] | None = None,
+    sound: float | None = None,
+    metadata: dict[str, str] | None = None,
     chapters: Sequence[dict] = (),
-    subtitle: Optional[bytes] = None,
+    subtitle: bytes | None = None,
 ) -> Path:
     """Frames `(H, W, 3)` RGB uint8 at their times; with seconds of `sound`, and a subtitle from 0.2 to 0.5 s."""
     if codec == "libx265":
         # A clip shorter than the delay of B-frames leaves x265 without times of decoding: what it tells then is uninitialised memory.
-        options = {"x265-params": ":".join(["bframes=0", "log-level=none", (options or {}).get("x265-params", "")]).rstrip(":")}
+        options = {
+            "x265-params": ":".join(["bframes=0", "log-level=none", (options or {}).get("x265-params", "")]).rstrip(
+                ":"
+            )
+        }
     with av.open(str(path), "w") as file:
         rate = Fraction(len(times)) / ((times[-1] + (last or times[-1] - times[-2])) * time_base)
         video = file.add_stream(codec, rate=rate.limit_denominator(10000), options=options or {})
@@ -140,7 +161,7 @@ def write_video(
     return path
 
 
-def drifting(count: int, height: int = 64, width: int = 96, start: int = 0) -> List[np.ndarray]:
+def drifting(count: int, height: int = 64, width: int = 96, start: int = 0) -> list[np.ndarray]:
     return [moving_picture(start + number, height, width) for number in range(count)]
 
 
@@ -149,11 +170,28 @@ def phone_clip(path: Path, count: int = 14) -> Path:
     steps = [2990, 3010, 6000, 3000, 3001]
     times = [sum(steps[i % 5] for i in range(number)) for number in range(count)]
     return write_video(
-        path, drifting(count), times, Fraction(1, 90000), rotation=90, sound=times[-1] / 90000, metadata={"title": "Holiday", "comment": "by the sea"},
-        chapters=[{"id": number, "start": 200 * number, "end": 200 * number + 200, "time_base": Fraction(1, 1000), "metadata": {"title": f"part {number}"}} for number in range(2)],
-    )  # fmt: skip
+        path,
+        drifting(count),
+        times,
+        Fraction(1, 90000),
+        rotation=90,
+        sound=times[-1] / 90000,
+        metadata={"title": "Holiday", "comment": "by the sea"},
+        chapters=[
+            {
+                "id": number,
+                "start": 200 * number,
+                "end": 200 * number + 200,
+                "time_base": Fraction(1, 1000),
+                "metadata": {"title": f"part {number}"},
+            }
+            for number in range(2)
+        ],
+    )
 
 
 def film_clip(path: Path, count: int = 24, **settings) -> Path:
     """24000/1001 frames a second."""
-    return write_video(path, drifting(count), [1001 * number for number in range(count)], Fraction(1, 24000), **settings)
+    return write_video(
+        path, drifting(count), [1001 * number for number in range(count)], Fraction(1, 24000), **settings
+    )

@@ -11,9 +11,10 @@ the same samples in the same order.
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Protocol, Sequence, Tuple, Union
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -26,12 +27,13 @@ from training.event_simulation import EventCamera, event_volume, upsample_frames
 from training.options import RunOptions
 from training.random_motion import MovingScene
 
+
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".y4m")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 MOST_MOMENTS = 12  # frames between two, at most, that events are simulated from: more cost time, and change little
 
-Sample = Dict[str, torch.Tensor]
+Sample = dict[str, torch.Tensor]
 
 
 class Unreadable(ValueError):
@@ -87,7 +89,7 @@ def natural_order(path: Path) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def images_in(folder: Path) -> List[Path]:
+def images_in(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
 
 
@@ -112,7 +114,7 @@ class VideoClips:
 
     def __init__(self, paths: Sequence[Path], decoder: str, cache_gib: float, on_unreadable: str):
         self.decoder = _decoder(decoder)
-        self.scenes: List[Union[np.ndarray, Path]] = []
+        self.scenes: list[np.ndarray | Path] = []
         lengths, room = [], cache_gib * 2**30
         for path in paths:
             try:
@@ -142,7 +144,9 @@ class VideoClips:
     def _decode(self, path: Path, first: int, count: int, whole: bool = False) -> np.ndarray:
         """Frames in one array; of a `whole` file as many as there are, whatever `count` its header told."""
         frames, found = None, 0
-        for frame in self.decoder.decode(path, first, threads=whole):  # loaders, which read parts, are parallel already
+        for frame in self.decoder.decode(
+            path, first, threads=whole
+        ):  # loaders, which read parts, are parallel already
             if frames is None:
                 frames = np.empty((count, *frame.shape), np.uint8)
             if frame.shape != frames.shape[1:]:
@@ -163,7 +167,7 @@ class VideoClips:
 class _PyAV:
     """Video files through PyAV. Imported where it is used: a loader process may be handed this object."""
 
-    def measure(self, path: Path) -> Tuple[int, float]:
+    def measure(self, path: Path) -> tuple[int, float]:
         """Frames of a file, as its header says, and bytes that they take decoded."""
         import av
 
@@ -172,7 +176,9 @@ class _PyAV:
                 stream = container.streams.video[0]
                 count = stream.frames
                 if not count and (stream.duration or container.duration):
-                    seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+                    seconds = (
+                        float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+                    )
                     count = round(seconds * float(stream.average_rate or 25))
                 count = count or sum(1 for _ in container.decode(stream))
                 return count, float(count) * stream.width * stream.height * 3
@@ -204,7 +210,7 @@ class _PyAV:
 class _OpenCV:
     """Video files through OpenCV, where PyAV is not to be had."""
 
-    def measure(self, path: Path) -> Tuple[int, float]:
+    def measure(self, path: Path) -> tuple[int, float]:
         capture = cv2.VideoCapture(str(path))
         names = (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
         count, width, height = (capture.get(name) for name in names)
@@ -228,7 +234,7 @@ class _OpenCV:
             capture.release()
 
 
-def _decoder(name: str) -> Union[_PyAV, _OpenCV]:
+def _decoder(name: str) -> _PyAV | _OpenCV:
     if name == "opencv":
         return _OpenCV()
     if importlib.util.find_spec("av") is None:
@@ -267,13 +273,15 @@ def _without_decoding(table, path: str, columns: Sequence[str]):
 
     known = table.column_names or list(next(iter(table), {}))  # a stream may not know its columns beforehand
     if len(columns) != 3 or not set(columns) <= set(known):
-        raise ValueError(f"`columns` must name three image columns of {path!r}, which has {known}, but is {list(columns)}.")
+        raise ValueError(
+            f"`columns` must name three image columns of {path!r}, which has {known}, but is {list(columns)}."
+        )
     for column in columns:
         table = table.cast_column(column, datasets.Image(decode=False))
     return table
 
 
-def _decode_triplet(row: Dict, columns: Sequence[str], where: str) -> np.ndarray:
+def _decode_triplet(row: dict, columns: Sequence[str], where: str) -> np.ndarray:
     frames = []
     for column in columns:
         try:
@@ -319,7 +327,7 @@ def _wrong_layout(name: str, path: str, reason: str) -> ValueError:
     return ValueError(f"`data`: {path!r} is not of the format {name}: {reason}. Expected:\n    {tree}")
 
 
-def parse_sources(data: str) -> List[Tuple[str, str, float]]:
+def parse_sources(data: str) -> list[tuple[str, str, float]]:
     """`FORMAT:PATH[@WEIGHT],…` as `(format, path, weight)`. Without a format, videos are meant.
 
     Raises:
@@ -452,7 +460,12 @@ class TripletMaker:
     @staticmethod
     def _sample(frames: np.ndarray, time: float) -> Sample:
         tensors = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"frame_prev": tensors[0], "frame_mid": tensors[1], "frame_next": tensors[2], "time": torch.tensor(time)}
+        return {
+            "frame_prev": tensors[0],
+            "frame_mid": tensors[1],
+            "frame_next": tensors[2],
+            "time": torch.tensor(time),
+        }
 
 
 @dataclass
@@ -491,7 +504,9 @@ class EventMaker:
         )
 
     @staticmethod
-    def from_events(first: np.ndarray, second: np.ndarray, volume: np.ndarray, thresholds: Tuple[float, float]) -> Sample:
+    def from_events(
+        first: np.ndarray, second: np.ndarray, volume: np.ndarray, thresholds: tuple[float, float]
+    ) -> Sample:
         frames = [torch.from_numpy(frame.copy()).float()[None] / 127.5 - 1 for frame in (first, second)]
         return {
             "frame_first": frames[0],
@@ -501,7 +516,7 @@ class EventMaker:
         }
 
 
-Maker = Union[TripletMaker, EventMaker]
+Maker = TripletMaker | EventMaker
 
 
 def with_unreadable(sample: Sample, count: int = 0) -> Sample:
@@ -521,7 +536,7 @@ class DrawnSamples(Dataset):
         ValueError: if no clip has as many frames as a window.
     """
 
-    def __init__(self, sources: Sequence[Tuple[Clips, float]], maker: Maker, options: RunOptions):
+    def __init__(self, sources: Sequence[tuple[Clips, float]], maker: Maker, options: RunOptions):
         self.maker, self.options = maker, options
         self.augmentation = Augmentation(options.crop, options.colour_jitter)
         self.gaps = np.array(options.gaps) / sum(options.gaps)
@@ -530,7 +545,9 @@ class DrawnSamples(Dataset):
             least = 1 if isinstance(clips, StillClips) else maker.frames
             numbers = np.flatnonzero(clips.lengths >= least)
             if not len(numbers):
-                raise ValueError(f"`data`: no clip has the {least} frames that a sample needs; the longest has {max(clips.lengths)}.")
+                raise ValueError(
+                    f"`data`: no clip has the {least} frames that a sample needs; the longest has {max(clips.lengths)}."
+                )
             # Long clips have more to show, but should not drown short ones.
             chances = np.cumsum(np.sqrt(clips.lengths[numbers]))
             self.sources.append(clips)
@@ -624,7 +641,7 @@ class StreamedSamples(IterableDataset):
         """Whose share is read, and how many of its batches were read before."""
         self.process, self.processes, self.skipped = process, processes, batch_size * batches
 
-    def rows(self, epoch: int) -> Iterator[Dict]:
+    def rows(self, epoch: int) -> Iterator[dict]:
         """This process's rows of an epoch, pictures as bytes."""
         from datasets.distributed import split_dataset_by_node
 
@@ -660,7 +677,7 @@ class StreamedSamples(IterableDataset):
             epoch += 1
 
 
-def build_samples(options: RunOptions, maker: Maker) -> Union[DrawnSamples, StreamedSamples, RecordedSamples]:
+def build_samples(options: RunOptions, maker: Maker) -> DrawnSamples | StreamedSamples | RecordedSamples:
     """The samples that `options.data` asks for.
 
     Raises:
@@ -670,7 +687,9 @@ def build_samples(options: RunOptions, maker: Maker) -> Union[DrawnSamples, Stre
     streams = [path for name, path, _ in sources if name == "datasets-stream"]
     recordings = [path for name, path, _ in sources if name == "mvsec"]
     if len(sources) > 1 and (streams or recordings):
-        raise ValueError("`data` can hold one datasets-stream or mvsec and nothing else, or several of the other formats.")
+        raise ValueError(
+            "`data` can hold one datasets-stream or mvsec and nothing else, or several of the other formats."
+        )
     if streams:
         return StreamedSamples(streams[0], maker, options)
     if recordings and not isinstance(maker, EventMaker):

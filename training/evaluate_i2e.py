@@ -8,7 +8,6 @@ log-intensity evenly over the time bins (with the true contrast thresholds, whic
 
 import argparse
 import json
-from typing import List, Optional
 
 import torch
 
@@ -29,9 +28,11 @@ def spread_evenly(
 
 
 @torch.no_grad()
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="FORMAT:PATH as in training; a folder of video files without a format")
+    parser.add_argument(
+        "--data", required=True, help="FORMAT:PATH as in training; a folder of video files without a format"
+    )
     parser.add_argument("--i2e", required=True, help="folder of a trained EventGANModel")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--crop", type=int, default=128)

@@ -2,12 +2,13 @@
 
 import os
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
 from training.event_simulation import event_volume
+
 
 EVENTS, IMAGES, TIMES = "davis/left/events", "davis/left/image_raw", "davis/left/image_raw_ts"
 LAYOUT = (
@@ -36,8 +37,8 @@ class EventRecordings:
             raise ValueError("`data` in the format mvsec needs the package h5py.") from error
         self.num_bins, self.crop = num_bins, crop
         found = sorted(each for each in Path(path).glob("*") if each.suffix in (".hdf5", ".h5"))
-        self.paths: List[Path] = []
-        self.lengths: List[int] = []
+        self.paths: list[Path] = []
+        self.lengths: list[int] = []
         expected = LAYOUT.replace("PATH", path).replace("\n", "\n    ")
         for file_path in found:
             try:
@@ -51,7 +52,9 @@ class EventRecordings:
                 if missing:
                     raise ValueError(f"`data`: {file_path} has no {', '.join(missing)}. Expected:\n    {expected}")
                 if min(file[IMAGES].shape[1:3]) < crop:
-                    raise ValueError(f"`crop` {crop} is larger than the pictures of {file_path}, {file[IMAGES].shape[1:3]}.")
+                    raise ValueError(
+                        f"`crop` {crop} is larger than the pictures of {file_path}, {file[IMAGES].shape[1:3]}."
+                    )
                 self.paths.append(file_path)
                 self.lengths.append(len(file[TIMES]))
         if not self.paths:
@@ -62,7 +65,7 @@ class EventRecordings:
         self.gaps = np.array(gaps) / sum(gaps)
         lengths = np.array(self.lengths, dtype=float)
         self.chances = lengths * (lengths > 1) / (lengths * (lengths > 1)).sum()
-        self._open: Dict[int, object] = {}
+        self._open: dict[int, object] = {}
         self._process = -1
 
     def _file(self, number: int):
@@ -75,7 +78,7 @@ class EventRecordings:
             self._open[number] = h5py.File(self.paths[number], "r")
         return self._open[number]
 
-    def draw(self, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A pair, cropped and mirrored at random: two frames `(crop, crop)` uint8 and the event volume
         `(2 * num_bins, crop, crop)` float32 between them."""
         number = int(rng.choice(len(self.paths), p=self.chances))
@@ -84,7 +87,9 @@ class EventRecordings:
         first = int(rng.integers(self.lengths[number] - gap))
         start, end = file[TIMES][first], file[TIMES][first + gap]
         if end <= start:
-            raise ValueError(f"`data`: pictures {first} and {first + gap} of {self.paths[number]} are not in the order of time.")
+            raise ValueError(
+                f"`data`: pictures {first} and {first + gap} of {self.paths[number]} are not in the order of time."
+            )
         height, width = file[IMAGES].shape[1:3]
         top, left = int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1))
         images = [file[IMAGES][i, top : top + crop, left : left + crop] for i in (first, first + gap)]

@@ -6,17 +6,19 @@ since the last one. No event falls into the refractory period after another at t
 """
 
 from dataclasses import dataclass
-from typing import Optional, Tuple
 
 import cv2
 import numpy as np
 
 from madiff_diffusers.motion_hints import single_threaded_opencv
 
-LOG_EPS = 0.03  # added to intensities in [0, 1] before the logarithm: a sensor's dark noise bounds the contrast of black
+
+LOG_EPS = (
+    0.03  # added to intensities in [0, 1] before the logarithm: a sensor's dark noise bounds the contrast of black
+)
 
 # x, y: int; t: float32 in [0, 1]; polarity: bool, True where it got brighter. In no particular order.
-Events = Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Events = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -51,7 +53,7 @@ class EventCamera:
             noise=float(rng.uniform(0, 0.01)),
         )
 
-    def simulate(self, frames: np.ndarray, rng: np.random.Generator, times: Optional[np.ndarray] = None) -> Events:
+    def simulate(self, frames: np.ndarray, rng: np.random.Generator, times: np.ndarray | None = None) -> Events:
         """Events that a grey video would cause.
 
         Args:
@@ -122,7 +124,7 @@ def event_volume(
     return volume.reshape(2 * num_bins, height, width)
 
 
-def upsample_frames(frames: np.ndarray, largest_shift: float = 1.0, most: int = 12) -> Tuple[np.ndarray, np.ndarray]:
+def upsample_frames(frames: np.ndarray, largest_shift: float = 1.0, most: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Frames between neighbours, moved along optical flow: as many as the motion there asks for.
 
     Blending would turn motion into a fade, whose events are spread evenly in time; frames moved along the flow make an
@@ -148,7 +150,9 @@ def upsample_frames(frames: np.ndarray, largest_shift: float = 1.0, most: int = 
         factor = int(np.clip(np.ceil(shift / largest_shift), 1, most))
         for i in range(1, factor):
             s = i / factor
-            from_before = cv2.remap(before, grid + s * to_before, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            from_before = cv2.remap(
+                before, grid + s * to_before, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+            )
             from_after = cv2.remap(
                 after, grid + (1 - s) * to_after, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
             )

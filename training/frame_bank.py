@@ -4,9 +4,9 @@ A loader that decodes and crops on the CPU gives a few dozen samples a second; a
 device as uint8, and a batch is one gather: crops of three frames, chosen by how much moves in them.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from madiff_diffusers.scene_cuts import find_cuts
 
+
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
 
-def _decode(path: Path) -> List[np.ndarray]:
+def _decode(path: Path) -> list[np.ndarray]:
     capture, frames = cv2.VideoCapture(str(path)), []
     while True:
         there, frame = capture.read()
@@ -64,9 +65,19 @@ class FrameBank:
         self.bases = torch.tensor(bases, device=device)
         self.scenes = torch.tensor(scenes, device=device)  # clip, first frame, frame after the last
         lengths = (self.scenes[:, 2] - self.scenes[:, 1]).float()
-        self.weights = lengths.clamp(max=120).sqrt()  # long clips are seen more often, but not as much as they are longer
+        self.weights = lengths.clamp(
+            max=120
+        ).sqrt()  # long clips are seen more often, but not as much as they are longer
 
-    def _rows(self, clip: torch.Tensor, frame: torch.Tensor, top: torch.Tensor, left: torch.Tensor, ys: torch.Tensor, xs: torch.Tensor) -> torch.Tensor:
+    def _rows(
+        self,
+        clip: torch.Tensor,
+        frame: torch.Tensor,
+        top: torch.Tensor,
+        left: torch.Tensor,
+        ys: torch.Tensor,
+        xs: torch.Tensor,
+    ) -> torch.Tensor:
         """Numbers of pixels `(N, len(ys), len(xs))` of frames `(N,)` of clips."""
         height, width = self.shapes[clip].unbind(1)
         y = (top[:, None] + ys)[:, :, None]
@@ -74,7 +85,9 @@ class FrameBank:
         wide = width[:, None, None]
         return self.bases[clip][:, None, None] + (frame * height)[:, None, None] * wide + y * wide + x
 
-    def _crops(self, clip: torch.Tensor, frame: torch.Tensor, top: torch.Tensor, left: torch.Tensor, size: int, step: int = 1) -> torch.Tensor:
+    def _crops(
+        self, clip: torch.Tensor, frame: torch.Tensor, top: torch.Tensor, left: torch.Tensor, size: int, step: int = 1
+    ) -> torch.Tensor:
         """Frames `(N, 3, size / step, size / step)` float32 in [-1, 1]."""
         along = torch.arange(0, size, step, device=self.device)
         pixels = self.pixels[self._rows(clip, frame, top, left, along, along)]
@@ -88,7 +101,10 @@ class FrameBank:
         clip = torch.randint(self.count, (count,), generator=generator, device=self.device)
         height, width = self.shapes[clip].unbind(1)
         scene = self._scene_of(clip)
-        frame = self.scenes[scene, 1] + (self._uniform(count, generator) * (self.scenes[scene, 2] - self.scenes[scene, 1])).long()
+        frame = (
+            self.scenes[scene, 1]
+            + (self._uniform(count, generator) * (self.scenes[scene, 2] - self.scenes[scene, 1])).long()
+        )
         top = (self._uniform(count, generator) * (height - size + 1)).long()
         left = (self._uniform(count, generator) * (width - size + 1)).long()
         return self._crops(clip, frame, top, left, size)
@@ -98,8 +114,14 @@ class FrameBank:
         return (self.scenes[:, 0][None] == clip[:, None]).float().argmax(dim=1)
 
     def triplets(
-        self, count: int, size: int, gaps: Sequence[float], any_time: float, candidates: int, generator: torch.Generator
-    ) -> Dict[str, torch.Tensor]:
+        self,
+        count: int,
+        size: int,
+        gaps: Sequence[float],
+        any_time: float,
+        candidates: int,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
         """
         Crops of three frames of clips.
 
@@ -128,15 +150,21 @@ class FrameBank:
         small = [self._crops(clip, frame, top, left, size, step=8) for frame in (start, start + 2 * gap)]
         change = (small[0] - small[1]).abs().mean(dim=(1, 2, 3)).view(count, candidates)
         # Now and then any of them, so that little motion is seen, too.
-        change = torch.where(self._uniform(count, generator)[:, None] < 0.75, change, self._uniform(drawn, generator).view(count, candidates))
+        change = torch.where(
+            self._uniform(count, generator)[:, None] < 0.75,
+            change,
+            self._uniform(drawn, generator).view(count, candidates),
+        )
         kept = change.argmax(dim=1) + torch.arange(count, device=self.device) * candidates
         clip, start, gap, between, top, left = (each[kept] for each in (clip, start, gap, between, top, left))
-        frames = self._crops(clip.repeat(3), torch.cat([start, start + between, start + 2 * gap]), top.repeat(3), left.repeat(3), size)
+        frames = self._crops(
+            clip.repeat(3), torch.cat([start, start + between, start + 2 * gap]), top.repeat(3), left.repeat(3), size
+        )
         prev, mid, next_ = frames.chunk(3)
         return {"frame_prev": prev, "frame_mid": mid, "frame_next": next_, "time": between.float() / (2 * gap).float()}
 
 
-def augment(batch: Dict[str, torch.Tensor], size: int, generator: torch.Generator) -> Dict[str, torch.Tensor]:
+def augment(batch: dict[str, torch.Tensor], size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Samples resized to `size`, mirrored, transposed, reversed in time and recoloured at random; of some, the neighbours get other light
     than the middle frame, or all frames noise."""
     frames = torch.stack([batch["frame_prev"], batch["frame_mid"], batch["frame_next"]], dim=1)  # [B,3,3,H,W]
@@ -149,7 +177,9 @@ def augment(batch: Dict[str, torch.Tensor], size: int, generator: torch.Generato
         return low + (high - low) * torch.rand(count, *shape, generator=generator, device=device)
 
     if frames.shape[-1] != size:
-        flat = F.interpolate(frames.flatten(0, 1), size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+        flat = F.interpolate(
+            frames.flatten(0, 1), size=(size, size), mode="bicubic", align_corners=False, antialias=True
+        )
         frames = flat.view(count, 3, 3, size, size)
     frames = torch.where(chance(0.5), frames.flip(-1), frames)
     frames = torch.where(chance(0.5), frames.flip(-2), frames)
@@ -176,7 +206,7 @@ def augment(batch: Dict[str, torch.Tensor], size: int, generator: torch.Generato
 
 def composed(
     bank: FrameBank, count: int, size: int, layers: int, generator: torch.Generator
-) -> Tuple[Dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """
     Scenes composed of pieces of frames: a background and layers with outlines of their own, which shift, turn and grow on paths that
     are not straight, at an instant drawn for each.
@@ -200,7 +230,11 @@ def composed(
     background = background.view(-1)
 
     # 1. paths; lengths are in pixels of the frame, instants run from 0 to 1
-    time = torch.where(torch.rand(count, generator=generator, device=device) < 0.5, torch.full((count,), 0.5, device=device), uniform(0.1, 0.9, count))
+    time = torch.where(
+        torch.rand(count, generator=generator, device=device) < 0.5,
+        torch.full((count,), 0.5, device=device),
+        uniform(0.1, 0.9, count),
+    )
     angle = uniform(0, 2 * torch.pi, total)
     speed = torch.exp(uniform(-0.7, 4.4, total)) * torch.where(background, 0.6, 1.0)  # half a pixel to 80, most slow
     direction = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -213,7 +247,7 @@ def composed(
     spin = normal(total) * torch.where(background, 0.03, 0.25)
     growth = normal(total) * torch.where(background, 0.03, 0.12)
 
-    def place(instant: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def place(instant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Matrix `(M, 2, 2)` and shift `(M, 2)` of each layer's own pixels to the scene's."""
         passed = (instant.repeat_interleave(layers + 1) - 0.5)[:, None]
         shift = centre + velocity * passed + bend * passed**2
@@ -229,7 +263,7 @@ def composed(
     pixel = torch.arange(size, device=device) + 0.5
     grid = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"), dim=-1).view(1, -1, 2)  # x, y
 
-    def render(instant: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def render(instant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The frame, each layer's opacity `(M, size²)` and its own coordinates of each pixel `(M, size², 2)`."""
         matrix, shift = place(instant)
         local = (grid - shift[:, None]) @ torch.linalg.inv(matrix).transpose(1, 2)  # [M,size²,2]
@@ -238,7 +272,9 @@ def composed(
         distance = ((local / radii[:, None]).norm(dim=-1) - outline.clamp(min=0.15)) * radii.min(dim=1).values[:, None]
         opacity = torch.where(background[:, None], 1.0, torch.sigmoid(-2 * distance / soft[:, None]))
         seen = (local + (centre[:, None] % size)) / size * 2 - 1
-        colours = F.grid_sample(textures, seen.view(total, size, size, 2), mode="bilinear", padding_mode="reflection", align_corners=False)
+        colours = F.grid_sample(
+            textures, seen.view(total, size, size, 2), mode="bilinear", padding_mode="reflection", align_corners=False
+        )
         colours, alpha = colours.view(count, layers + 1, 3, size, size), opacity.view(count, layers + 1, 1, size, size)
         frame = colours[:, 0]
         for number in range(1, layers + 1):
@@ -260,4 +296,6 @@ def composed(
     flow = flows[:, 0]
     for number in range(1, layers + 1):
         flow = torch.where(covered[:, number], flows[:, number], flow)
-    return {"frame_prev": prev, "frame_mid": mid, "frame_next": next_, "time": time}, flow.permute(0, 3, 1, 2).contiguous()
+    return {"frame_prev": prev, "frame_mid": mid, "frame_next": next_, "time": time}, flow.permute(
+        0, 3, 1, 2
+    ).contiguous()

@@ -1,6 +1,6 @@
 """Motion hints as training draws them: from the true middle frame, from a guess of it, or none yet."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 
@@ -9,13 +9,19 @@ from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_sourc
 from madiff_diffusers.vq_magan import VQMAGANModel
 
 
-def load_hint_source(config: Dict[str, Any], i2e: str, device: torch.device) -> Tuple[HintSource, Optional[EventGANModel]]:
+def load_hint_source(
+    config: dict[str, Any], i2e: str, device: torch.device
+) -> tuple[HintSource, EventGANModel | None]:
     """The hint source of a configuration, and its frozen image-to-event generator if it has one.
 
     Raises:
         ValueError: if the source needs a generator and `i2e` is empty, or lacks weights of one.
     """
-    name, settings, event_scale = config["hint_source"], config["pipeline"].get("hint_settings"), config["pipeline"].get("event_scale", 1)
+    name, settings, event_scale = (
+        config["hint_source"],
+        config["pipeline"].get("hint_settings"),
+        config["pipeline"].get("event_scale", 1),
+    )
     if "events" not in name.split("+"):
         return build_hint_source(name, settings=settings), None
     if not i2e:
@@ -28,7 +34,7 @@ def load_hint_source(config: Dict[str, Any], i2e: str, device: torch.device) -> 
 def draw_hints(
     model: VQMAGANModel,
     source: HintSource,
-    batch: Dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
     probability: float,
     guess_share: float,
     guess_rounds: int,
@@ -55,7 +61,13 @@ def draw_hints(
     for number in range(1, 1 + (rounds if len(chosen) else 0)):
         noise = latent_noise(model, mid[chosen], 1.0, generator)
         guess = model(
-            mid[chosen], prev[chosen], next_[chosen], hints_prev[chosen], hints_next[chosen], latent_noise=noise, time=time[chosen]
+            mid[chosen],
+            prev[chosen],
+            next_[chosen],
+            hints_prev[chosen],
+            hints_next[chosen],
+            latent_noise=noise,
+            time=time[chosen],
         ).sample.clamp(-1, 1)
         refined = source.from_guess(prev[chosen], guess, next_[chosen])
         if damped:
@@ -81,9 +93,7 @@ def start_hints(source: HintSource, prev: torch.Tensor, next_: torch.Tensor, tim
     return hints_prev, hints_next
 
 
-def latent_noise(
-    model: VQMAGANModel, frames: torch.Tensor, level: float, generator: torch.Generator
-) -> torch.Tensor:
+def latent_noise(model: VQMAGANModel, frames: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
     """Gaussian noise in the shape of the frames' latents; each sample's strength is uniform in [0, level]."""
     batch, _, height, width = frames.shape
     f = model.downsample_factor
@@ -93,7 +103,7 @@ def latent_noise(
 
 def refine_as_sampling(
     model: VQMAGANModel, source: HintSource, prev: torch.Tensor, mid: torch.Tensor, next_: torch.Tensor, rounds: int
-) -> Tuple[HintPair, Dict]:
+) -> tuple[HintPair, dict]:
     """The true latents decoded as sampling decodes its own: with start hints, then `rounds` times with hints refined
     from the guess before. Returns the last hints and what the decoder gave for them."""
     hints = source.start(prev, next_)

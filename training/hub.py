@@ -2,7 +2,6 @@
 
 import csv
 from pathlib import Path
-from typing import List
 
 import yaml
 
@@ -11,13 +10,14 @@ from madiff_diffusers.hub_repository import model_card, upload_repository
 from training.data import parse_sources
 from training.options import RunOptions
 
+
 CLASSES = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": MADiffPipeline, "pipeline": MADiffPipeline}
 
 # Options that say where things are on this machine or on the Hub, not how the result came about.
 _PLACES = ("output", "push_to_hub", "hub_private", "hub_revision", "hub_message")
 
 
-def run_sections(run_folder: Path) -> List[str]:
+def run_sections(run_folder: Path) -> list[str]:
     """What a run left in its folder, as Markdown for a model card: the last validations and losses, options, environment."""
     args = yaml.safe_load((run_folder / "args.yaml").read_text())
     environment = yaml.safe_load((run_folder / "environment.yaml").read_text())
@@ -31,7 +31,7 @@ def run_sections(run_folder: Path) -> List[str]:
     ]
 
 
-def _table(title: str, path: Path, rows: int = 5) -> List[str]:
+def _table(title: str, path: Path, rows: int = 5) -> list[str]:
     """The last rows of a CSV file as a Markdown section; nothing if there is no such file."""
     if not path.exists():
         return []
@@ -51,7 +51,9 @@ def write_card(run_folder: Path, part: str, options: RunOptions) -> None:
     folder = result_folder(run_folder, part)
     model = CLASSES[part].from_pretrained(folder)
     sources = parse_sources(options.data)
-    datasets = [path for name, path, _ in sources if name in ("datasets", "datasets-stream") and not Path(path).exists()]
+    datasets = [
+        path for name, path, _ in sources if name in ("datasets", "datasets-stream") and not Path(path).exists()
+    ]
     model_card(model, run_sections(run_folder), datasets=datasets or None).save(folder / "README.md")
 
 

@@ -1,7 +1,5 @@
 """Losses that several stages share: LPIPS, and the adversarial loss with its discriminator and how it is balanced."""
 
-from typing import Optional, Tuple
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -59,7 +57,7 @@ class Adversary:
         start: step at which it begins to take part.
     """
 
-    def __init__(self, run: Run, in_channels: int, channels: int, betas: Tuple[float, ...], start: int):
+    def __init__(self, run: Run, in_channels: int, channels: int, betas: tuple[float, ...], start: int):
         self.run, self.start = run, start
         self.bare = PatchDiscriminator(in_channels, channels)
         optimizer = torch.optim.Adam(self.bare.parameters(), lr=run.options.learning_rate, betas=tuple(betas))
@@ -90,7 +88,7 @@ class Adversary:
         return loss.detach()
 
 
-def lpips_loss(options: RunOptions, device: torch.device) -> Optional[nn.Module]:
+def lpips_loss(options: RunOptions, device: torch.device) -> nn.Module | None:
     """The frozen LPIPS network that the options name, on a device; None for `lpips_net` "none", or if nothing asks for it."""
     if options.lpips_net == "none" or not (options.validation or getattr(options, "lpips_weight", 0) > 0):
         return None

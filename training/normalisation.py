@@ -4,8 +4,6 @@ Both keep buffers that move at every forward pass in training. A step that is ma
 several times, and one that is spread over processes once on each, so that the same samples would give other weights.
 """
 
-from typing import List, Tuple
-
 import torch
 import torch.nn as nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -39,9 +37,9 @@ class StepwiseNormalisation:
             spectral_norm(module)
         for norm in self.batch_norms:
             norm.momentum = 1.0
-        self._kept: List[Tuple[torch.Tensor, torch.Tensor]] = []  # running means and variances as the step began
-        self._sums: List[Tuple[torch.Tensor, torch.Tensor]] = []  # means of those of its passes
-        self._steps: List[torch.Tensor] = []
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # running means and variances as the step began
+        self._sums: list[tuple[torch.Tensor, torch.Tensor]] = []  # means of those of its passes
+        self._steps: list[torch.Tensor] = []
 
     @torch.no_grad()
     def begin_pass(self, first: bool) -> None:

@@ -8,8 +8,9 @@ import math
 import sys
 import traceback
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import diffusers
 import yaml
@@ -22,10 +23,17 @@ from madiff_diffusers.motion_hints import hint_parts
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 
+
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 # Sections of a configuration that hold the arguments of a class; "scheduler" names its own.
-MODEL_SECTIONS = {"i2e": EventGANModel, "hint_model": MotionHintModel, "vqvae": VQMAGANModel, "unet": UNet2DModel, "pipeline": MADiffPipeline}
+MODEL_SECTIONS = {
+    "i2e": EventGANModel,
+    "hint_model": MotionHintModel,
+    "vqvae": VQMAGANModel,
+    "unet": UNet2DModel,
+    "pipeline": MADiffPipeline,
+}
 STAGES = ("train_i2e", "train_vq_magan", "train_denoiser", "train_sampler")
 
 # Of diffusers.optimization, those that need no arguments of their own.
@@ -35,10 +43,10 @@ LR_SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_resta
 def option(
     default: Any,
     help: str,
-    least: Optional[float] = None,
-    most: Optional[float] = None,
-    more_than: Optional[float] = None,
-    less_than: Optional[float] = None,
+    least: float | None = None,
+    most: float | None = None,
+    more_than: float | None = None,
+    less_than: float | None = None,
     choices: Sequence[str] = (),
     count: int = 0,
 ) -> Any:
@@ -57,17 +65,22 @@ def option(
 class Allowed:
     """What values an option takes; see `option`."""
 
-    least: Optional[float]
-    most: Optional[float]
-    more_than: Optional[float]
-    less_than: Optional[float]
-    choices: Tuple[str, ...]
+    least: float | None
+    most: float | None
+    more_than: float | None
+    less_than: float | None
+    choices: tuple[str, ...]
     count: int
 
     def __str__(self) -> str:
         if self.choices:
             return f"one of {', '.join(choice or '(empty)' for choice in self.choices)}"
-        limits = {"at least": self.least, "more than": self.more_than, "at most": self.most, "less than": self.less_than}
+        limits = {
+            "at least": self.least,
+            "more than": self.more_than,
+            "at most": self.most,
+            "less than": self.less_than,
+        }
         text = " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
         return f"{self.count} numbers, each {text}" if self.count else text
 
@@ -95,28 +108,53 @@ class RunOptions:
     output: str = option("", "folder of the run")
     # data
     crop: int = option(128, "side of the training crops, pixels", least=1)
-    gaps: Tuple[float, ...] = option((0.5, 0.3, 0.2), "chances of 1, 2, 3 … source frames between two frames of a sample", least=0)
-    any_time: float = option(0.0, "share of samples whose middle frame is at any instant between the others; that of the rest is half-way", least=0, most=1)
-    window: int = option(3, "frames of clips that a sample spans, an odd number; more give more instants, and wider motion", least=3)
+    gaps: tuple[float, ...] = option(
+        (0.5, 0.3, 0.2), "chances of 1, 2, 3 … source frames between two frames of a sample", least=0
+    )
+    any_time: float = option(
+        0.0,
+        "share of samples whose middle frame is at any instant between the others; that of the rest is half-way",
+        least=0,
+        most=1,
+    )
+    window: int = option(
+        3, "frames of clips that a sample spans, an odd number; more give more instants, and wider motion", least=3
+    )
     candidates: int = option(2, "crops drawn per sample, of which the one that changes most is kept", least=1)
-    colour_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation, one for a sample", least=0, most=1)
-    random_motion_share: float = option(0.0, "share of samples composed of frames of the data in random, known motion", least=0, most=1)
+    colour_jitter: float = option(
+        0.0, "largest relative change of brightness, contrast and saturation, one for a sample", least=0, most=1
+    )
+    random_motion_share: float = option(
+        0.0, "share of samples composed of frames of the data in random, known motion", least=0, most=1
+    )
     decoder: str = option("av", "what decodes video files; av is PyAV", choices=("av", "opencv"))
-    cache_gib: float = option(8.0, "decoded clips that a process keeps in memory, GiB for each folder of videos; others are decoded when drawn", least=0)
+    cache_gib: float = option(
+        8.0,
+        "decoded clips that a process keeps in memory, GiB for each folder of videos; others are decoded when drawn",
+        least=0,
+    )
     columns: str = option("prev,mid,next", "image columns of Hugging Face datasets")
-    on_unreadable: str = option("error", "a file that cannot be read stops the run (error) or is reported and left out (skip)", choices=("error", "skip"))
+    on_unreadable: str = option(
+        "error",
+        "a file that cannot be read stops the run (error) or is reported and left out (skip)",
+        choices=("error", "skip"),
+    )
     workers: int = option(1, "loader processes per training process", least=0)
     # optimisation
     seed: int = option(0, "of everything that is drawn", least=0, less_than=2**32)
     steps: int = option(1000, "optimiser steps", least=1)
-    stop_step: int = option(0, "end at this step, with a checkpoint; the same command with another value goes on. 0: at the last", least=0)
+    stop_step: int = option(
+        0, "end at this step, with a checkpoint; the same command with another value goes on. 0: at the last", least=0
+    )
     batch_size: int = option(16, "samples per process and forward pass", least=1)
     accumulation: int = option(1, "forward passes per optimiser step", least=1)
     learning_rate: float = option(1e-4, "highest learning rate", more_than=0)
     warmup_steps: int = option(200, "steps in which the learning rate rises", least=0)
     lr_schedule: str = option("cosine", "of diffusers.optimization.get_scheduler", choices=LR_SCHEDULES)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", more_than=0)
-    ema_decay: float = option(0.0, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1)
+    ema_decay: float = option(
+        0.0, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1
+    )
     # speed and memory
     mixed_precision: str = option("", "of networks; empty: what the launch says", choices=("", "no", "bf16", "fp16"))
     channels_last: bool = option(True, "weights in channels-last layout")
@@ -124,7 +162,11 @@ class RunOptions:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     # what a run leaves
     save_every: int = option(500, "steps between checkpoints", least=1)
-    keep: int = option(2, "checkpoints kept, newest first; the best is kept beside them. With 1, nothing is left if a disk damages it", least=1)
+    keep: int = option(
+        2,
+        "checkpoints kept, newest first; the best is kept beside them. With 1, nothing is left if a disk damages it",
+        least=1,
+    )
     log_every: int = option(50, "steps between rows of summary.csv", least=1)
     tracker: str = option("tensorboard", "what the log is sent to", choices=("tensorboard", "wandb", "none"))
     validation: str = option("", "data of the validation, as in --data; empty: none")
@@ -132,7 +174,9 @@ class RunOptions:
     validation_crop: int = option(256, "side of its centre crops, pixels", least=1)
     validate_every: int = option(1000, "steps between validations", least=1)
     panels: int = option(4, "validation samples shown as pictures", least=0)
-    lpips_net: str = option("vgg", "features of LPIPS; none: no LPIPS, neither as a loss nor as a score", choices=("alex", "vgg", "none"))
+    lpips_net: str = option(
+        "vgg", "features of LPIPS; none: no LPIPS, neither as a loss nor as a score", choices=("alex", "vgg", "none")
+    )
     lpips_backbone: str = option("", "safetensors file with their weights; downloaded by torchvision if empty")
     push_to_hub: str = option("", "repository (user/name) that the result is uploaded to")
     hub_private: bool = option(False, "make that repository private, if it is new")
@@ -140,7 +184,7 @@ class RunOptions:
     hub_message: str = option("", "message of the commit; empty: a general one")
 
 
-def parse_options(options_class: type, stage: str, argv: Optional[List[str]], description: str) -> Tuple[Any, Dict]:
+def parse_options(options_class: type, stage: str, argv: list[str] | None, description: str) -> tuple[Any, dict]:
     """Options of a stage, and the whole configuration, in which empty sections are empty mappings.
 
     Raises:
@@ -155,7 +199,11 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
     config, section = ({}, {}) if name is None else _read_config(name, stage, fields, named)
 
     # 2. flags
-    about = f"Defaults below are those of --config {name}." if name else "Defaults below give way to those of --config, which --config NAME --help shows."
+    about = (
+        f"Defaults below are those of --config {name}."
+        if name
+        else "Defaults below give way to those of --config, which --config NAME --help shows."
+    )
     parser = argparse.ArgumentParser(
         description=description, epilog=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -181,7 +229,9 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
             section[name] = _as_type(value, types[name])
         except (TypeError, ValueError):
             wanted = getattr(types[name], "__name__", types[name])
-            parser.error(f"--{name} must be of type {wanted}, such as {_shown(fields[name].default)}, but is {value!r}")
+            parser.error(
+                f"--{name} must be of type {wanted}, such as {_shown(fields[name].default)}, but is {value!r}"
+            )
     for name in ("data", "output"):
         if not section.get(name):
             parser.error(f"--{name} is required")
@@ -196,7 +246,7 @@ def parse_options(options_class: type, stage: str, argv: Optional[List[str]], de
     return options, config
 
 
-def _read_config(name: str, stage: str, fields: Dict, parser: argparse.ArgumentParser) -> Tuple[Dict, Dict]:
+def _read_config(name: str, stage: str, fields: dict, parser: argparse.ArgumentParser) -> tuple[dict, dict]:
     """A configuration by its name or path, and a copy of the stage's section of it."""
     path = CONFIG_FOLDER / f"{name}.yaml"
     path = path if path.is_file() else Path(name)
@@ -249,7 +299,9 @@ def check_config(config: Any) -> None:
             arguments.add("class")
         unknown = sorted(set(config[section]) - arguments)
         if unknown:
-            raise ValueError(f"section {section}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(arguments))}")
+            raise ValueError(
+                f"section {section}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(arguments))}"
+            )
 
 
 def _check_values(options: RunOptions) -> None:

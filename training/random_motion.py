@@ -5,8 +5,8 @@ rotation and scale. Layers hide what lies behind them. Any moment can be rendere
 frames at any time between, are known; frames can be blurred by an exposure time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Sequence
 
 import cv2
 import numpy as np
@@ -49,7 +49,7 @@ class MovingScene:
         self, stills: Sequence[np.ndarray], height: int, width: int, rng: np.random.Generator, speed: float = 12.0
     ):
         self.height, self.width = height, width
-        self.layers: List[Layer] = []
+        self.layers: list[Layer] = []
         for number, still in enumerate(stills):
             background = number == 0
             size = np.array([width, height]) * (1.0 if background else rng.uniform(0.2, 0.7, 2))
@@ -111,7 +111,9 @@ class MovingScene:
         size = (self.width, self.height)
         background, *layers = self.layers
         matrix = background.matrix(time)
-        frame = cv2.warpAffine(background.picture, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        frame = cv2.warpAffine(
+            background.picture, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+        )
         frame = frame[..., :3].astype(np.float32)
         for layer in layers:
             moved = cv2.warpAffine(layer.picture, layer.matrix(time), size, flags=cv2.INTER_LINEAR).astype(np.float32)

@@ -27,8 +27,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,16 +46,27 @@ from training.data import Unreadable
 from training.hub import push, write_card
 from training.options import RunOptions
 
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
 LAUNCHERS = (b"accelerate", b"accelerate-launch", b"accelerate.commands.launch")
-PACKAGES = ("madiff_diffusers", "torch", "diffusers", "accelerate", "transformers", "datasets", "lpips", "numpy", "opencv-python-headless")
+PACKAGES = (
+    "madiff_diffusers",
+    "torch",
+    "diffusers",
+    "accelerate",
+    "transformers",
+    "datasets",
+    "lpips",
+    "numpy",
+    "opencv-python-headless",
+)
 
 # Scores a validation sample by its number, and shows it as a picture `(H, W, 3)` uint8 if asked to.
-Validation = Callable[[int, bool], Tuple[Dict[str, float], Optional[np.ndarray]]]
+Validation = Callable[[int, bool], tuple[dict[str, float], np.ndarray | None]]
 
 
 class Progress:
@@ -63,8 +75,10 @@ class Progress:
     def __init__(self):
         self.step, self.samples = 0, 0
         self.seconds = 0.0  # of training, where a run is limited by them
-        self.best: Dict[str, float] = {}  # step and value of the best validation
-        self.unreadable_before = 0  # draws that met a file which cannot be read, of all processes, until the last start
+        self.best: dict[str, float] = {}  # step and value of the best validation
+        self.unreadable_before = (
+            0  # draws that met a file which cannot be read, of all processes, until the last start
+        )
         self.unreadable = 0  # and of this process since then
 
     def total_unreadable(self, accelerator: Accelerator) -> int:
@@ -78,11 +92,11 @@ class SavedProgress:
     def __init__(self, progress: Progress, accelerator: Accelerator):
         self.progress, self.accelerator = progress, accelerator
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         unreadable = self.progress.total_unreadable(self.accelerator)
         return {**self.progress.__dict__, "unreadable_before": unreadable, "unreadable": 0}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.progress.__dict__.update(state)
 
 
@@ -131,13 +145,20 @@ class Run:
             )
         if self.accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
             # What `accelerate launch --cpu --num_processes N` does where it has no MPI to start the others with.
-            print("warning: this is the only process of the launch; training/README.md says how to start several on CPUs", file=sys.stderr)
+            print(
+                "warning: this is the only process of the launch; training/README.md says how to start several on CPUs",
+                file=sys.stderr,
+            )
         if self.distribution in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             kind = self.distribution.value
             if part != "unet":
-                raise ValueError(f"{kind} is for train_denoiser; the other stages' networks are small: use data parallelism.")
+                raise ValueError(
+                    f"{kind} is for train_denoiser; the other stages' networks are small: use data parallelism."
+                )
             if options.ema_decay:
-                raise ValueError(f"`ema_decay` must be 0 under {kind}, which keeps the weights its own way, but is {options.ema_decay}.")
+                raise ValueError(
+                    f"`ema_decay` must be 0 under {kind}, which keeps the weights its own way, but is {options.ema_decay}."
+                )
         if self.distribution == DistributedType.DEEPSPEED:
             # Loaders are not prepared by DeepSpeed, which therefore cannot tell the batch size by itself.
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -145,14 +166,14 @@ class Run:
         set_seed(options.seed)
         self.progress = Progress()
         self.accelerator.register_for_checkpointing(SavedProgress(self.progress, self.accelerator))
-        self.ema: Optional[EMAModel] = None
-        self.passes: List[Dict[str, torch.Tensor]] = []  # the current step's batches so far
-        self._sums: Dict[str, torch.Tensor] = {}  # of the values that they gave
-        self._export: Optional[Callable[[Path], None]] = None
-        self._validation: Optional[Tuple[Validation, int, str]] = None
+        self.ema: EMAModel | None = None
+        self.passes: list[dict[str, torch.Tensor]] = []  # the current step's batches so far
+        self._sums: dict[str, torch.Tensor] = {}  # of the values that they gave
+        self._export: Callable[[Path], None] | None = None
+        self._validation: tuple[Validation, int, str] | None = None
         self._signal = 0
-        self._norm: Optional[torch.Tensor] = None  # of the latest gradients, where nobody looked at it yet
-        self._clock: Tuple[float, int] = (0.0, 0)  # time and samples when speed was last measured
+        self._norm: torch.Tensor | None = None  # of the latest gradients, where nobody looked at it yet
+        self._clock: tuple[float, int] = (0.0, 0)  # time and samples when speed was last measured
         if self.accelerator.is_main_process:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
@@ -166,7 +187,7 @@ class Run:
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.accelerator.wait_for_everyone()
 
-    def _environment(self) -> Dict[str, Any]:
+    def _environment(self) -> dict[str, Any]:
         versions = {}
         for name in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -213,7 +234,7 @@ class Run:
 
     # ---- what is trained ----
 
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tuple[torch.nn.Module, Any]:
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[torch.nn.Module, Any]:
         """The network and its optimiser for this launch, with a schedule, and a moving average if the options want one."""
         if self.options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -264,7 +285,7 @@ class Run:
         finally:
             self.ema.restore(self._model.parameters())
 
-    def weights(self) -> Dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """The weights that are exported, whole, on the main process. All processes must call this."""
         with self.averaged_weights():
             state = self.accelerator.get_state_dict(self._model)
@@ -284,7 +305,7 @@ class Run:
     def samples_per_step(self) -> int:
         return self.options.batch_size * self.options.accumulation * self.accelerator.num_processes
 
-    def batches(self, dataset: Dataset) -> Iterator[Dict[str, torch.Tensor]]:
+    def batches(self, dataset: Dataset) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from where this run has come to until its last step, each sample on one process.
 
         Raises:
@@ -341,9 +362,14 @@ class Run:
             return
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
         # TensorBoard's place is the Accelerator's; it would make a folder of its own for a configuration, at every start.
-        settings = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(self.options).items()}
+        settings = {
+            name: value if isinstance(value, (int, float, str)) else str(value)
+            for name, value in dataclasses.asdict(self.options).items()
+        }
         config = settings if self.options.tracker == "wandb" else None
-        self.accelerator.init_trackers("madiff", config=config, init_kwargs={"wandb": {"dir": str(self.folder / "log")}})
+        self.accelerator.init_trackers(
+            "madiff", config=config, init_kwargs={"wandb": {"dir": str(self.folder / "log")}}
+        )
 
     def _stop_early(self) -> None:
         self.accelerator.print(f"stopped at step {self.progress.step} of {self.options.steps}, which is saved")
@@ -351,14 +377,14 @@ class Run:
         raise SystemExit(0)
 
     @staticmethod
-    def _readable(batches: Iterable[Dict[str, torch.Tensor]]) -> Iterator[Dict[str, torch.Tensor]]:
+    def _readable(batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         """The batches; a loader process's error about a file without that process's traceback around it."""
         try:
             yield from batches
         except Unreadable as error:
             raise Unreadable(str(error).strip().splitlines()[-1].removeprefix("training.data.Unreadable: ")) from None
 
-    def _loader(self, dataset: Dataset) -> Iterable[Dict[str, torch.Tensor]]:
+    def _loader(self, dataset: Dataset) -> Iterable[dict[str, torch.Tensor]]:
         settings = {
             "batch_size": self.options.batch_size,
             "num_workers": self.options.workers,
@@ -440,7 +466,7 @@ class Run:
         save_file(tensors, path)
         raise FloatingPointError(f"{reason} at step {self.progress.step}; the batches that caused it are in {path}.")
 
-    def finish_pass(self, values: Dict[str, torch.Tensor]) -> None:
+    def finish_pass(self, values: dict[str, torch.Tensor]) -> None:
         """Note the `values` of a forward pass; after the last of a step, count it and do what is due: log the means,
         validate, save, stop.
 
@@ -471,11 +497,13 @@ class Run:
         if stop:
             self._stop_early()
         if told and not last:
-            self.accelerator.print(f"stopped by {signal.Signals(told).name} at step {self.progress.step}, which is saved")
+            self.accelerator.print(
+                f"stopped by {signal.Signals(told).name} at step {self.progress.step}, which is saved"
+            )
             self.accelerator.end_training()
             raise SystemExit(128 + told)
 
-    def finish(self, complete: Optional[Callable[[Path], None]] = None) -> None:
+    def finish(self, complete: Callable[[Path], None] | None = None) -> None:
         """Copy the part of the last checkpoint to OUTPUT, send it to the Hub if the options ask for it, end the run.
 
         Args:
@@ -565,7 +593,7 @@ class Run:
                 os.replace(old, removed)
                 shutil.rmtree(removed)
 
-    def _saved(self) -> List[Path]:
+    def _saved(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step_*"))
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -582,12 +610,12 @@ class Run:
 
     # ---- what is written ----
 
-    def _log(self, values: Dict[str, torch.Tensor]) -> None:
+    def _log(self, values: dict[str, torch.Tensor]) -> None:
         """Append a row to `summary.csv`, where this step is one to log. Values are averaged over the processes."""
         if self.progress.step % self.options.log_every and self.progress.step != self.options.steps:
             return
         self._check_norm()
-        numbers: Dict[str, float] = {}
+        numbers: dict[str, float] = {}
         for name, value in values.items():
             numbers[name] = self.accelerator.reduce(value, "mean").item()
         if self.options.on_unreadable == "skip":
@@ -644,9 +672,9 @@ class Run:
         return True
 
 
-def _append(path: Path, row: Dict[str, Any]) -> None:
+def _append(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a CSV file, which gets the columns that it lacks: a resumed run may log others."""
-    columns: List[str] = []
+    columns: list[str] = []
     if path.exists():
         with path.open(newline="") as file:
             columns = next(csv.reader(file), [])
@@ -668,7 +696,7 @@ def _take_back(path: Path, step: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _rows(path: Path) -> List[Dict[str, str]]:
+def _rows(path: Path) -> list[dict[str, str]]:
     """The whole rows of a CSV file, if there is one; a kill may have left a part of a last one."""
     if not path.exists():
         return []
@@ -676,7 +704,7 @@ def _rows(path: Path) -> List[Dict[str, str]]:
         return list(csv.DictReader(line for line in file if line.endswith("\n")))
 
 
-def _rewrite(path: Path, columns: List[str], rows: List[Dict[str, str]]) -> None:
+def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns, restval="")
@@ -703,7 +731,9 @@ def _lock(folder: Path) -> Any:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"`output` {str(folder)!r} is being written by another run that has not ended yet.") from error
+        raise ValueError(
+            f"`output` {str(folder)!r} is being written by another run that has not ended yet."
+        ) from error
     except OSError:  # a file system without locks
         file.close()
         return None

@@ -12,7 +12,6 @@ command again.
 
 import dataclasses
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import diffusers
 import numpy as np
@@ -34,14 +33,24 @@ from training.validation import decoded_panel, image_scores, to_frames, validati
 class DenoiserOptions(RunOptions):
     i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
     vqvae: str = option("", "folder of the trained VQMAGANModel")
-    hint_source: str = option("", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's")
+    hint_source: str = option(
+        "", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's"
+    )
     init: str = option("", "folder of a trained UNet2DModel to start from")
-    adam_betas: Tuple[float, ...] = option((0.9, 0.999), "of AdamW", least=0, less_than=1, count=2)
+    adam_betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW", least=0, less_than=1, count=2)
     weight_decay: float = option(0.01, "of AdamW", least=0)
-    ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1)
-    lpips_net: str = option("alex", "features of LPIPS in validations, which are the field's score; none: no LPIPS", choices=("alex", "vgg", "none"))
+    ema_decay: float = option(
+        0.9999, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1
+    )
+    lpips_net: str = option(
+        "alex",
+        "features of LPIPS in validations, which are the field's score; none: no LPIPS",
+        choices=("alex", "vgg", "none"),
+    )
     hint_dropout: float = option(0.5, "share of samples with start hints instead of refined ones", least=0, most=1)
-    guess_share: float = option(0.0, "share of the refined hints that comes from a guess and not from the true middle frame", least=0, most=1)
+    guess_share: float = option(
+        0.0, "share of the refined hints that comes from a guess and not from the true middle frame", least=0, most=1
+    )
     guess_rounds: int = option(1, "such a guess is refined up to this many times", least=1)
 
 
@@ -52,11 +61,13 @@ def load_unet(folder: str) -> UNet2DModel:
     """
     unet, info = UNet2DModel.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(f"`init` {folder!r} does not hold the weights of a UNet2DModel: it lacks {sorted(info['missing_keys'])[0]}.")
+        raise ValueError(
+            f"`init` {folder!r} does not hold the weights of a UNet2DModel: it lacks {sorted(info['missing_keys'])[0]}."
+        )
     return unet
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(DenoiserOptions, "train_denoiser", argv, __doc__)
     run = Run(options, "unet")
     device = run.accelerator.device
@@ -96,7 +107,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         lpips = lpips_loss(options, device)
         pipeline.set_progress_bar_config(disable=True)
 
-        def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+        def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
             prev, mid, next_ = frames = to_frames(windows[index], device)
             bare_unet.eval()
             generator = torch.Generator().manual_seed(index)
@@ -147,7 +158,11 @@ def main(argv: Optional[List[str]] = None) -> None:
 
         # 3.3 count, log, save
         run.finish_pass({"loss": loss})
-    run.finish(lambda folder: build_pipeline(UNet2DModel.from_pretrained(folder / "unet")).save_pretrained(folder / "pipeline"))
+    run.finish(
+        lambda folder: build_pipeline(UNet2DModel.from_pretrained(folder / "unet")).save_pretrained(
+            folder / "pipeline"
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The model is written to OUTPUT/i2e at the end. To resume, run the same command a
 
 import dataclasses
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -27,9 +26,15 @@ from training.validation import panel, validation_windows
 @dataclasses.dataclass
 class I2EOptions(RunOptions):
     init: str = option("", "folder of a trained EventGANModel to start from")
-    frames: int = option(4, "frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart", least=2)
-    spectral_norm: bool = option(True, "as EventGAN, on residual blocks and decoders; folded into the exported weights")
-    squared_weight: float = option(1.0, "of the squared error at the start; falls linearly to 0 at squared_until", least=0)
+    frames: int = option(
+        4, "frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart", least=2
+    )
+    spectral_norm: bool = option(
+        True, "as EventGAN, on residual blocks and decoders; folded into the exported weights"
+    )
+    squared_weight: float = option(
+        1.0, "of the squared error at the start; falls linearly to 0 at squared_until", least=0
+    )
     squared_until: float = option(0.7, "share of the steps after which the squared error is gone", more_than=0, most=1)
     adversarial_weight: float = option(0.01, "of the adversarial loss; 0: none", least=0)
     disc_start: int = option(0, "step at which the discriminator starts", least=0)
@@ -45,15 +50,17 @@ def volume_loss(events: torch.Tensor, truth: torch.Tensor, squared_weight: float
     return F.l1_loss(events, truth) + squared_weight * F.mse_loss(events, truth)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(I2EOptions, "train_i2e", argv, __doc__)
     if options.ema_decay:
-        raise ValueError(f"`ema_decay` must be 0 here, but is {options.ema_decay}: BatchNorm's statistics are not those of averaged weights.")
+        raise ValueError(
+            f"`ema_decay` must be 0 here, but is {options.ema_decay}: BatchNorm's statistics are not those of averaged weights."
+        )
     run = Run(options, "i2e")
     device = run.accelerator.device
 
     # 1. models
-    def build() -> Tuple[EventGANModel, StepwiseNormalisation]:
+    def build() -> tuple[EventGANModel, StepwiseNormalisation]:
         model = EventGANModel.from_pretrained(options.init) if options.init else EventGANModel(**config["i2e"])
         return model, StepwiseNormalisation(model, options.spectral_norm)
 
@@ -82,7 +89,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     if options.validation:
         windows = validation_windows(options, frames=2, multiple=2**bare_model.config.num_encoders)
 
-        def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+        def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
             sample = maker(windows[index], np.random.default_rng(index))
             frames = [sample[name][None].to(device) for name in ("frame_first", "frame_second")]
             bare_model.eval()

@@ -14,7 +14,7 @@ resume, run the same command again.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -34,9 +34,21 @@ from training.options import RunOptions, one_line_errors, option, parse_options
 from training.run import Run
 from training.validation import image_scores, panel, to_frames, to_image, validation_windows
 
+
 # Options of the other stages' loader and loop, which this one has not.
-UNUSED = ("window", "colour_jitter", "random_motion_share", "decoder", "cache_gib", "columns", "on_unreadable", "workers",
-          "accumulation", "gradient_checkpointing", "ema_decay")  # fmt: skip
+UNUSED = (
+    "window",
+    "colour_jitter",
+    "random_motion_share",
+    "decoder",
+    "cache_gib",
+    "columns",
+    "on_unreadable",
+    "workers",
+    "accumulation",
+    "gradient_checkpointing",
+    "ema_decay",
+)
 
 TEACHER_INSTANT = 0.05  # a flow from the first of two frames is what leads on from an instant after it
 
@@ -44,15 +56,33 @@ TEACHER_INSTANT = 0.05  # a flow from the first of two frames is what leads on f
 @dataclasses.dataclass
 class SamplerOptions(RunOptions):
     init: str = option("", "folder of a pipeline to start from")
-    teacher: str = option("", "folder of a RIFEFlowModel, see `madiff convert-rife`; empty: flow is supervised in composed scenes alone")
-    adam_betas: Tuple[float, ...] = option((0.9, 0.99), "of AdamW", least=0, less_than=1, count=2)
+    teacher: str = option(
+        "", "folder of a RIFEFlowModel, see `madiff convert-rife`; empty: flow is supervised in composed scenes alone"
+    )
+    adam_betas: tuple[float, ...] = option((0.9, 0.99), "of AdamW", least=0, less_than=1, count=2)
     weight_decay: float = option(1e-4, "of AdamW", least=0)
-    composed_share: float = option(0.4, "share of samples composed of pieces of frames, with exact flow", least=0, most=1)
+    composed_share: float = option(
+        0.4, "share of samples composed of pieces of frames, with exact flow", least=0, most=1
+    )
     layers: int = option(5, "pieces of a composed scene, beside its background", least=1)
-    scales: Tuple[float, ...] = option((1.0, 1.0, 1.25), "sizes of crops before they are resized, of which each batch draws one", more_than=0)
-    latent_shares: Tuple[float, ...] = option((0.6, 0.2, 0.2), "of samples decoded from denoised latents, true ones, and zeros", least=0, count=3)
-    denoised_from: float = option(0.15, "share of the training after which denoised latents are decoded; true ones stand in before", least=0, most=1)
-    last_noise_share: float = option(0.6, "share of samples at the last timestep, where sampling begins; the rest is drawn from all", least=0, most=1)
+    scales: tuple[float, ...] = option(
+        (1.0, 1.0, 1.25), "sizes of crops before they are resized, of which each batch draws one", more_than=0
+    )
+    latent_shares: tuple[float, ...] = option(
+        (0.6, 0.2, 0.2), "of samples decoded from denoised latents, true ones, and zeros", least=0, count=3
+    )
+    denoised_from: float = option(
+        0.15,
+        "share of the training after which denoised latents are decoded; true ones stand in before",
+        least=0,
+        most=1,
+    )
+    last_noise_share: float = option(
+        0.6,
+        "share of samples at the last timestep, where sampling begins; the rest is drawn from all",
+        least=0,
+        most=1,
+    )
     two_step_share: float = option(0.25, "share of batches that take two steps …", least=0, most=1)
     two_steps_from: float = option(0.4, "… from this share of the training on", least=0, most=1)
     corrupted_share: float = option(0.2, "share of samples whose hints are disturbed", least=0, most=1)
@@ -60,10 +90,18 @@ class SamplerOptions(RunOptions):
     lpips_from: float = option(0.12, "share of the training after which LPIPS counts", least=0, most=1)
     latent_weight: float = option(0.02, "of the latents' squared error", least=0)
     vq_weight: float = option(0.02, "of the quantisation loss", least=0)
-    flow_weight: float = option(0.02, "of the hints' and offsets' distance to flow from the true middle frame, a pixel, at the start …", least=0)
+    flow_weight: float = option(
+        0.02,
+        "of the hints' and offsets' distance to flow from the true middle frame, a pixel, at the start …",
+        least=0,
+    )
     flow_weight_end: float = option(0.005, "… and at the end", least=0)
-    revive_every: int = option(50, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0)
-    time_limit: float = option(0.0, "minutes of training after which the run ends, its schedule in step with them; 0: none", least=0)
+    revive_every: int = option(
+        50, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0
+    )
+    time_limit: float = option(
+        0.0, "minutes of training after which the run ends, its schedule in step with them; 0: none", least=0
+    )
 
 
 def distance(flow: torch.Tensor, truth: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -104,7 +142,9 @@ class SamplerNetwork(nn.Module):
             setattr(self.hint_model, name, torch.compile(getattr(self.hint_model, name), dynamic=False))
         self.vqvae.condition = torch.compile(self.vqvae.condition, dynamic=False)
 
-    def forward(self, batch: Dict[str, torch.Tensor], draws: Dict[str, torch.Tensor], disturb: Any, two_steps: bool) -> Dict[str, Any]:
+    def forward(
+        self, batch: dict[str, torch.Tensor], draws: dict[str, torch.Tensor], disturb: Any, two_steps: bool
+    ) -> dict[str, Any]:
         """
         Args:
             batch: `frame_prev`, `frame_mid`, `frame_next`, `time`.
@@ -114,7 +154,7 @@ class SamplerNetwork(nn.Module):
         """
         prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
         size, vqvae = prev.shape[-2:], self.vqvae
-        found: Dict[str, Any] = {}
+        found: dict[str, Any] = {}
 
         # 1. hints of the instant, and what a guess (here the truth) would tell, at half size
         features = self.hint_model.features(torch.cat([prev, next_]))
@@ -124,7 +164,7 @@ class SamplerNetwork(nn.Module):
 
         small = [F.avg_pool2d(each, 2) for each in (prev, next_, mid)]
 
-        def refine(guess: torch.Tensor, known: torch.Tensor) -> List[torch.Tensor]:
+        def refine(guess: torch.Tensor, known: torch.Tensor) -> list[torch.Tensor]:
             neighbours = self.hint_model.features(torch.cat(small[:2]))
             known = F.avg_pool2d(torch.cat([known[:, :2], known[:, 2:]]), 2) / 2
             refined = self.hint_model.refined(neighbours, self.hint_model.features(guess), guess.shape[-2:], known)
@@ -158,7 +198,9 @@ class SamplerNetwork(nn.Module):
             guess = vqvae.decode(code, coarse_prev, coarse_next, *known, force_not_quantize=True, time=time).sample
             found["guess"] = charbonnier(guess, small[2])
             found["refined"] = refine(guess.detach().clamp(-1, 1), hints.detach())
-            hints = disturb(2 * F.interpolate(found["refined"][-1], scale_factor=2.0, mode="bilinear", align_corners=False))
+            hints = disturb(
+                2 * F.interpolate(found["refined"][-1], scale_factor=2.0, mode="bilinear", align_corners=False)
+            )
             news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
             quantised, more, _ = vqvae.quantize(news.float())
             found["vq"] = (found["vq"] + more) / 2
@@ -169,7 +211,9 @@ class SamplerNetwork(nn.Module):
             found["refined"] = refine(small[2], hints.detach())
 
         # 4. the frame
-        latents = torch.where(choice == 0, self._quantised(clean), torch.where(choice == 1, quantised, torch.zeros_like(quantised)))
+        latents = torch.where(
+            choice == 0, self._quantised(clean), torch.where(choice == 1, quantised, torch.zeros_like(quantised))
+        )
         decoded = vqvae.decode(latents, of_prev, of_next, *hints.split(2, dim=1), force_not_quantize=True, time=time)
         found["sample"], found["offsets"] = decoded.sample, decoded.offsets
         return found
@@ -178,7 +222,9 @@ class SamplerNetwork(nn.Module):
         """Latents moved to their nearest codes, with a gradient as if they had not been; none goes to the codes."""
         codes = self.vqvae.quantize.embedding.weight.detach().float()
         flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-        nearest = codes[torch.cdist(flat.detach(), codes).argmin(dim=1)].view(*latents.shape[:1], *latents.shape[2:], -1)
+        nearest = codes[torch.cdist(flat.detach(), codes).argmin(dim=1)].view(
+            *latents.shape[:1], *latents.shape[2:], -1
+        )
         return latents + (nearest.permute(0, 3, 1, 2) - latents).detach()
 
 
@@ -186,7 +232,12 @@ class Teacher:
     """Flow from the true middle frame to its neighbours, by a network that sees them at half size."""
 
     def __init__(self, folder: str, device: torch.device, compiled: bool):
-        self.network = RIFEFlowModel.from_pretrained(folder).to(device, torch.float32, memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.network = (
+            RIFEFlowModel.from_pretrained(folder)
+            .to(device, torch.float32, memory_format=torch.channels_last)
+            .requires_grad_(False)
+            .eval()
+        )
         self.network.register_to_config(adaptive=False)  # the choice is one for a whole batch
         if compiled:
             self.network.compile(dynamic=False)
@@ -194,13 +245,15 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, prev: torch.Tensor, mid: torch.Tensor, next_: torch.Tensor) -> torch.Tensor:
         """`(B, 4, H, W)` in pixels."""
-        prev, mid, next_ = (F.avg_pool2d(each, 2).contiguous(memory_format=torch.channels_last) for each in (prev, mid, next_))
+        prev, mid, next_ = (
+            F.avg_pool2d(each, 2).contiguous(memory_format=torch.channels_last) for each in (prev, mid, next_)
+        )
         _, flow = self.network(torch.cat([mid, mid]), torch.cat([prev, next_]), TEACHER_INSTANT)
         flow = 2 * F.interpolate(flow.float(), scale_factor=2.0, mode="bilinear", align_corners=False)
         return torch.cat(flow.chunk(2), dim=1)
 
 
-def warp_errors(batch: Dict[str, torch.Tensor], flow: torch.Tensor) -> torch.Tensor:
+def warp_errors(batch: dict[str, torch.Tensor], flow: torch.Tensor) -> torch.Tensor:
     """How far both neighbours, warped along flow `(B, 4, H, W)`, are from the middle frame around each pixel, `(B, 2, H, W)`."""
     errors = [
         (warp(batch[name], flow[:, 2 * side : 2 * side + 2]) - batch["frame_mid"]).abs().mean(dim=1, keepdim=True)
@@ -218,14 +271,16 @@ def check_unused(options: SamplerOptions) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for name in UNUSED:
         if getattr(options, name) != defaults[name]:
-            raise ValueError(f"`{name}` is not used by this stage and must be {defaults[name]!r}, but is {getattr(options, name)!r}.")
+            raise ValueError(
+                f"`{name}` is not used by this stage and must be {defaults[name]!r}, but is {getattr(options, name)!r}."
+            )
     sources = parse_sources(options.data)
     if len(sources) != 1 or sources[0][0] != "videos":
         raise ValueError(f"`data` must be one folder of videos in this stage, but is {options.data!r}.")
     return sources[0][1]
 
 
-def build_parts(config: Dict[str, Any], init: str) -> Tuple[MotionHintModel, VQMAGANModel, UNet2DModel]:
+def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel, VQMAGANModel, UNet2DModel]:
     if init:
         return (
             MotionHintModel.from_pretrained(init, subfolder="hint_model"),
@@ -235,13 +290,13 @@ def build_parts(config: Dict[str, Any], init: str) -> Tuple[MotionHintModel, VQM
     return MotionHintModel(**config["hint_model"]), VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
 
 
-def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: Optional[nn.Module]) -> None:
+def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
     """Score held-out windows: the pipeline's frame; the frame of latents that are zero, and the mean of the warped neighbours; and how much of
     the true latents the denoiser tells, R² = 1 - mse / mean square, at the first step."""
     device = run.accelerator.device
     windows = validation_windows(run.options, frames=3, multiple=2 * network.hint_model.multiple)
 
-    def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+    def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
         prev, mid, next_ = to_frames(windows[index], device)
         network.eval()
 
@@ -260,15 +315,28 @@ def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips:
         network.train()
         scores = image_scores(result, mid, lpips)
         for name, frame in (("zero", without), ("warps", warps)):
-            scores.update({f"{key}_{name}": value for key, value in image_scores(frame, mid, lpips).items() if key in ("psnr", "lpips")})
+            scores.update(
+                {
+                    f"{key}_{name}": value
+                    for key, value in image_scores(frame, mid, lpips).items()
+                    if key in ("psnr", "lpips")
+                }
+            )
         scores["r2"] = float(1 - (latents - news).square().mean() / news.square().mean())
-        named = (("previous", prev), ("next", next_), ("truth", mid), ("result", result), ("zero latents", without), ("warps", warps))
+        named = (
+            ("previous", prev),
+            ("next", next_),
+            ("truth", mid),
+            ("result", result),
+            ("zero latents", without),
+            ("warps", warps),
+        )
         return scores, panel([(name, to_image(frame)) for name, frame in named]) if shown else None
 
     run.validates(score, len(windows), "l1" if lpips is None else "lpips")
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(SamplerOptions, "train_sampler", argv, __doc__)
     folder = check_unused(options)
     run = Run(options, "pipeline")
@@ -281,7 +349,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
     bare = SamplerNetwork(*build_parts(config, options.init), scheduler).train()
     optimizer = torch.optim.AdamW(
-        bare.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay, fused=device.type == "cuda"
+        bare.parameters(),
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        weight_decay=options.weight_decay,
+        fused=device.type == "cuda",
     )
     compiled, options.compile = options.compile, False  # a part at a time
     network, optimizer = run.prepare(bare, optimizer)
@@ -321,12 +393,22 @@ def main(argv: Optional[List[str]] = None) -> None:
     for passed in run.steps(options.time_limit):
         generator = torch.Generator(device).manual_seed(int(run.generator().initial_seed() % 2**63))
         size = sizes[int(torch.randint(len(sizes), (1,), generator=run.generator()))]
-        two_steps = passed >= options.two_steps_from and run.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
+        two_steps = (
+            passed >= options.two_steps_from
+            and run.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
+        )
 
         # 3.1 a batch, and flow from its true middle frames
         with torch.no_grad():
-            batch = augment(bank.triplets(count - made, size, options.gaps, options.any_time, options.candidates, generator), options.crop, generator)
-            batch, flow = {name: each.contiguous() for name, each in batch.items()}, batch["time"].new_zeros(count - made, 4, options.crop, options.crop)
+            batch = augment(
+                bank.triplets(count - made, size, options.gaps, options.any_time, options.candidates, generator),
+                options.crop,
+                generator,
+            )
+            batch, flow = (
+                {name: each.contiguous() for name, each in batch.items()},
+                batch["time"].new_zeros(count - made, 4, options.crop, options.crop),
+            )
             if teacher is not None:
                 with run.accelerator.autocast():
                     flow = teacher(batch["frame_prev"], batch["frame_mid"], batch["frame_next"])
@@ -335,7 +417,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                 batch = {name: torch.cat([each, scenes[name]]) for name, each in batch.items()}
                 flow = torch.cat([flow, exact])
             layout = torch.channels_last if options.channels_last else torch.contiguous_format
-            batch = {name: each.contiguous(memory_format=layout) if each.ndim == 4 else each for name, each in batch.items()}
+            batch = {
+                name: each.contiguous(memory_format=layout) if each.ndim == 4 else each for name, each in batch.items()
+            }
             drawn = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator, device=device)
             last = torch.rand(count, generator=generator, device=device) < options.last_noise_share
             timesteps = torch.where(last | two_steps, scheduler.config.num_train_timesteps - 1, drawn)
@@ -345,7 +429,9 @@ def main(argv: Optional[List[str]] = None) -> None:
                 choice = torch.where(choice == 0, 1, choice)
             else:  # where denoised latents are decoded, they come from where sampling begins
                 timesteps = torch.where((choice == 0), scheduler.config.num_train_timesteps - 1, timesteps)
-            noise = torch.randn(count, bare.vqvae.config.latent_channels, latent_size, latent_size, generator=generator, device=device)
+            noise = torch.randn(
+                count, bare.vqvae.config.latent_channels, latent_size, latent_size, generator=generator, device=device
+            )
 
         # 3.2 forward
         draws = {"noise": noise, "timesteps": timesteps, "choice": choice}
@@ -362,14 +448,22 @@ def main(argv: Optional[List[str]] = None) -> None:
         half = F.avg_pool2d(flow, 2) / 2
         hint_losses += [2 * distance(each, half, F.avg_pool2d(weight, 2)) for each in found["refined"]]
         seen = (choice != 2).float().view(-1, 1, 1, 1)
-        offset_losses = [distance(each, flow, weight * seen if number == 0 else weight) for number, each in enumerate(found["offsets"])]
+        offset_losses = [
+            distance(each, flow, weight * seen if number == 0 else weight)
+            for number, each in enumerate(found["offsets"])
+        ]
         losses = {
             "l1": charbonnier(found["sample"], batch["frame_mid"]),
             "flow": torch.stack(hint_losses).mean() + torch.stack(offset_losses).mean(),
             "latent": found["latent"],
             "vq": found["vq"],
         }
-        loss = losses["l1"] + flow_weight * losses["flow"] + options.latent_weight * losses["latent"] + options.vq_weight * losses["vq"]
+        loss = (
+            losses["l1"]
+            + flow_weight * losses["flow"]
+            + options.latent_weight * losses["latent"]
+            + options.vq_weight * losses["vq"]
+        )
         if "guess" in found:
             loss = loss + 0.3 * found["guess"]
         if lpips is not None and passed >= options.lpips_from:

@@ -11,7 +11,6 @@ measured. To resume, run the same command again.
 
 import dataclasses
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -32,24 +31,39 @@ from training.validation import decoded_panel, image_scores, to_frames, validati
 @dataclasses.dataclass
 class VQMAGANOptions(RunOptions):
     i2e: str = option("", "folder of the trained EventGANModel; not needed where hints are flow alone")
-    hint_source: str = option("", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's")
-    init: str = option("", "folder of a trained VQMAGANModel to start from; where the configuration's takes in more channels, they begin at 0")
-    adam_betas: Tuple[float, ...] = option((0.5, 0.9), "of AdamW", least=0, less_than=1, count=2)
+    hint_source: str = option(
+        "", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's"
+    )
+    init: str = option(
+        "",
+        "folder of a trained VQMAGANModel to start from; where the configuration's takes in more channels, they begin at 0",
+    )
+    adam_betas: tuple[float, ...] = option((0.5, 0.9), "of AdamW", least=0, less_than=1, count=2)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     l1_epsilon: float = option(0.0, "softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss", least=0)
     lpips_weight: float = option(1.0, "of LPIPS; 0: none", least=0)
     lpips_start: int = option(0, "step at which LPIPS starts", least=0)
     vq_weight: float = option(1.0, "of the quantisation loss (codebook + 0.25 · commitment)", least=0)
     anchor_weight: float = option(0.0, "of the latents' squared distance to the mean colours of their cells", least=0)
-    revive_every: int = option(0, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0)
+    revive_every: int = option(
+        0, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0
+    )
     disc_start: int = option(10000, "step at which the discriminator starts", least=0)
     disc_weight: float = option(0.8, "of the balanced adversarial loss; 0: none", least=0)
     disc_channels: int = option(64, "channels of the discriminator's first layer", least=1)
-    hint_probability: float = option(0.5, "share of samples with refined hints; the others get start hints", least=0, most=1)
-    guess_share: float = option(0.0, "share of the refined hints that comes from a guess and not from the true middle frame", least=0, most=1)
+    hint_probability: float = option(
+        0.5, "share of samples with refined hints; the others get start hints", least=0, most=1
+    )
+    guess_share: float = option(
+        0.0, "share of the refined hints that comes from a guess and not from the true middle frame", least=0, most=1
+    )
     guess_rounds: int = option(1, "such a guess is refined up to this many times", least=1)
-    latent_noise: float = option(0.0, "noise on the latents, uniform up to this many of their standard deviations per sample", least=0)
-    flow_weight: float = option(0.0, "supervision of the offsets by flow from the true middle frame, at the start …", least=0)
+    latent_noise: float = option(
+        0.0, "noise on the latents, uniform up to this many of their standard deviations per sample", least=0
+    )
+    flow_weight: float = option(
+        0.0, "supervision of the offsets by flow from the true middle frame, at the start …", least=0
+    )
     flow_weight_end: float = option(0.0, "… and at the end, linear in between", least=0)
 
 
@@ -69,7 +83,7 @@ def anchor_loss(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(latents, F.avg_pool2d(frames, frames.shape[-1] // latents.shape[-1]))
 
 
-def offset_loss(offsets: Tuple[torch.Tensor, ...], flow: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def offset_loss(offsets: tuple[torch.Tensor, ...], flow: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Distance of the offsets at every scale to flow from the true middle frame, in pixels of that scale."""
     truth = torch.cat(flow, dim=1)  # [B,4,H,W]
     height = truth.shape[-2]
@@ -91,10 +105,17 @@ def start_from(model: VQMAGANModel, trained: VQMAGANModel) -> None:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name, shape in shapes.items():
         given = tuple(weights[name].shape) if name in weights else None
-        if given is None or len(given) != len(shape) or (*given[:1], *given[2:]) != (*shape[:1], *shape[2:]) or given[1:2] > shape[1:2]:
+        if (
+            given is None
+            or len(given) != len(shape)
+            or (*given[:1], *given[2:]) != (*shape[:1], *shape[2:])
+            or given[1:2] > shape[1:2]
+        ):
             raise ValueError(f"`init` has {given} for {name}, where the configuration's network has {shape}.")
         if given != shape:
-            weights[name] = torch.cat([weights[name], weights[name].new_zeros(given[0], shape[1] - given[1], *given[2:])], dim=1)
+            weights[name] = torch.cat(
+                [weights[name], weights[name].new_zeros(given[0], shape[1] - given[1], *given[2:])], dim=1
+            )
     surplus = sorted(set(weights) - set(shapes))
     if surplus:
         raise ValueError(f"`init` has {surplus[0]}, which the configuration's network has not.")
@@ -119,13 +140,13 @@ class CodeUsage:
         # Of the last period: share of the codes that were in use, and number of those that were revived at its end.
         self.share, self.revived = 0.0, 0.0
         self._next = (0.0, 0.0)
-        self.latents: List[torch.Tensor] = []  # of the passes of a step that ends with a revival
+        self.latents: list[torch.Tensor] = []  # of the passes of a step that ends with a revival
 
-    def state_dict(self) -> Dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         used = self.run.accelerator.reduce(self.used.float(), "sum") > 0
         return {"used": used, "reported": torch.tensor([self.share, self.revived, *self._next])}
 
-    def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.used.copy_(state["used"])
         self.share, self.revived, *following = state["reported"].tolist()
         self._next = tuple(following)
@@ -173,7 +194,7 @@ def measure_scaling_factor(model: VQMAGANModel, frames: torch.Tensor) -> float:
     return 1 / torch.cat(latents).std().item()
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(VQMAGANOptions, "train_vq_magan", argv, __doc__)
     run = Run(options, "vqvae")
     device = run.accelerator.device
@@ -218,7 +239,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     if options.validation:
         windows = validation_windows(options, frames=3, multiple=bare_model.downsample_factor)
 
-        def score(index: int, shown: bool) -> Tuple[Dict[str, float], Optional[np.ndarray]]:
+        def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
             prev, mid, next_ = frames = to_frames(windows[index], device)
             bare_model.eval()
             hints, decoded = refine_as_sampling(bare_model, source, prev, mid, next_, rounds=1)
@@ -238,7 +259,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         step, generator = run.progress.step, run.generator()
         # Networks run fastest where frames and hints come in the layout of their weights.
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        batch = {name: value.contiguous(memory_format=layout) if value.ndim == 4 else value for name, value in batch.items()}
+        batch = {
+            name: value.contiguous(memory_format=layout) if value.ndim == 4 else value for name, value in batch.items()
+        }
         prev, truth, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
         with torch.no_grad():
             shares = (options.hint_probability, options.guess_share, options.guess_rounds, damped)

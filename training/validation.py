@@ -1,7 +1,7 @@
 """What a validation scores and shows: fixed windows of clips, image metrics, and pictures of what the network sees."""
 
 import dataclasses
-from typing import Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from training.data import Clips, NoWindow, parse_sources, read_source
 from training.options import RunOptions
 
 
-def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[np.ndarray]:
+def validation_windows(options: RunOptions, frames: int, multiple: int) -> list[np.ndarray]:
     """Windows of consecutive frames, `validation_samples` in number, each `(frames, h, w, 3)` uint8.
 
     They lie in the middle of clips spread evenly over the data, and are cropped in the centre to `validation_crop`, or to
@@ -25,7 +25,7 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[
     """
     # Videos are read where a window lies, not whole.
     options = dataclasses.replace(options, data=options.validation, cache_gib=0.0)
-    windows: List[np.ndarray] = []
+    windows: list[np.ndarray] = []
     sources = parse_sources(options.validation)
     for place, (name, path, _) in enumerate(sources):
         if name in ("stills", "mvsec", "datasets-stream"):
@@ -44,7 +44,9 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> List[
             window = _nearest_window(clips, number, first, frames)
             height, width = (min(options.validation_crop, side) // multiple * multiple for side in window.shape[1:3])
             if not height or not width:
-                raise ValueError(f"`validation`: frames of {window.shape[1]}x{window.shape[2]} in {path!r} are smaller than {multiple} pixels.")
+                raise ValueError(
+                    f"`validation`: frames of {window.shape[1]}x{window.shape[2]} in {path!r} are smaller than {multiple} pixels."
+                )
             top, left = (window.shape[1] - height) // 2, (window.shape[2] - width) // 2
             windows.append(window[:, top : top + height, left : left + width].copy())
     return windows
@@ -65,7 +67,7 @@ def _nearest_window(clips: Clips, number: int, first: int, frames: int) -> np.nd
     raise ValueError(f"`validation`: clip {number} has no {frames} frames without a scene cut.")
 
 
-def to_frames(window: np.ndarray, device: torch.device) -> Tuple[torch.Tensor, ...]:
+def to_frames(window: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Each frame of a window as `(1, 3, H, W)` float32 in [-1, 1]."""
     frames = torch.from_numpy(window).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
     return tuple(frame[None] for frame in frames)
@@ -76,12 +78,18 @@ def to_image(frame: torch.Tensor) -> np.ndarray:
     return ((frame[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-def image_scores(result: torch.Tensor, truth: torch.Tensor, lpips: Optional[torch.nn.Module]) -> Dict[str, float]:
+def image_scores(result: torch.Tensor, truth: torch.Tensor, lpips: torch.nn.Module | None) -> dict[str, float]:
     """PSNR, SSIM and LPIPS of two frames `(1, 3, H, W)`, as 8-bit pictures."""
     images = [to_image(frame) for frame in (result, truth)]
-    scores = {"l1": float(np.abs(images[0].astype(np.float32) - images[1]).mean()) / 255, "psnr": psnr(*images), "ssim": ssim(*images)}
+    scores = {
+        "l1": float(np.abs(images[0].astype(np.float32) - images[1]).mean()) / 255,
+        "psnr": psnr(*images),
+        "ssim": ssim(*images),
+    }
     if lpips is not None:
-        shown = [torch.from_numpy(image).permute(2, 0, 1)[None].float().to(truth.device) / 127.5 - 1 for image in images]
+        shown = [
+            torch.from_numpy(image).permute(2, 0, 1)[None].float().to(truth.device) / 127.5 - 1 for image in images
+        ]
         scores["lpips"] = lpips(*shown).item()
     return scores
 
@@ -89,7 +97,7 @@ def image_scores(result: torch.Tensor, truth: torch.Tensor, lpips: Optional[torc
 # ---- pictures ----
 
 
-def panel(images: Sequence[Tuple[str, np.ndarray]]) -> np.ndarray:
+def panel(images: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     """Named pictures of one size side by side, `(H + 16, n * W, 3)` uint8."""
     labelled = []
     for name, image in images:
@@ -119,7 +127,12 @@ def decoded_panel(
     """
     height, width = result.shape[-2:]
     prev, truth, next_ = frames
-    images = [("previous", to_image(prev)), ("next", to_image(next_)), ("truth", to_image(truth)), ("result", to_image(result))]
+    images = [
+        ("previous", to_image(prev)),
+        ("next", to_image(next_)),
+        ("truth", to_image(truth)),
+        ("result", to_image(result)),
+    ]
     for side, each in zip(("previous", "next"), hints):
         images += [(f"{name} to {side}", image) for name, image in hints_images(each[0], hint_source, source)]
     size = (width, height)

@@ -2,15 +2,17 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from ..image_io import WRITABLE_FORMATS, read_image
+
 
 # Ways to look at a file: as it is, at half its size (areas averaged), or its central quarter.
 VIEWS = ("whole", "half", "centre")
@@ -31,15 +33,15 @@ class Triplet(NamedTuple):
     prev: Path
     truth: Path
     next: Path
-    sequence: Optional[str] = None
+    sequence: str | None = None
     view: str = "whole"
     time: Fraction = Fraction(1, 2)
 
     @property
-    def files(self) -> Tuple[Path, Path, Path]:
+    def files(self) -> tuple[Path, Path, Path]:
         return self.prev, self.truth, self.next
 
-    def read(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`(prev, truth, next)`, each `(H, W, 3)` uint8 RGB.
 
         Raises:
@@ -60,8 +62,8 @@ class Benchmark(NamedTuple):
     """
 
     layout: str
-    find: Callable[..., List[Triplet]]
-    skipping: Optional[range] = None
+    find: Callable[..., list[Triplet]]
+    skipping: range | None = None
 
 
 def look(image: np.ndarray, view: str) -> np.ndarray:
@@ -75,12 +77,12 @@ def look(image: np.ndarray, view: str) -> np.ndarray:
     return image
 
 
-def benchmark_title(benchmark: str, skip: Optional[int] = None) -> str:
+def benchmark_title(benchmark: str, skip: int | None = None) -> str:
     """What a benchmark is called in tables and folders: one with several instants is another than one with middles alone."""
     return benchmark if skip in (None, 1) else f"{benchmark}-skip-{skip}"
 
 
-def find_triplets(benchmark: str, root: str, limit: Optional[int] = None, skip: Optional[int] = None) -> List[Triplet]:
+def find_triplets(benchmark: str, root: str, limit: int | None = None, skip: int | None = None) -> list[Triplet]:
     """The triplets of a benchmark, their files looked at: all are there, whole, and of one size in each triplet.
 
     Args:
@@ -109,8 +111,10 @@ def find_triplets(benchmark: str, root: str, limit: Optional[int] = None, skip: 
     found = found[:limit]
     name, count = Counter(triplet.name for triplet in found).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"Names must differ in more than their endings, but {count} items of {root!r} are called {name}.")
-    checked: Dict[Path, Tuple[int, int]] = {}
+        raise ValueError(
+            f"Names must differ in more than their endings, but {count} items of {root!r} are called {name}."
+        )
+    checked: dict[Path, tuple[int, int]] = {}
     for triplet in found:
         for path in triplet.files:
             if path not in checked:
@@ -119,7 +123,7 @@ def find_triplets(benchmark: str, root: str, limit: Optional[int] = None, skip: 
     return found
 
 
-def _verified_size(path: Path) -> Tuple[int, int]:
+def _verified_size(path: Path) -> tuple[int, int]:
     """Width and height of an image file whose container is sound (for PNG, every checksum).
 
     Raises:
@@ -137,7 +141,7 @@ def _verified_size(path: Path) -> Tuple[int, int]:
     return size
 
 
-def _check_sizes(triplet: Triplet, sizes: Sequence[Tuple[int, int]]) -> None:
+def _check_sizes(triplet: Triplet, sizes: Sequence[tuple[int, int]]) -> None:
     for path, size in zip(triplet.files, sizes):
         if size != sizes[0]:
             raise ValueError(
@@ -145,23 +149,26 @@ def _check_sizes(triplet: Triplet, sizes: Sequence[Tuple[int, int]]) -> None:
             )
 
 
-def _folders(folder: Path) -> List[Path]:
+def _folders(folder: Path) -> list[Path]:
     """Its subfolders; numbers in their order, names in theirs."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: _natural(path.name))
 
 
-def _natural(name: str) -> List[Tuple[int, object]]:
+def _natural(name: str) -> list[tuple[int, object]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _images(folder: Path) -> List[Path]:
+def _images(folder: Path) -> list[Path]:
     """Its image files, in the order of their names."""
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS), key=lambda path: _natural(path.name))
+    return sorted(
+        (path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS),
+        key=lambda path: _natural(path.name),
+    )
 
 
-def _inputs_and_truths(root: Path) -> List[Triplet]:
+def _inputs_and_truths(root: Path) -> list[Triplet]:
     for inputs, truths in (("input", "gt"), ("other-data", "other-gt-interp")):
         if (root / inputs).is_dir() or (root / truths).is_dir():
             # A scene that one of the two lacks is a missing file, not a scene less.
@@ -178,17 +185,17 @@ def _inputs_and_truths(root: Path) -> List[Triplet]:
     return []
 
 
-def _named_frames(names: Tuple[str, str, str]) -> Callable[[Path], List[Triplet]]:
+def _named_frames(names: tuple[str, str, str]) -> Callable[[Path], list[Triplet]]:
     """Subfolders with three files of these names, previous frame first."""
 
-    def find(root: Path) -> List[Triplet]:
+    def find(root: Path) -> list[Triplet]:
         folders = [path for path in _folders(root) if any((path / name).is_file() for name in names)]
         return [Triplet(folder.name, *(folder / name for name in names)) for folder in folders]
 
     return find
 
 
-def _three_images(root: Path) -> List[Triplet]:
+def _three_images(root: Path) -> list[Triplet]:
     found = []
     for folder in _folders(root):
         images = _images(folder)
@@ -198,14 +205,14 @@ def _three_images(root: Path) -> List[Triplet]:
     return found
 
 
-def _first_of(*finders: Callable[[Path], List[Triplet]]) -> Callable[[Path], List[Triplet]]:
-    def find(root: Path) -> List[Triplet]:
+def _first_of(*finders: Callable[[Path], list[Triplet]]) -> Callable[[Path], list[Triplet]]:
+    def find(root: Path) -> list[Triplet]:
         return next((found for finder in finders if (found := finder(root))), [])
 
     return find
 
 
-def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "whole") -> List[Triplet]:
+def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "whole") -> list[Triplet]:
     """Of each clip's frames (numbered from 0) 3 between 2 and 4, 5 between 4 and 6, …, as long as two more frames follow: those
     which methods that look at four frames can make too (LDMVFI's evaluation)."""
     found = []
@@ -217,7 +224,7 @@ def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "w
     return found
 
 
-def _between(name: str, frames: Sequence[Path], view: str = "whole") -> List[Triplet]:
+def _between(name: str, frames: Sequence[Path], view: str = "whole") -> list[Triplet]:
     """All frames between the first and the last, to be made from these two."""
     inner, last = frames[1:-1], len(frames) - 1
     return [
@@ -226,7 +233,7 @@ def _between(name: str, frames: Sequence[Path], view: str = "whole") -> List[Tri
     ]
 
 
-def _frames(root: Path, skip: int) -> List[Triplet]:
+def _frames(root: Path, skip: int) -> list[Triplet]:
     """Of each folder, frames 0 and `skip` + 1 with what lies between them, then from there on, as far as the frames reach."""
     if not root.is_dir():
         return []
@@ -234,25 +241,31 @@ def _frames(root: Path, skip: int) -> List[Triplet]:
     for folder in [each for each in _folders(root) if _images(each)] or [root]:
         images = _images(folder)
         if 0 < len(images) < skip + 2:
-            raise ValueError(f"Each folder of frames must hold at least {skip + 2} images, but {folder} holds {len(images)}.")
+            raise ValueError(
+                f"Each folder of frames must hold at least {skip + 2} images, but {folder} holds {len(images)}."
+            )
         for first in range(0, len(images) - skip - 1, skip + 1):
             found += _between(folder.resolve().name, images[first : first + skip + 2])
     return found
 
 
-def _davis(root: Path) -> List[Triplet]:
+def _davis(root: Path) -> list[Triplet]:
     found = _inputs_and_truths(root)
-    return found or _every_second_frame(next((path for path in (root / "JPEGImages" / "480p", root) if path.is_dir()), root))
+    return found or _every_second_frame(
+        next((path for path in (root / "JPEGImages" / "480p", root) if path.is_dir()), root)
+    )
 
 
-def _vfitex(root: Path) -> List[Triplet]:
+def _vfitex(root: Path) -> list[Triplet]:
     # 4K clips by their central quarter, as the benchmark's authors do.
     return _every_second_frame(root, lambda name: "centre" if "4K" in name else "whole")
 
 
-def _snu_film(level: str) -> Callable[[Path], List[Triplet]]:
-    def find(root: Path) -> List[Triplet]:
-        lists = [path for path in (root / f"test-{level}.txt", root / "eval_modes" / f"test-{level}.txt") if path.is_file()]
+def _snu_film(level: str) -> Callable[[Path], list[Triplet]]:
+    def find(root: Path) -> list[Triplet]:
+        lists = [
+            path for path in (root / f"test-{level}.txt", root / "eval_modes" / f"test-{level}.txt") if path.is_file()
+        ]
         if not lists:
             return []
         found = []
@@ -277,8 +290,8 @@ def _lines(path: Path) -> Iterable[str]:
     return (line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _vimeo(list_name: str, frames: Tuple[str, str, str]) -> Callable[[Path], List[Triplet]]:
-    def find(root: Path) -> List[Triplet]:
+def _vimeo(list_name: str, frames: tuple[str, str, str]) -> Callable[[Path], list[Triplet]]:
+    def find(root: Path) -> list[Triplet]:
         if not (root / list_name).is_file():
             return []
         folders = [(name, root / "sequences" / name) for name in _lines(root / list_name)]
@@ -287,7 +300,7 @@ def _vimeo(list_name: str, frames: Tuple[str, str, str]) -> Callable[[Path], Lis
     return find
 
 
-def _vimeo_septuplet(root: Path, skip: int) -> List[Triplet]:
+def _vimeo_septuplet(root: Path, skip: int) -> list[Triplet]:
     first = (7 - skip) // 2
     frames = tuple(f"im{number}.png" for number in range(first, first + skip + 2))
     if skip == 1:
@@ -295,21 +308,37 @@ def _vimeo_septuplet(root: Path, skip: int) -> List[Triplet]:
     if not (root / "sep_testlist.txt").is_file():
         return []
     names = _lines(root / "sep_testlist.txt")
-    return [triplet for name in names for triplet in _between(name, [root / "sequences" / name / frame for frame in frames])]
+    return [
+        triplet
+        for name in names
+        for triplet in _between(name, [root / "sequences" / name / frame for frame in frames])
+    ]
 
 
 XIPH_CLIPS = (
-    "BoxingPractice", "Crosswalk", "DrivingPOV", "FoodMarket", "FoodMarket2", "RitualDance", "SquareAndTimelapse", "Tango",
-)  # fmt: skip
+    "BoxingPractice",
+    "Crosswalk",
+    "DrivingPOV",
+    "FoodMarket",
+    "FoodMarket2",
+    "RitualDance",
+    "SquareAndTimelapse",
+    "Tango",
+)
 
 
-def _xiph(view: str) -> Callable[[Path], List[Triplet]]:
-    def find(root: Path) -> List[Triplet]:
+def _xiph(view: str) -> Callable[[Path], list[Triplet]]:
+    def find(root: Path) -> list[Triplet]:
         folder = root / "frames" if (root / "frames").is_dir() else root
         if not any(folder.glob("*-001.png")):
             return []
         return [
-            Triplet(f"{clip}-{i:03d}", *(folder / f"{clip}-{j:03d}.png" for j in (i - 1, i, i + 1)), sequence=clip, view=view)
+            Triplet(
+                f"{clip}-{i:03d}",
+                *(folder / f"{clip}-{j:03d}.png" for j in (i - 1, i, i + 1)),
+                sequence=clip,
+                view=view,
+            )
             for clip in XIPH_CLIPS
             for i in range(2, 99, 2)
         ]
@@ -323,12 +352,14 @@ _SEQUENCES = "NAME/FRAME.png or .jpg, whole clips"
 _ucf101 = _named_frames(("frame_00.png", "frame_01_gt.png", "frame_02.png"))
 _vimeo_triplet = _vimeo("tri_testlist.txt", ("im1.png", "im2.png", "im3.png"))
 
-BENCHMARKS: Dict[str, Benchmark] = {
+BENCHMARKS: dict[str, Benchmark] = {
     "middlebury": Benchmark(_MIDDLEBURY, _inputs_and_truths),
     "ucf101": Benchmark(_UCF101, _ucf101),
     "davis": Benchmark(f"{_MIDDLEBURY}, or {_SEQUENCES} (in JPEGImages/480p or directly)", _davis),
     **{
-        f"snu-film-{level}": Benchmark(f"test-{level}.txt (there or in eval_modes) with the files that it names", _snu_film(level))
+        f"snu-film-{level}": Benchmark(
+            f"test-{level}.txt (there or in eval_modes) with the files that it names", _snu_film(level)
+        )
         for level in ("easy", "medium", "hard", "extreme")
     },
     "vimeo-triplet": Benchmark("tri_testlist.txt with sequences/NAME/im1.png … im3.png", _vimeo_triplet),
@@ -337,12 +368,18 @@ BENCHMARKS: Dict[str, Benchmark] = {
         _vimeo_septuplet,
         range(1, 6),
     ),
-    "xiph-2k": Benchmark("CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), made half as large", _xiph("half")),
-    "xiph-4k": Benchmark("CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), central quarter", _xiph("centre")),
+    "xiph-2k": Benchmark(
+        "CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), made half as large", _xiph("half")
+    ),
+    "xiph-4k": Benchmark(
+        "CLIP-001.png … CLIP-100.png of the eight clips (there or in frames), central quarter", _xiph("centre")
+    ),
     "vfitex": Benchmark(f"{_SEQUENCES}; of 4K clips the central quarter", _vfitex),
     "triplets": Benchmark(
         f"{_MIDDLEBURY}, or {_UCF101}, or folders of three images in the order of their names",
         _first_of(_inputs_and_truths, _ucf101, _three_images),
     ),
-    "frames": Benchmark("FRAME.png or .jpg in the order of their names, there or in folders, each a clip", _frames, range(1, 1000)),
+    "frames": Benchmark(
+        "FRAME.png or .jpg in the order of their names, there or in folders, each a clip", _frames, range(1, 1000)
+    ),
 }

@@ -1,7 +1,8 @@
 """Methods on a benchmark, from files to tables and pages."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,22 +15,30 @@ from .metrics import Scorer
 from .report import REPORT, write_gallery, write_report
 from .runs import BenchmarkRun
 
+
 # What an ablation varies, which setting that is, and the values that it takes if none are given.
-QUESTIONS: Dict[str, Any] = {
+QUESTIONS: dict[str, Any] = {
     "hints": ("hint_policy", ("none", "neighbours", "start", "sampling", "damped")),
     "source": ("hint_source", None),  # what the checkpoint has, and each part of it
     "interval": ("hint_interval", (1, 2, 4, 8)),
     "steps": ("steps", (1, 2, 5, 10, 25, 50)),
     "scheduler": (
         "scheduler",
-        ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"),
+        (
+            "DDIMScheduler",
+            "DDPMScheduler",
+            "DPMSolverMultistepScheduler",
+            "EulerDiscreteScheduler",
+            "LCMScheduler",
+            "UniPCMultistepScheduler",
+        ),
     ),
     "quantised": ("quantised", (True, False)),
     "latents": ("latents", LATENTS),
 }
 
 
-def ablation(question: str, base: Settings, hint_source: str, values: Optional[Sequence] = None) -> List[Settings]:
+def ablation(question: str, base: Settings, hint_source: str, values: Sequence | None = None) -> list[Settings]:
     """The settings that a question compares.
 
     Args:
@@ -45,9 +54,13 @@ def ablation(question: str, base: Settings, hint_source: str, values: Optional[S
     if values is None and name == "hint_source":
         defaults = (hint_source, *hint_source.split("+"))
         if "+" not in hint_source:
-            raise ValueError(f"`question` source needs a checkpoint of several hint sources, but this one's is {hint_source}.")
+            raise ValueError(
+                f"`question` source needs a checkpoint of several hint sources, but this one's is {hint_source}."
+            )
     if getattr(base, name) is not None:
-        raise ValueError(f"`question` {question} varies `{name}`, which must not be set besides; it is {getattr(base, name)!r}.")
+        raise ValueError(
+            f"`question` {question} varies `{name}`, which must not be set besides; it is {getattr(base, name)!r}."
+        )
     return [base._replace(**{name: value}) for value in (defaults if values is None else values)]
 
 
@@ -58,13 +71,13 @@ def evaluate(
     methods: Sequence[Method],
     scorer: Scorer,
     *,
-    label: Optional[str] = None,
-    limit: Optional[int] = None,
-    skip: Optional[int] = None,
+    label: str | None = None,
+    limit: int | None = None,
+    skip: int | None = None,
     batch_size: int = 1,
     gallery: int = 20,
-    state: Optional[PartialState] = None,
-) -> List[Dict[str, Any]]:
+    state: PartialState | None = None,
+) -> list[dict[str, Any]]:
     """Run methods on a benchmark and write frames, scores, tables, chart and pages into a folder.
 
     A folder can take several benchmarks and methods, one call after another; its tables hold all that are finished. What was
@@ -89,7 +102,9 @@ def evaluate(
         OSError: if a file cannot be read or written.
     """
     if batch_size < 1 or gallery < 0:
-        raise ValueError(f"`batch_size` must be at least 1 and `gallery` at least 0, but are {batch_size} and {gallery}.")
+        raise ValueError(
+            f"`batch_size` must be at least 1 and `gallery` at least 0, but are {batch_size} and {gallery}."
+        )
     labels = [label or method.label for method in methods]
     if len(set(labels)) < len(labels):
         raise ValueError(f"`methods` must have different labels, but are {', '.join(labels)}.")
@@ -104,7 +119,9 @@ def evaluate(
     if "step_ratio" in scorer.names or any(triplet.time != MIDDLE for triplet in triplets):
         for method, name in zip(methods, labels):
             if not method.any_time:
-                raise ValueError(f"`method` {name!r} must take (prev, next, time) for other instants than the middle, but takes (prev, next) alone.")
+                raise ValueError(
+                    f"`method` {name!r} must take (prev, next, time) for other instants than the middle, but takes (prev, next) alone."
+                )
     title = benchmark_title(benchmark, skip)
     for method, name in zip(methods, labels):
         run = BenchmarkRun(output, title, triplets, method, name, state)

@@ -6,9 +6,10 @@ import inspect
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import diffusers
@@ -21,12 +22,13 @@ from ..motion_hints import HintSource, NullHints, StackedHints, single_threaded_
 from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
 from .pictures import gate_image, hints_images
 
+
 BASELINES = ("average", "flow")
 
 # What is decoded: what was denoised, zeros, noise of variance 1, what was denoised of the pair mirrored, or the true frame's.
 LATENTS = ("denoised", "zero", "noise", "mirrored", "true")
 
-Pair = Tuple[np.ndarray, np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray]
 
 MIDDLE = Fraction(1, 2)
 
@@ -36,10 +38,10 @@ class Method(Protocol):
     whether it makes others than the middle one."""
 
     label: str
-    identity: Dict[str, Any]
+    identity: dict[str, Any]
     any_time: bool
 
-    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> list[np.ndarray]:
         """The frame at an instant between 0 (previous) and 1 (next) of each of several pairs of one size; frames are `(H, W, 3)` uint8."""
         ...
 
@@ -65,7 +67,7 @@ class Baseline:
         self.label, self.identity = name, {"method": name}
         self._make = self._average if name == "average" else self._warp
 
-    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> list[np.ndarray]:
         return [self._make(*pair, np.float32(time)) for pair in pairs]
 
     @staticmethod
@@ -82,7 +84,9 @@ class Baseline:
             for image, (here, there), way in ((prev, (1, 0), time), (next_, (0, 1), 1 - time)):
                 flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey[here], grey[there], None)
                 frame = image.astype(np.float32) / 255
-                warped.append(cv2.remap(frame, places + way * flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
+                warped.append(
+                    cv2.remap(frame, places + way * flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+                )
         return to_uint8((1 - time) * warped[0] + time * warped[1])
 
 
@@ -112,7 +116,7 @@ class FunctionMethod:
         code = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
         self.identity = {"method": name, "module_sha256": code}
 
-    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> List[np.ndarray]:
+    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> list[np.ndarray]:
         instant = () if time == MIDDLE else (float(time),)
         return [self._one(*pair, *instant) for pair in pairs]
 
@@ -161,13 +165,13 @@ class Settings(NamedTuple):
         latents: one of `LATENTS`; what takes the place of the latents after the last step.
     """
 
-    steps: Optional[int] = None
-    hint_policy: Optional[str] = None
-    hint_interval: Optional[int] = None
-    hint_source: Optional[str] = None
-    scheduler: Optional[str] = None
-    quantised: Optional[bool] = None
-    latents: Optional[str] = None
+    steps: int | None = None
+    hint_policy: str | None = None
+    hint_interval: int | None = None
+    hint_source: str | None = None
+    scheduler: str | None = None
+    quantised: bool | None = None
+    latents: str | None = None
 
     def label(self) -> str:
         """What differs from the checkpoint's own settings."""
@@ -201,18 +205,24 @@ class MADiffMethod:
         self.label = f"{name} {settings.label()}".strip()
         config = pipeline.config
         if settings.hint_policy not in (None, *HINT_POLICIES):
-            raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {settings.hint_policy!r}.")
+            raise ValueError(
+                f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {settings.hint_policy!r}."
+            )
         for setting in ("steps", "hint_interval"):
             value = getattr(settings, setting)
             if value is not None and value < 1:
                 raise ValueError(f"`{setting}` must be a positive integer, but is {value!r}.")
         hint_source = settings.hint_source or config.hint_source
-        self.hints: Optional[HintSource] = None  # the pipeline's own
+        self.hints: HintSource | None = None  # the pipeline's own
         if hint_source != config.hint_source:
             if hint_source not in config.hint_source.split("+"):
-                raise ValueError(f"`hint_source` must be of the checkpoint's {config.hint_source}, but is {hint_source!r}.")
+                raise ValueError(
+                    f"`hint_source` must be of the checkpoint's {config.hint_source}, but is {hint_source!r}."
+                )
             parts = zip(config.hint_source.split("+"), pipeline.hints.sources)
-            self.hints = StackedHints([source if part == hint_source else NullHints(source.hint_channels) for part, source in parts])
+            self.hints = StackedHints(
+                [source if part == hint_source else NullHints(source.hint_channels) for part, source in parts]
+            )
         self.scheduler = pipeline.scheduler
         if settings.scheduler is not None:
             self._take_scheduler(settings.scheduler)
@@ -252,9 +262,13 @@ class MADiffMethod:
         except Exception as error:
             # Diffusers does not tell which schedulers take a model. Those that do not show it in their constructor or at their first
             # use, by errors of every kind: a refusal, a method that they lack, an argument that nobody gave.
-            raise ValueError(f"`scheduler` {name} does not take this checkpoint: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"`scheduler` {name} does not take this checkpoint: {type(error).__name__}: {error}"
+            ) from error
 
-    def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE, truths: Optional[Sequence[np.ndarray]] = None) -> List[np.ndarray]:
+    def __call__(
+        self, pairs: Sequence[Pair], time: Fraction = MIDDLE, truths: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """See `Method`. `truths` are the frames themselves, of which the latents are decoded where the settings say so."""
         arguments = {}
         if "latents" in self.identity:
@@ -263,7 +277,9 @@ class MADiffMethod:
         frames = self._run(pairs, time, **arguments)
         return [np.array(frame) for (frame,) in frames]
 
-    def _replacement(self, pairs: Sequence[Pair], time: Fraction, truths: Optional[Sequence[np.ndarray]]) -> Callable[..., Dict[str, torch.Tensor]]:
+    def _replacement(
+        self, pairs: Sequence[Pair], time: Fraction, truths: Sequence[np.ndarray] | None
+    ) -> Callable[..., dict[str, torch.Tensor]]:
         """A callback that puts other latents in the place of those of the last step.
 
         Raises:
@@ -274,9 +290,13 @@ class MADiffMethod:
             raise ValueError("`truths` must be given for `latents` true.")
         mirrored = None
         if kind == "mirrored":
-            mirrored = self._run([tuple(frame[:, ::-1] for frame in pair) for pair in pairs], time, output_type="latent")[:, 0]
+            mirrored = self._run(
+                [tuple(frame[:, ::-1] for frame in pair) for pair in pairs], time, output_type="latent"
+            )[:, 0]
 
-        def replace(pipeline: MADiffPipeline, step: int, timestep: Any, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        def replace(
+            pipeline: MADiffPipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
+        ) -> dict[str, torch.Tensor]:
             latents = tensors["latents"]
             if step < len(pipeline.scheduler.timesteps) - 1:
                 return {}
@@ -300,18 +320,20 @@ class MADiffMethod:
 
         return replace
 
-    def explain(self, pair: Pair, time: Fraction = MIDDLE) -> List[Tuple[str, np.ndarray]]:
+    def explain(self, pair: Pair, time: Fraction = MIDDLE) -> list[tuple[str, np.ndarray]]:
         """What the last decoding of a pair was told and did: named pictures of hints and gate, `(H, W, 3)` uint8 each.
 
         The gate is the finest: white where the previous frame was taken, black where the next one.
         """
-        seen: Dict[str, Any] = {}
+        seen: dict[str, Any] = {}
 
         def note_hints(pipeline, step, timestep, tensors):
             seen.update(tensors)
             return {}
 
-        hook = self.pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: seen.update(gate=output[2][-1]))
+        hook = self.pipeline.vqvae.decoder.register_forward_hook(
+            lambda module, inputs, output: seen.update(gate=output[2][-1])
+        )
         try:
             names = ["hints_prev", "hints_next"]
             self._run([pair], time, callback_on_step_end=note_hints, callback_on_step_end_tensor_inputs=names)
@@ -323,11 +345,14 @@ class MADiffMethod:
         pictures = []
         for side, name in (("previous", "hints_prev"), ("next", "hints_next")):
             hints = self.pipeline.vqvae.resize_hints(seen[name], padded)[0, :, :height, :width]
-            pictures += [(f"{part} to {side}", image) for part, image in hints_images(hints, self.pipeline.config.hint_source, self.pipeline.hints)]
+            pictures += [
+                (f"{part} to {side}", image)
+                for part, image in hints_images(hints, self.pipeline.config.hint_source, self.pipeline.hints)
+            ]
         pictures.append(("gate", gate_image(seen["gate"][0], padded)[:height, :width]))
         return pictures
 
-    def _run(self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments) -> List[List[Image.Image]]:
+    def _run(self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments) -> list[list[Image.Image]]:
         pipeline, settings = self.pipeline, self.settings
         before = pipeline.scheduler, pipeline._hints
         pipeline.scheduler = self.scheduler

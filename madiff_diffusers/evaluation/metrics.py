@@ -6,8 +6,9 @@ import hashlib
 import pickle
 import sys
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class MetricKind(NamedTuple):
     of_items: bool = True  # else of a run alone
 
 
-METRICS: Dict[str, MetricKind] = {
+METRICS: dict[str, MetricKind] = {
     "psnr": MetricKind("PSNR", True, 2),
     "ssim": MetricKind("SSIM", True, 4),
     "lpips": MetricKind("LPIPS", False, 4),
@@ -35,7 +36,7 @@ METRICS: Dict[str, MetricKind] = {
 }
 
 # Previous frame, true frame, next frame and result, each `(H, W, 3)` uint8.
-ScoredFrames = Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+ScoredFrames = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
@@ -51,12 +52,18 @@ def ssim(image: np.ndarray, truth: np.ndarray) -> float:
 
     return float(
         structural_similarity(
-            image, truth, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            image,
+            truth,
+            channel_axis=-1,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
     )
 
 
-def build_lpips(net: str = "alex", backbone: Optional[str] = None) -> nn.Module:
+def build_lpips(net: str = "alex", backbone: str | None = None) -> nn.Module:
     """The LPIPS metric of the `lpips` package as a frozen module; takes frames `(B, 3, H, W)` in [-1, 1].
 
     Args:
@@ -83,7 +90,9 @@ def build_lpips(net: str = "alex", backbone: Optional[str] = None) -> nn.Module:
             state = load_file(backbone)
             metric.net.load_state_dict({name: state[original] for name, original in names.items()}, strict=True)
         except (KeyError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"`backbone` must hold the feature layers of {net!r}, but {backbone} does not: {error}") from error
+            raise ValueError(
+                f"`backbone` must hold the feature layers of {net!r}, but {backbone} does not: {error}"
+            ) from error
     return metric.requires_grad_(False).eval()
 
 
@@ -103,7 +112,9 @@ class FloLPIPS(nn.Module):
         super().__init__()
         self.lpips, self.raft = lpips, raft
 
-    def forward(self, prev: torch.Tensor, truth: torch.Tensor, next_: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, prev: torch.Tensor, truth: torch.Tensor, next_: torch.Tensor, result: torch.Tensor
+    ) -> torch.Tensor:
         """Distances `(B,)` of frames `(B, 3, H, W)` in [-1, 1]."""
         true_features, features = (self.lpips.net(self.lpips.scaling_layer(frames)) for frames in (truth, result))
         maps = []
@@ -129,7 +140,7 @@ class FloLPIPS(nn.Module):
         return self.raft(*padded)[-1][..., :height, :width]
 
 
-def build_raft(weights: Optional[str] = None) -> nn.Module:
+def build_raft(weights: str | None = None) -> nn.Module:
     """torchvision's `raft_large`, frozen.
 
     Args:
@@ -148,11 +159,13 @@ def build_raft(weights: Optional[str] = None) -> nn.Module:
         try:
             model.load_state_dict(_load_tensors(weights))
         except (AttributeError, RuntimeError) as error:
-            raise ValueError(f"`weights` must hold torchvision's raft_large, but {weights} does not: {error}") from error
+            raise ValueError(
+                f"`weights` must hold torchvision's raft_large, but {weights} does not: {error}"
+            ) from error
     return model.requires_grad_(False).eval()
 
 
-def _load_tensors(path: str) -> Dict[str, torch.Tensor]:
+def _load_tensors(path: str) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file or of a pickle that holds nothing else.
 
     Raises:
@@ -160,12 +173,18 @@ def _load_tensors(path: str) -> Dict[str, torch.Tensor]:
         OSError: if there is no such file.
     """
     try:
-        return load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        return (
+            load_file(path)
+            if Path(path).suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path} must be a file of weights and of nothing else, but cannot be read as one: {error}") from error
+        raise ValueError(
+            f"{path} must be a file of weights and of nothing else, but cannot be read as one: {error}"
+        ) from error
 
 
-def build_inception(weights: Optional[str] = None) -> nn.Module:
+def build_inception(weights: str | None = None) -> nn.Module:
     """The Inception network of FID as `torch-fidelity` has it; takes frames `(B, 3, H, W)` uint8.
 
     Args:
@@ -181,13 +200,19 @@ def build_inception(weights: Optional[str] = None) -> nn.Module:
         _load_tensors(weights)  # torch-fidelity itself would run what a pickle holds
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights).eval()
+            return FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+            ).eval()
     except (AttributeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"`weights` must hold torch-fidelity's Inception network, but {weights} does not: {error}") from error
+        raise ValueError(
+            f"`weights` must hold torch-fidelity's Inception network, but {weights} does not: {error}"
+        ) from error
 
 
 @torch.no_grad()
-def fid(inception: nn.Module, results: Iterable[np.ndarray], truths: Iterable[np.ndarray], device: torch.device) -> float:
+def fid(
+    inception: nn.Module, results: Iterable[np.ndarray], truths: Iterable[np.ndarray], device: torch.device
+) -> float:
     """Fréchet Inception distance (Heusel et al., 2017) between two sets of images, by torch-fidelity's arithmetic.
 
     Args:
@@ -237,10 +262,10 @@ class Scorer:
         self,
         metrics: Sequence[str] = ("psnr", "ssim", "lpips"),
         device: torch.device = torch.device("cpu"),
-        lpips_backbone: Optional[str] = None,
-        lpips_vgg_backbone: Optional[str] = None,
-        raft_weights: Optional[str] = None,
-        inception_weights: Optional[str] = None,
+        lpips_backbone: str | None = None,
+        lpips_vgg_backbone: str | None = None,
+        raft_weights: str | None = None,
+        inception_weights: str | None = None,
     ):
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
@@ -248,8 +273,8 @@ class Scorer:
         import skimage.metrics  # noqa: F401  what is missing is known before a long run
 
         self.device = device
-        self.left_out: Dict[str, str] = {}
-        self.networks: Dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.networks: dict[str, str] = {}
         self._lpips = self._lpips_vgg = self._flolpips = self._inception = None
         wanted = [name for name in METRICS if name in metrics]
         if "lpips" in wanted or "flolpips" in wanted:
@@ -274,26 +299,28 @@ class Scorer:
         self.names = [name for name in wanted if name not in self.left_out]
 
     @contextlib.contextmanager
-    def _leaving_out(self, names: Sequence[str], file: Optional[str]) -> Iterator[None]:
+    def _leaving_out(self, names: Sequence[str], file: str | None) -> Iterator[None]:
         """A download that fails leaves these metrics out; a file that was named and cannot be used is an error."""
         try:
             yield
         except OSError as error:
             if file is not None:
                 raise
-            self.left_out.update({name: f"its network could not be downloaded ({error})" for name in names})
+            self.left_out.update(dict.fromkeys(names, f"its network could not be downloaded ({error})"))
 
     @torch.no_grad()
-    def score(self, batch: Sequence[ScoredFrames]) -> List[Dict[str, float]]:
+    def score(self, batch: Sequence[ScoredFrames]) -> list[dict[str, float]]:
         """The scores of each of several results of one size, by the metrics that single ones have."""
-        scores: List[Dict[str, float]] = [{} for _ in batch]
+        scores: list[dict[str, float]] = [{} for _ in batch]
         for row, (_, truth, _, result) in zip(scores, batch):
             for name, function in (("psnr", psnr), ("ssim", ssim)):
                 if name in self.names:
                     row[name] = function(result, truth)
         if {"lpips", "lpips_vgg", "flolpips"} & set(self.names):
             prev, truth, next_, result = (
-                (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).to(self.device)
+                (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).to(
+                    self.device
+                )
                 for images in zip(*batch)
             )
             values = {}
@@ -313,5 +340,5 @@ class Scorer:
         return fid(self._inception, results, truths, self.device)
 
 
-def _identity(file: Optional[str], download: str) -> str:
+def _identity(file: str | None, download: str) -> str:
     return download if file is None else "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()

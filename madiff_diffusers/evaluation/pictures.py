@@ -1,7 +1,5 @@
 """Pictures of what a network sees: motion hints, offsets, gates and errors. Needs the extra `eval`."""
 
-from typing import List, Tuple
-
 import cv2
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ def offsets_image(offsets: torch.Tensor) -> np.ndarray:
     return flow_to_image(offsets.float()).permute(1, 2, 0).cpu().numpy()
 
 
-def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> List[Tuple[str, np.ndarray]]:
+def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> list[tuple[str, np.ndarray]]:
     """The parts of one side's hints `(C, H, W)`, each with its name.
 
     Args:
@@ -47,7 +45,7 @@ def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> L
     return images
 
 
-def gate_image(gate: torch.Tensor, size: Tuple[int, int]) -> np.ndarray:
+def gate_image(gate: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """A gate `(1, U, V)` in [0, 1] at `size` (height, width), `(H, W, 3)` uint8: white for 1."""
     weight = (gate[0].float().clamp(0, 1) * 255).to(torch.uint8).cpu().numpy()
     return cv2.resize(cv2.cvtColor(weight, cv2.COLOR_GRAY2RGB), size[::-1], interpolation=cv2.INTER_NEAREST)

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult
@@ -21,27 +22,32 @@ from .pictures import ERROR_SCALE, error_image
 from .runs import BenchmarkRun, folder_name, mean_and_interval, write_text
 from .smoothness import PAN_STEP
 
+
 REPORT = ("results.json", "results.csv", "results.md", "index.html")  # and a chart for each benchmark
 
-_pages = jinja2.Environment(loader=jinja2.PackageLoader(__package__, "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_pages = jinja2.Environment(
+    loader=jinja2.PackageLoader(__package__, "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 
 
-def load_summaries(output: Path) -> List[Dict[str, Any]]:
+def load_summaries(output: Path) -> list[dict[str, Any]]:
     """The summaries of all finished runs of a folder, in the order of the tables: benchmarks by name, and of each the
     checkpoints (settings in order, numbers as numbers), functions, and baselines."""
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("runs/*/*/summary.json")]
 
-    def order(summary: Dict[str, Any]) -> Tuple:
+    def order(summary: dict[str, Any]) -> tuple:
         protocol = summary["protocol"]
         kind = {"madiff": 0, "flow": 2, "average": 3}.get(protocol["method"], 1)
-        texts = [str(protocol.get(name)) for name in ("checkpoint", "hint_policy", "hint_source", "scheduler", "quantised")]
+        texts = [
+            str(protocol.get(name)) for name in ("checkpoint", "hint_policy", "hint_source", "scheduler", "quantised")
+        ]
         numbers = [protocol.get(name, 0) for name in ("hint_interval", "steps")]
         return summary["benchmark"], kind, *texts, *numbers, summary["label"]
 
     return sorted(summaries, key=order)
 
 
-def read_results(path: str) -> List[Dict[str, Any]]:
+def read_results(path: str) -> list[dict[str, Any]]:
     """The summaries in a `results.json`.
 
     Raises:
@@ -63,7 +69,7 @@ def read_results(path: str) -> List[Dict[str, Any]]:
         raise ValueError(f"no results.json that this version wrote: {type(error).__name__}: {error}") from error
 
 
-def card_metadata(summaries: Sequence[Dict[str, Any]], identity: Dict[str, Any]) -> Dict[str, Any]:
+def card_metadata(summaries: Sequence[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
     """
     A checkpoint's scores, as fields for a model card's header.
 
@@ -79,7 +85,9 @@ def card_metadata(summaries: Sequence[Dict[str, Any]], identity: Dict[str, Any])
     if not chosen:
         raise ValueError(f"no run is of these weights at their default settings: {needed}")
     if len({summary["benchmark"] for summary in chosen}) < len(chosen):
-        raise ValueError(f"several runs of one benchmark are of these weights: {', '.join(summary['label'] for summary in chosen)}")
+        raise ValueError(
+            f"several runs of one benchmark are of these weights: {', '.join(summary['label'] for summary in chosen)}"
+        )
     results = [
         EvalResult(
             task_type="video-to-video",
@@ -98,7 +106,7 @@ def card_metadata(summaries: Sequence[Dict[str, Any]], identity: Dict[str, Any])
     return {"metrics": metrics, "model_name": chosen[0]["protocol"]["checkpoint"], "eval_results": results}
 
 
-def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
+def markdown(summaries: Sequence[dict[str, Any]]) -> str:
     """A table for each benchmark, with 95 % intervals, and below them what is needed to read them."""
     parts, notes = [], []
     for benchmark in dict.fromkeys(summary["benchmark"] for summary in summaries):
@@ -115,13 +123,16 @@ def markdown(summaries: Sequence[Dict[str, Any]]) -> str:
         headings, instants = _instants(rows)
         if instants:
             lines = [" | ".join(["| method | instant", *headings]) + " |", "|---" * (len(headings) + 2) + "|"]
-            lines += [" | ".join(["| " + label.replace("|", "\\|"), instant, *cells]) + " |" for label, instant, *cells in instants]
+            lines += [
+                " | ".join(["| " + label.replace("|", "\\|"), instant, *cells]) + " |"
+                for label, instant, *cells in instants
+            ]
             parts.append("\n".join(lines))
         notes += _notes(rows)
     return "\n\n".join([*parts, *dict.fromkeys(notes)]) + "\n"
 
 
-def differences(summaries: Sequence[Dict[str, Any]], reference: str) -> str:
+def differences(summaries: Sequence[dict[str, Any]], reference: str) -> str:
     """A table of how far each run's scores are from those of the run with the label `reference`, item by item, with 95 % bootstrap intervals
     of the mean difference; empty where there is nothing to compare."""
     chosen = [summary for summary in summaries if summary["label"] == reference]
@@ -130,11 +141,18 @@ def differences(summaries: Sequence[Dict[str, Any]], reference: str) -> str:
         return ""
     names = [name for name in _metrics_of(summaries) if METRICS[name].of_items]
     base = {item["name"]: item for item in chosen[0]["items"]}
-    lines = [" | ".join([f"| less {reference}", *(METRICS[name].title for name in names)]).replace("| |", "|") + " |", "|---" * (len(names) + 1) + "|"]
+    lines = [
+        " | ".join([f"| less {reference}", *(METRICS[name].title for name in names)]).replace("| |", "|") + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     for summary in others:
         cells = []
         for name in names:
-            pairs = [(item, base[item["name"]]) for item in summary["items"] if name in item and name in base.get(item["name"], {})]
+            pairs = [
+                (item, base[item["name"]])
+                for item in summary["items"]
+                if name in item and name in base.get(item["name"], {})
+            ]
             if not pairs:
                 cells.append("–")
                 continue
@@ -142,16 +160,18 @@ def differences(summaries: Sequence[Dict[str, Any]], reference: str) -> str:
             score = mean_and_interval(changes, [item["sequence"] or item["name"] for item, _ in pairs])
             digits = METRICS[name].digits
             text = f"{score['mean']:+.{digits}f}"
-            cells.append(f"{text} [{score['low']:+.{digits}f}, {score['high']:+.{digits}f}]" if "low" in score else text)
+            cells.append(
+                f"{text} [{score['low']:+.{digits}f}, {score['high']:+.{digits}f}]" if "low" in score else text
+            )
         lines.append(" | ".join(["| " + summary["label"].replace("|", "\\|"), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _metrics_of(rows: Sequence[Dict[str, Any]]) -> List[str]:
+def _metrics_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in METRICS if any(name in row["scores"] for row in rows)]
 
 
-def _instants(rows: Sequence[Dict[str, Any]]) -> Tuple[List[str], List[List[str]]]:
+def _instants(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headings of metrics, and rows of method, instant and scores; no rows where there is but one instant."""
     names = [name for name in _metrics_of(rows) if METRICS[name].of_items]
     table = []
@@ -165,7 +185,7 @@ def _heading(name: str) -> str:
     return f"{METRICS[name].title} {'↑' if METRICS[name].higher_is_better else '↓'}"
 
 
-def _cell(row: Dict[str, Any], name: str) -> str:
+def _cell(row: dict[str, Any], name: str) -> str:
     if name not in row["scores"]:
         return "–"
     score, digits = row["scores"][name], METRICS[name].digits
@@ -173,12 +193,12 @@ def _cell(row: Dict[str, Any], name: str) -> str:
     return f"{text} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]" if "low" in score else text
 
 
-def _seconds(row: Dict[str, Any]) -> str:
+def _seconds(row: dict[str, Any]) -> str:
     seconds = row["seconds_per_frame"]["median"]
     return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.3f}"
 
 
-def _notes(rows: Sequence[Dict[str, Any]]) -> List[str]:
+def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     unit = "clips" if any(row["sequences"] for row in rows) else "triplets"
     machines = {_machine(row, environment["hardware"]) for row in rows for environment in row["environments"]}
     lines = [
@@ -195,18 +215,20 @@ def _notes(rows: Sequence[Dict[str, Any]]) -> List[str]:
     return lines
 
 
-def _machine(row: Dict[str, Any], hardware: Dict[str, Any]) -> str:
+def _machine(row: dict[str, Any], hardware: dict[str, Any]) -> str:
     if row["protocol"].get("device") == "cuda":
         return hardware.get("gpu", "a GPU")
     processes = f", {hardware['processes']} processes" if hardware["processes"] > 1 else ""
     return f"{hardware['cores']} cores of {hardware['cpu']}{processes}"
 
 
-def table_of_items(summaries: Sequence[Dict[str, Any]]) -> str:
+def table_of_items(summaries: Sequence[dict[str, Any]]) -> str:
     """CSV with a line for each item of each run."""
     text = io.StringIO()
     metrics = [name for name in METRICS if METRICS[name].of_items]
-    writer = csv.DictWriter(text, ["benchmark", "label", "name", "sequence", "time", *metrics, "seconds"], lineterminator="\n")
+    writer = csv.DictWriter(
+        text, ["benchmark", "label", "name", "sequence", "time", *metrics, "seconds"], lineterminator="\n"
+    )
     writer.writeheader()
     for summary in summaries:
         for item in summary["items"]:
@@ -214,7 +236,7 @@ def table_of_items(summaries: Sequence[Dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
+def chart(summaries: Sequence[dict[str, Any]], path: Path) -> None:
     """Quality of one benchmark's runs against steps, against seconds and, where there are several, against instants, as an SVG file.
     Runs that differ in steps alone are one line, but for the last."""
     from matplotlib.figure import Figure
@@ -222,7 +244,7 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
 
     names = [name for name in ("psnr", "lpips") if any(name in summary["scores"] for summary in summaries)]
     names = names or _metrics_of(summaries)[:1]
-    lines: Dict[str, List[Dict[str, Any]]] = {}
+    lines: dict[str, list[dict[str, Any]]] = {}
     for summary in summaries:
         protocol = summary["protocol"]
         title = " ".join(part for part in summary["label"].split(" ") if not part.startswith("steps="))
@@ -233,7 +255,9 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(len(names), columns, squeeze=False)
     for row, name in zip(axes, names):
         for number, (key, runs) in enumerate(lines.items()):
-            runs = sorted((run for run in runs if name in run["scores"]), key=lambda run: run["protocol"].get("steps", 0))
+            runs = sorted(
+                (run for run in runs if name in run["scores"]), key=lambda run: run["protocol"].get("steps", 0)
+            )
             if not runs:
                 continue
             values = [run["scores"][name]["mean"] for run in runs]
@@ -255,7 +279,11 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
             axis.minorticks_off()
         if columns == 3:
             for number, summary in enumerate(summaries):
-                instants = [(float(Fraction(text)), scores[name]["mean"]) for text, scores in summary.get("instants", {}).items() if name in scores]
+                instants = [
+                    (float(Fraction(text)), scores[name]["mean"])
+                    for text, scores in summary.get("instants", {}).items()
+                    if name in scores
+                ]
                 if instants:
                     row[2].plot(*zip(*instants), marker="o", color=f"C{number % 10}", label=summary["label"])
             row[2].set(xlim=(0, 1), xlabel="instant", ylabel=_heading(name))
@@ -266,7 +294,7 @@ def chart(summaries: Sequence[Dict[str, Any]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], output: Path, count: int) -> None:
+def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], output: Path, count: int) -> None:
     """A page of the `count` worst items of a run, by LPIPS, or by the first metric that there is of single items."""
     items = {item["name"]: item for item in summary["items"]}
     order = next((name for name in ("lpips", *METRICS) if name in summary["items"][0]), None)
@@ -289,7 +317,13 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], ou
         for number, triplet in enumerate(worst, 1):
             prev, truth, next_ = triplet.read()
             result = run.read_result(triplet)
-            pictures = [("previous", prev), ("next", next_), ("truth", truth), ("result", result), ("error", error_image(result, truth))]
+            pictures = [
+                ("previous", prev),
+                ("next", next_),
+                ("truth", truth),
+                ("result", result),
+                ("error", error_image(result, truth)),
+            ]
             if hasattr(method, "explain"):
                 pictures += method.explain((prev, next_), triplet.time)
             shown = []
@@ -298,7 +332,9 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], ou
                 Image.fromarray(image).save(building / name, quality=93, subsampling=0)
                 shown.append({"title": title, "file": name, "width": image.shape[1], "height": image.shape[0]})
             item = items[triplet.name]
-            scores = [f"{METRICS[name].title} {item[name]:.{METRICS[name].digits}f}" for name in METRICS if name in item]
+            scores = [
+                f"{METRICS[name].title} {item[name]:.{METRICS[name].digits}f}" for name in METRICS if name in item
+            ]
             rows.append({"name": triplet.name, "scores": ", ".join(scores), "pictures": shown})
         text = _pages.get_template("gallery.html").render(
             label=run.label,
@@ -317,7 +353,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: Dict[str, Any], ou
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write_report(output: Path) -> List[Dict[str, Any]]:
+def write_report(output: Path) -> list[dict[str, Any]]:
     """Write what all finished runs of a folder come to: `results.json`, `results.csv`, `results.md`, `chart-BENCHMARK.svg` and
     `index.html`. Returns their summaries."""
     summaries = load_summaries(output)
@@ -333,8 +369,24 @@ def write_report(output: Path) -> List[Dict[str, Any]]:
         for row in rows:
             page = Path("gallery") / folder_name(row["label"]) / benchmark / "index.html"
             page = page.as_posix() if (output / page).is_file() else None
-            table.append({"label": row["label"], "page": page, "cells": [_cell(row, name) for name in names], "seconds": _seconds(row)})
+            table.append(
+                {
+                    "label": row["label"],
+                    "page": page,
+                    "cells": [_cell(row, name) for name in names],
+                    "seconds": _seconds(row),
+                }
+            )
         headings = [_heading(name) for name in names]
-        benchmarks.append({"name": benchmark, "headings": headings, "rows": table, "instants": _instants(rows), "notes": _notes(rows), "chart": f"chart-{benchmark}.svg"})
+        benchmarks.append(
+            {
+                "name": benchmark,
+                "headings": headings,
+                "rows": table,
+                "instants": _instants(rows),
+                "notes": _notes(rows),
+                "chart": f"chart-{benchmark}.svg",
+            }
+        )
     write_text(output / "index.html", _pages.get_template("index.html").render(benchmarks=benchmarks))
     return summaries

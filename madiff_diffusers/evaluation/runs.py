@@ -12,9 +12,10 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +30,19 @@ from .methods import MIDDLE, Method
 from .metrics import METRICS, Scorer
 from .smoothness import step_ratio
 
-_LIBRARIES = ("madiff_diffusers", "torch", "torchvision", "diffusers", "accelerate", "numpy", "opencv-python-headless",
-              "scikit-image", "lpips", "torch-fidelity")  # fmt: skip
+
+_LIBRARIES = (
+    "madiff_diffusers",
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "numpy",
+    "opencv-python-headless",
+    "scikit-image",
+    "lpips",
+    "torch-fidelity",
+)
 
 BOOTSTRAP_SAMPLES = 10_000
 
@@ -47,8 +59,8 @@ class ItemRecord(NamedTuple):
 
     frame: str
     seconds: float
-    scores: Dict[str, float]
-    networks: Dict[str, str]
+    scores: dict[str, float]
+    networks: dict[str, str]
 
 
 class BenchmarkRun:
@@ -85,7 +97,7 @@ class BenchmarkRun:
             "triplets_sha256": _triplets_digest(self.triplets),
             **method.identity,
         }
-        self.protocol: Dict[str, Any] = {"identity": identity, "environments": []}
+        self.protocol: dict[str, Any] = {"identity": identity, "environments": []}
         if (self.folder / "protocol.json").is_file():
             self.protocol = json.loads((self.folder / "protocol.json").read_text(encoding="utf-8"))
             before = self.protocol["identity"]
@@ -98,7 +110,7 @@ class BenchmarkRun:
         environment = describe_environment(self.state.num_processes)
         if environment not in self.protocol["environments"]:
             self.protocol["environments"].append(environment)
-        self._digests: Dict[Path, Tuple[Tuple[int, int], str]] = {}
+        self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
         self.records = self._read_records()
         self.was_complete = len(self.records) == len(self.triplets)
         if self.state.is_main_process:
@@ -126,7 +138,11 @@ class BenchmarkRun:
             for batch in self._share(batch_size, lambda triplet: triplet.name not in self.records, "frames"):
                 for group in _by_size_and_time([(triplet, *triplet.read()) for triplet in batch]):
                     pairs = [(prev, next_) for _, prev, _, next_ in group]
-                    truths = {"truths": [truth for _, _, truth, _ in group]} if getattr(self.method, "needs_truth", False) else {}
+                    truths = (
+                        {"truths": [truth for _, _, truth, _ in group]}
+                        if getattr(self.method, "needs_truth", False)
+                        else {}
+                    )
                     shape, instant = (len(pairs), *pairs[0][0].shape), group[0][0].time
                     try:
                         if shape not in warm:
@@ -175,7 +191,7 @@ class BenchmarkRun:
         self.state.wait_for_everyone()
         self.records = self._read_records()
 
-    def summarise(self, scorer: Scorer) -> Dict[str, Any]:
+    def summarise(self, scorer: Scorer) -> dict[str, Any]:
         """Means, their bootstrap intervals and the time per frame, and where there are several instants, the means of each; written
         to `summary.json` when all is done."""
         records = [self.records[triplet.name] for triplet in self.triplets]
@@ -187,7 +203,9 @@ class BenchmarkRun:
                 scores[name] = mean_and_interval([record.scores[name] for record in records], sequences)
                 networks[name] = used.pop()
         instants = sorted({triplet.time for triplet in self.triplets})
-        by_instant = {str(instant): self._scores_at(instant, list(scores)) for instant in instants if len(instants) > 1}
+        by_instant = {
+            str(instant): self._scores_at(instant, list(scores)) for instant in instants if len(instants) > 1
+        }
         previous = _read_json(self.folder / "summary.json")
         if "fid" in scorer.names:
             value = scorer.fid(map(self.read_result, self.triplets), (triplet.read()[1] for triplet in self.triplets))
@@ -211,7 +229,13 @@ class BenchmarkRun:
             "seconds_per_frame": {"median": float(np.median(seconds)), "mean": float(np.mean(seconds))},
             "environments": self.protocol["environments"],
             "items": [
-                {"name": triplet.name, "sequence": triplet.sequence, "time": str(triplet.time), "seconds": record.seconds, **record.scores}
+                {
+                    "name": triplet.name,
+                    "sequence": triplet.sequence,
+                    "time": str(triplet.time),
+                    "seconds": record.seconds,
+                    **record.scores,
+                }
                 for triplet, record in zip(self.triplets, records)
             ],
         }
@@ -219,20 +243,25 @@ class BenchmarkRun:
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
-    def _scores_at(self, time: Fraction, names: Sequence[str]) -> Dict[str, Dict[str, float]]:
+    def _scores_at(self, time: Fraction, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Each metric's mean and interval over the items of one instant."""
         chosen = [triplet for triplet in self.triplets if triplet.time == time]
         sequences = [triplet.sequence or triplet.name for triplet in chosen]
-        return {name: mean_and_interval([self.records[triplet.name].scores[name] for triplet in chosen], sequences) for name in names}
+        return {
+            name: mean_and_interval([self.records[triplet.name].scores[name] for triplet in chosen], sequences)
+            for name in names
+        }
 
-    def _share(self, batch_size: int, wanted, what: str) -> Iterable[List[Triplet]]:
+    def _share(self, batch_size: int, wanted, what: str) -> Iterable[list[Triplet]]:
         """This process's batches of those with a wanted item. Batches are cut from the whole list, so that what is computed
         together depends neither on the number of processes nor on where a run was stopped."""
         batches = [self.triplets[i : i + batch_size] for i in range(0, len(self.triplets), batch_size)]
         batches = [batch for batch in batches if any(map(wanted, batch))]
         mine = batches[self.state.process_index :: self.state.num_processes]
         title = f"{self.label} on {self.benchmark}: {what}"
-        return tqdm(mine, title, leave=False, disable=not self.state.is_main_process, **bar_settings("batch", "batches"))
+        return tqdm(
+            mine, title, leave=False, disable=not self.state.is_main_process, **bar_settings("batch", "batches")
+        )
 
     def _progress_file(self) -> "_ProgressFile":
         return _ProgressFile(self.folder / f"progress-{self.state.process_index}.jsonl")
@@ -251,10 +280,10 @@ class BenchmarkRun:
             self._digests[path] = version, hashlib.sha256(path.read_bytes()).hexdigest()
         return self._digests[path][1]
 
-    def _read_records(self) -> Dict[str, ItemRecord]:
+    def _read_records(self) -> dict[str, ItemRecord]:
         """What any process has done so far, of the frames that are there as they were written."""
-        frames: Dict[Tuple[str, str], float] = {}
-        scored: Dict[Tuple[str, str], List[Dict]] = {}
+        frames: dict[tuple[str, str], float] = {}
+        scored: dict[tuple[str, str], list[dict]] = {}
         for path in sorted(self.folder.glob("progress-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -287,7 +316,7 @@ class _ProgressFile:
     def __enter__(self) -> "_ProgressFile":
         return self
 
-    def write(self, entry: Dict) -> None:
+    def write(self, entry: dict) -> None:
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A line that was cut off when its process was killed must not swallow the next.
@@ -303,10 +332,10 @@ class _ProgressFile:
             self.file.close()
 
 
-def mean_and_interval(values: Sequence[float], sequences: Sequence[str]) -> Dict[str, float]:
+def mean_and_interval(values: Sequence[float], sequences: Sequence[str]) -> dict[str, float]:
     """`mean` over the sequences of the mean in each, and with two sequences or more `low` and `high` of the 95 % interval of
     a bootstrap over them (percentiles of 10,000 resampled means, the same draws every time)."""
-    grouped: Dict[str, List[float]] = {}
+    grouped: dict[str, list[float]] = {}
     for sequence, value in zip(sequences, values):
         grouped.setdefault(sequence, []).append(value)
     means = np.array([np.mean(group) for group in grouped.values()])
@@ -318,7 +347,7 @@ def mean_and_interval(values: Sequence[float], sequences: Sequence[str]) -> Dict
     return result
 
 
-def describe_environment(processes: int) -> Dict[str, Any]:
+def describe_environment(processes: int) -> dict[str, Any]:
     """Versions of the libraries and what the machine is."""
     versions = {}
     for name in _LIBRARIES:
@@ -353,13 +382,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> Dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _by_size_and_time(rows: Sequence[Tuple]) -> List[List[Tuple]]:
+def _by_size_and_time(rows: Sequence[tuple]) -> list[list[tuple]]:
     """Rows `(triplet, image, …)` in groups of one size and one instant."""
-    groups: Dict[Tuple, List[Tuple]] = {}
+    groups: dict[tuple, list[tuple]] = {}
     for row in rows:
         groups.setdefault((row[1].shape, row[0].time), []).append(row)
     return list(groups.values())
@@ -367,7 +396,17 @@ def _by_size_and_time(rows: Sequence[Tuple]) -> List[List[Tuple]]:
 
 def _triplets_digest(triplets: Sequence[Triplet]) -> str:
     """SHA-256 of the items' names, views and instants (middles aside) and their files' sizes in bytes, wherever they lie."""
-    lines = [json.dumps([each.name, each.view, *([] if each.time == MIDDLE else [str(each.time)]), *(path.stat().st_size for path in each.files)]) for each in triplets]
+    lines = [
+        json.dumps(
+            [
+                each.name,
+                each.view,
+                *([] if each.time == MIDDLE else [str(each.time)]),
+                *(path.stat().st_size for path in each.files),
+            ]
+        )
+        for each in triplets
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

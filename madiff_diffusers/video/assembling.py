@@ -1,11 +1,12 @@
 """The last step of a video: its parts in one file, beside what the source has besides pictures."""
 
 import heapq
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from math import gcd
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import av
 from PIL import Image
@@ -13,8 +14,20 @@ from PIL import Image
 from .reading import Analysis, Source, file_url, main_stream
 from .writing import Encoding, joined_packets, read_index
 
+
 # What containers write by themselves, or what is not true any more.
-_OWN_METADATA = ("major_brand", "minor_version", "compatible_brands", "encoder", "rotate", "duration", "bps", "number_of_", "_statistics_", "alpha_mode")
+_OWN_METADATA = (
+    "major_brand",
+    "minor_version",
+    "compatible_brands",
+    "encoder",
+    "rotate",
+    "duration",
+    "bps",
+    "number_of_",
+    "_statistics_",
+    "alpha_mode",
+)
 _AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "vorbis": "libvorbis", "mp3": "libmp3lame"}
 
 # Seconds of a hole in the sound: shorter ones are rounding, longer ones a fault in its times.
@@ -28,13 +41,20 @@ LEAST_DELAY = 2  # hundredths of a second that players show a frame of a GIF for
 # How often a GIF is shown again, as FFmpeg takes it.
 FOR_EVER, NEVER = 0, -1
 
-Timed = Tuple[Fraction, int, List[av.Packet]]
+Timed = tuple[Fraction, int, list[av.Packet]]
 
 
 def assemble(
-    output: Path, encoding: Encoding, parts: Sequence[Path], end: int, source: Source, analysis: Analysis, slow_motion: Fraction, audio: str,
+    output: Path,
+    encoding: Encoding,
+    parts: Sequence[Path],
+    end: int,
+    source: Source,
+    analysis: Analysis,
+    slow_motion: Fraction,
+    audio: str,
     is_partial: bool = False,
-) -> List[str]:
+) -> list[str]:
     """
     Write a file from parts.
 
@@ -58,7 +78,13 @@ def assemble(
         write_pictures(output, encoding, parts, end, _loops(source))
         return []
     # What a file refuses shows when its header is written: a codec's flavour of sound, mostly, which can be encoded anew.
-    attempts = [(("audio", "subtitle", "attachment", "video"), False), (("audio", "subtitle"), False), (("audio", "subtitle"), True), (("audio",), True), ((), False)]
+    attempts = [
+        (("audio", "subtitle", "attachment", "video"), False),
+        (("audio", "subtitle"), False),
+        (("audio", "subtitle"), True),
+        (("audio",), True),
+        ((), False),
+    ]
     for kinds, anew in attempts:
         with source.open() as container, _open(output, encoding) as file:
             carrier = _Carrier(file, container, encoding, slow_motion, audio, anew)
@@ -107,7 +133,9 @@ def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
         options["strict"] = "-1"
     if encoding.container.format in ("mp4", "mov"):
         options["movflags"] = "+faststart"
-    if encoding.container.format == "avi":  # it has no times, but would begin with empty frames for sound that begins before 0
+    if (
+        encoding.container.format == "avi"
+    ):  # it has no times, but would begin with empty frames for sound that begins before 0
         options["avoid_negative_ts"] = "disabled"
     return av.open(file_url(output), "w", format=encoding.container.format, container_options=options)
 
@@ -125,13 +153,26 @@ class _Carrier:
     """
 
     def __init__(
-        self, file: av.container.OutputContainer, container: av.container.InputContainer, encoding: Encoding, slow_motion: Fraction, audio: str, anew: bool
+        self,
+        file: av.container.OutputContainer,
+        container: av.container.InputContainer,
+        encoding: Encoding,
+        slow_motion: Fraction,
+        audio: str,
+        anew: bool,
     ):
-        self.notes: List[str] = []
-        self._file, self._container, self._encoding, self._slow_motion, self._audio, self._anew = file, container, encoding, slow_motion, audio, anew
+        self.notes: list[str] = []
+        self._file, self._container, self._encoding, self._slow_motion, self._audio, self._anew = (
+            file,
+            container,
+            encoding,
+            slow_motion,
+            audio,
+            anew,
+        )
         # Time 0 of the result is where the source's first stream begins.
         self._begin = Fraction(container.start_time or 0, av.time_base)
-        self._carried: Dict[int, Any] = {}
+        self._carried: dict[int, Any] = {}
 
     def add_streams(self, kinds: Sequence[str], main: av.video.stream.VideoStream) -> None:
         """
@@ -171,40 +212,61 @@ class _Carrier:
             self.notes.append(f"{name} is left out, as asked")
             return
         if stream.type == "attachment" and stream.type in kinds and format_name == "matroska":
-            file.add_attachment(stream.metadata.get("filename", "attachment"), stream.mimetype or "application/octet-stream", stream.data)
+            file.add_attachment(
+                stream.metadata.get("filename", "attachment"),
+                stream.mimetype or "application/octet-stream",
+                stream.data,
+            )
             return
         slowed = self._slow_motion != 1
-        if stream.type not in kinds or stream.type == "attachment" or stream.codec_context is None or (slowed and stream.type == "video"):
+        if (
+            stream.type not in kinds
+            or stream.type == "attachment"
+            or stream.codec_context is None
+            or (slowed and stream.type == "video")
+        ):
             self.notes.append(f"{name} cannot be kept in {format_name}")
             return
         carry: Any = None
         if stream.type != "audio" or not (slowed or self._anew):
             # Not for a codec that this kind of file does not hold.
             with suppress(ValueError):
-                carry = _Copy(file.add_stream_from_template(stream, opaque=True), self._begin, self._slow_motion, stream.type, format_name)
+                carry = _Copy(
+                    file.add_stream_from_template(stream, opaque=True),
+                    self._begin,
+                    self._slow_motion,
+                    stream.type,
+                    format_name,
+                )
         if carry is None and stream.type != "audio":
             self.notes.append(f"{name} cannot be kept in {format_name}")
             return
         if carry is None:
             carry = _Sound(file, stream, self._begin, self._slow_motion)
             if not slowed:
-                self.notes.append(f"{name} is encoded anew as {carry.stream.codec_context.name}, because {format_name} does not hold it")
+                self.notes.append(
+                    f"{name} is encoded anew as {carry.stream.codec_context.name}, because {format_name} does not hold it"
+                )
         carry.stream.metadata.update(carried_metadata(stream.metadata))
         carry.stream.disposition = stream.disposition
         self._carried[stream.index] = carry
         apart = abs((stream.start_time or 0) * (stream.time_base or 0) - (main.start_time or 0) * main.time_base)
         if format_name == "avi" and stream.type == "audio" and apart > Fraction(1, 20):
-            self.notes.append(f"AVI cannot tell that {name} begins {float(apart):.2f} s apart from the pictures: choose another kind of file")
+            self.notes.append(
+                f"AVI cannot tell that {name} begins {float(apart):.2f} s apart from the pictures: choose another kind of file"
+            )
 
     def write(self, parts: Sequence[Path], end: int, analysis: Analysis, is_partial: bool) -> None:
         """Write everything in the order of time."""
-        offset = Fraction(0) if self._encoding.container.steady else (analysis.origin - self._begin) * self._slow_motion
+        offset = (
+            Fraction(0) if self._encoding.container.steady else (analysis.origin - self._begin) * self._slow_motion
+        )
         until = offset + end * self._encoding.time_base if is_partial else None
         pictures = _video_packets(self._video, self._encoding, parts, end, offset)
         for _, _, packets in heapq.merge(pictures, self._other_packets(until), key=lambda timed: timed[:2]):
             self._file.mux(packets)
 
-    def _other_packets(self, until: Optional[Fraction]) -> Iterator[Timed]:
+    def _other_packets(self, until: Fraction | None) -> Iterator[Timed]:
         if not self._carried:
             return
         time = Fraction(0)
@@ -215,19 +277,28 @@ class _Carrier:
                 yield time, 1, self._carried[packet.stream.index](packet)
 
 
-def carried_metadata(tags: Dict[str, str]) -> Dict[str, str]:
+def carried_metadata(tags: dict[str, str]) -> dict[str, str]:
     """Without what is not true any more, or is what containers write by themselves."""
     return {key: value for key, value in tags.items() if not key.lower().startswith(_OWN_METADATA)}
 
 
-def _video_packets(stream: av.video.stream.VideoStream, encoding: Encoding, parts: Sequence[Path], end: int, offset: Fraction) -> Iterator[Timed]:
+def _video_packets(
+    stream: av.video.stream.VideoStream, encoding: Encoding, parts: Sequence[Path], end: int, offset: Fraction
+) -> Iterator[Timed]:
     unit = encoding.time_base
     if offset:  # times of both in whole numbers, if they are not too large for files
-        finer = Fraction(gcd(unit.numerator * offset.denominator, offset.numerator * unit.denominator), unit.denominator * offset.denominator)
+        finer = Fraction(
+            gcd(unit.numerator * offset.denominator, offset.numerator * unit.denominator),
+            unit.denominator * offset.denominator,
+        )
         unit = finer if finer.denominator <= 10_000_000 else unit
     scale, shift = int(encoding.time_base / unit), round(offset / unit)
     for packet in joined_packets(parts, end):
-        packet.pts, packet.dts, packet.duration = packet.pts * scale + shift, packet.dts * scale + shift, packet.duration * scale
+        packet.pts, packet.dts, packet.duration = (
+            packet.pts * scale + shift,
+            packet.dts * scale + shift,
+            packet.duration * scale,
+        )
         packet.time_base, packet.stream = unit, stream
         yield packet.dts * unit, 0, [packet]
 
@@ -236,14 +307,25 @@ class _Copy:
     """Packets as they are, at their times in the result."""
 
     def __init__(self, stream: Any, begin: Fraction, slow_motion: Fraction, kind: str, format_name: str):
-        self.stream, self._begin, self._slow_motion, self._kind, self._format_name = stream, begin, slow_motion, kind, format_name
-        self._last: Optional[int] = None
+        self.stream, self._begin, self._slow_motion, self._kind, self._format_name = (
+            stream,
+            begin,
+            slow_motion,
+            kind,
+            format_name,
+        )
+        self._last: int | None = None
 
-    def __call__(self, packet: av.Packet) -> List[av.Packet]:
+    def __call__(self, packet: av.Packet) -> list[av.Packet]:
         if packet.size == 0:
             return []
         # What an edit list leaves out is heard where files have no such lists; but for what codecs need to begin with.
-        if packet.is_discard and self._kind == "audio" and self._format_name not in ("mp4", "mov") and packet.pts is not None:
+        if (
+            packet.is_discard
+            and self._kind == "audio"
+            and self._format_name not in ("mp4", "mov")
+            and packet.pts is not None
+        ):
             if packet.pts * packet.time_base - self._begin < -PRIMING:
                 return []
         unit = self.stream.time_base
@@ -266,23 +348,35 @@ class _Copy:
 class _Sound:
     """Sound that is decoded and encoded anew: slower at the same pitch, or for a file that does not hold its codec."""
 
-    def __init__(self, file: av.container.OutputContainer, source: av.audio.stream.AudioStream, begin: Fraction, slow_motion: Fraction):
-        encoder = _AUDIO_ENCODERS.get(source.codec_context.name, _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec))
+    def __init__(
+        self,
+        file: av.container.OutputContainer,
+        source: av.audio.stream.AudioStream,
+        begin: Fraction,
+        slow_motion: Fraction,
+    ):
+        encoder = _AUDIO_ENCODERS.get(
+            source.codec_context.name, _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
+        )
         if encoder not in file.supported_codecs:
             encoder = _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
         rate = source.codec_context.sample_rate
-        rate = 48000 if encoder == "libopus" or rate not in (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000) else rate
+        rate = (
+            48000
+            if encoder == "libopus" or rate not in (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+            else rate
+        )
         self.stream = file.add_stream(encoder, rate=rate)
         # The layouts that every encoder takes; 5.1 has two names for where its back speakers are.
         self.stream.layout = {1: "mono", 6: "5.1"}.get(source.codec_context.layout.nb_channels, "stereo")
         self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, rate)
         self._begin, self._slow_motion = begin, slow_motion
-        self._graph: Optional[av.filter.Graph] = None
+        self._graph: av.filter.Graph | None = None
         self._resampler = av.AudioResampler(self.stream.codec_context.format, self.stream.layout, rate)
         # When the next sample that is decoded is due in the source, and the number of the next that is encoded.
         self._due, self._position = Fraction(0), 0
 
-    def __call__(self, packet: av.Packet) -> List[av.Packet]:
+    def __call__(self, packet: av.Packet) -> list[av.Packet]:
         try:
             frames = packet.decode()
         except (av.FFmpegError, ValueError):
@@ -307,7 +401,14 @@ class _Sound:
 
     def _tempo(self, frame: av.AudioFrame) -> av.filter.Graph:
         graph = av.filter.Graph()
-        nodes = [graph.add_abuffer(sample_rate=frame.sample_rate, format=frame.format.name, layout=frame.layout.name, time_base=Fraction(1, frame.sample_rate))]
+        nodes = [
+            graph.add_abuffer(
+                sample_rate=frame.sample_rate,
+                format=frame.format.name,
+                layout=frame.layout.name,
+                time_base=Fraction(1, frame.sample_rate),
+            )
+        ]
         tempo = 1 / self._slow_motion
         while tempo != 1:  # the filter takes 0.5 and more
             step = max(tempo, Fraction(1, 2))
@@ -316,7 +417,7 @@ class _Sound:
         graph.link_nodes(*nodes, graph.add("abuffersink")).configure()
         return graph
 
-    def _encode_ready(self) -> List[av.Packet]:
+    def _encode_ready(self) -> list[av.Packet]:
         packets = []
         while True:
             try:

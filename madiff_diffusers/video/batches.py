@@ -1,7 +1,8 @@
 """Folders of videos."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Collection, List, NamedTuple, Tuple
+from typing import NamedTuple
 
 from .reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, is_video
 from .writing import CONTAINERS
@@ -15,9 +16,9 @@ class VideoBatch(NamedTuple):
         left_out: other files of the folder.
     """
 
-    pairs: List[Tuple[Path, Path]]
+    pairs: list[tuple[Path, Path]]
     is_folder: bool
-    left_out: List[Path]
+    left_out: list[Path]
 
 
 def video_batch(source: Path, output: Path) -> VideoBatch:
@@ -35,7 +36,9 @@ def video_batch(source: Path, output: Path) -> VideoBatch:
         return VideoBatch([(source, output)], False, [])
     names = [path for path in sorted(source.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
     images = [path for path in names if path.suffix.lower() in IMAGE_SUFFIXES]
-    videos = [path for path in names if path not in images and (path.suffix.lower() in VIDEO_SUFFIXES or is_video(path))]
+    videos = [
+        path for path in names if path not in images and (path.suffix.lower() in VIDEO_SUFFIXES or is_video(path))
+    ]
     if videos and images:
         raise VideoError(f"{source} must hold images or videos, but holds {len(images)} and {len(videos)}")
     if not videos:
@@ -46,7 +49,10 @@ def video_batch(source: Path, output: Path) -> VideoBatch:
         raise VideoError(f"the results must not go into the folder of their sources, {source}")
     # What is read but not written becomes MP4, beside its old ending where another video has that name.
     names_of_videos = [path.name for path in videos]
-    pairs = [(path, output / (path.name if path.suffix.lower() in CONTAINERS else _as_mp4(path, names_of_videos))) for path in videos]
+    pairs = [
+        (path, output / (path.name if path.suffix.lower() in CONTAINERS else _as_mp4(path, names_of_videos)))
+        for path in videos
+    ]
     return VideoBatch(pairs, True, [path for path in names if path not in videos])
 
 

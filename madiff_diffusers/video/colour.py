@@ -1,17 +1,33 @@
 """One way for colours: every frame, made or not, goes from a file's pixels to RGB in floating point and back by the same numbers."""
 
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import av
 import cv2
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+
 # What luma is of red and of blue, by FFmpeg's numbers of matrices: BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020 twice.
-_LUMA = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
+_LUMA = {
+    1: (0.2126, 0.0722),
+    4: (0.30, 0.11),
+    5: (0.299, 0.114),
+    6: (0.299, 0.114),
+    7: (0.212, 0.087),
+    9: (0.2627, 0.0593),
+    10: (0.2627, 0.0593),
+}
 
 # Formats by how many pixels across, and how many down, share one colour.
-PLANAR = {(1, 1): "yuv444p", (2, 1): "yuv422p", (2, 2): "yuv420p", (1, 2): "yuv440p", (4, 1): "yuv411p", (4, 4): "yuv410p"}
+PLANAR = {
+    (1, 1): "yuv444p",
+    (2, 1): "yuv422p",
+    (2, 2): "yuv420p",
+    (1, 2): "yuv440p",
+    (4, 1): "yuv411p",
+    (4, 4): "yuv410p",
+}
 
 # FFmpeg's scaler rounds changes of range and matrix to up to 1 of 255, cuts off what lies outside of RGB, moves chroma where two
 # frames tell different places for it, and rounds integers to floats by up to 49 of 65535. So it only rearranges samples here, and what
@@ -67,12 +83,16 @@ class ColourPath:
             # FFmpeg's threads spoil each other's rows of P010.
             threads = 1 if frame.format.name.startswith("p0") else 0
             same = self._same(is_rgb(frame.format))
-            frame = self._reader.reformat(frame, format=planar, interpolation=Interpolation.BICUBIC, threads=threads, **same)
+            frame = self._reader.reformat(
+                frame, format=planar, interpolation=Interpolation.BICUBIC, threads=threads, **same
+            )
         if planar == _FLOAT_RGB:
             return frame.to_ndarray()
         if is_rgb(frame.format):
             green, blue, red = (_samples(plane, frame.format) for plane in frame.planes[:3])
-            return np.multiply(cv2.merge([red, green, blue]), 1 / (2 ** frame.format.components[0].bits - 1), dtype=np.float32)
+            return np.multiply(
+                cv2.merge([red, green, blue]), 1 / (2 ** frame.format.components[0].bits - 1), dtype=np.float32
+            )
         luma, *chroma = (_samples(plane, frame.format).astype(np.float32) for plane in frame.planes[:3])
         bits = frame.format.components[0].bits
         chroma = [_grown(plane, luma.shape) for plane in chroma] or [np.full_like(luma, 2 ** (bits - 1))] * 2
@@ -96,22 +116,28 @@ class ColourPath:
             values[:, : plane.width] = np.rint(_shrunk(channel, (plane.height, plane.width))).clip(0, 2**bits - 1)
             plane.update(values)
         if planar != pixel_format:
-            frame = self._writer.reformat(frame, format=pixel_format, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(target)))
+            frame = self._writer.reformat(
+                frame, format=pixel_format, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(target))
+            )
         frame.color_range, frame.colorspace = self.tags.range, self.tags.matrix
         frame.color_primaries, frame.color_trc = self.tags.primaries, self.tags.transfer
         return frame
 
-    def _same(self, rgb: bool) -> Dict[str, int]:
+    def _same(self, rgb: bool) -> dict[str, int]:
         """Settings by which the scaler leaves range and matrix alone."""
         one = ColorRange.JPEG if rgb or self.tags.range == 2 else ColorRange.MPEG
         settings = {"src_color_range": one, "dst_color_range": one}
-        return settings if rgb else {**settings, "src_colorspace": Colorspace.ITU709, "dst_colorspace": Colorspace.ITU709}
+        return (
+            settings if rgb else {**settings, "src_colorspace": Colorspace.ITU709, "dst_colorspace": Colorspace.ITU709}
+        )
 
     def _to_yuv(self, bits: int) -> np.ndarray:
         """`(3, 4)`: RGB in [0, 1] to luma and chroma of some bits (ITU-T H.273, 8.3)."""
         red, blue = self._luma
         luma = np.array([red, 1 - red - blue, blue])
-        weights = np.stack([luma, (np.array([0, 0, 1]) - luma) / (2 - 2 * blue), (np.array([1, 0, 0]) - luma) / (2 - 2 * red)])
+        weights = np.stack(
+            [luma, (np.array([0, 0, 1]) - luma) / (2 - 2 * blue), (np.array([1, 0, 0]) - luma) / (2 - 2 * red)]
+        )
         if self.tags.range == 2:
             scales, offsets = [2**bits - 1] * 3, [0, 2 ** (bits - 1), 2 ** (bits - 1)]
         else:
@@ -124,18 +150,20 @@ def _samples(plane: av.video.plane.VideoPlane, pixel_format: av.VideoFormat) -> 
     return values.reshape(plane.height, -1)[:, : plane.width]
 
 
-def _grown(chroma: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+def _grown(chroma: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Chroma for every pixel: bicubic, and with it what it takes that its means are the samples again (without that, some 45 dB)."""
     down, across = (-(-whole // part) for whole, part in zip(size, chroma.shape))
     if down == across == 1:
         return chroma
     height, width = size
-    grown = cv2.resize(chroma, (chroma.shape[1] * across, chroma.shape[0] * down), interpolation=cv2.INTER_CUBIC)[:height, :width]
+    grown = cv2.resize(chroma, (chroma.shape[1] * across, chroma.shape[0] * down), interpolation=cv2.INTER_CUBIC)[
+        :height, :width
+    ]
     lost = chroma - _shrunk(grown, chroma.shape)
     return grown + lost.repeat(down, axis=0).repeat(across, axis=1)[:height, :width]
 
 
-def _shrunk(channel: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+def _shrunk(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Means of the pixels that share a sample."""
     if channel.shape == size:
         return channel
@@ -146,7 +174,7 @@ def _shrunk(channel: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     return cv2.resize(channel, size[::-1], interpolation=cv2.INTER_AREA)
 
 
-def opacity(frame: av.VideoFrame) -> Optional[np.ndarray]:
+def opacity(frame: av.VideoFrame) -> np.ndarray | None:
     """How little a frame lets through at each pixel: `(H, W)` float32 in [0, 1]; None if it is opaque everywhere."""
     kind = frame.format
     if len(kind.components) not in (2, 4) and not kind.has_palette:
@@ -173,7 +201,7 @@ def planar_format(source: av.VideoFormat) -> str:
     return f"{PLANAR[chroma_of(source)]}{depth}"
 
 
-def chroma_of(pixel_format: av.VideoFormat) -> Tuple[int, int]:
+def chroma_of(pixel_format: av.VideoFormat) -> tuple[int, int]:
     """How many pixels across, and how many down, share one colour."""
     if len(pixel_format.components) < 3 or is_rgb(pixel_format):
         return 1, 1

@@ -1,7 +1,6 @@
 """What a source of a video has besides plain pixels, as keys of `properties.PROPERTIES`; and what of it encoders are told."""
 
 from fractions import Fraction
-from typing import Optional, Set
 
 import av
 import numpy as np
@@ -13,6 +12,7 @@ from .colour import is_rgb
 from .reading import Analysis, Source, main_stream, side_data
 from .writing import Hdr10
 
+
 # FFmpeg's numbers of them, of its AVFrameSideDataType.
 _MASTERING_DISPLAY, _LIGHT_LEVEL = 11, 14
 
@@ -20,7 +20,7 @@ _MASTERING_DISPLAY, _LIGHT_LEVEL = 11, 14
 _USUAL_PRIMARIES, _USUAL_TRANSFERS = (1, 2), (1, 2, 6, 13, 14, 15)
 
 
-def found_in_video(source: Source, analysis: Analysis) -> Set[str]:
+def found_in_video(source: Source, analysis: Analysis) -> set[str]:
     """
     Args:
         source: video file or images.
@@ -32,15 +32,18 @@ def found_in_video(source: Source, analysis: Analysis) -> Set[str]:
         "transparency": analysis.is_transparent,
         "orientation": analysis.mirrored or analysis.rotation,
         "pixel aspect": analysis.pixel_aspect is not None,
-        "matrix": is_yuv and (tags.matrix not in (2, *usual_matrix) or (tags.range == 2 and not analysis.pixel_format.startswith("gray"))),
+        "matrix": is_yuv
+        and (
+            tags.matrix not in (2, *usual_matrix) or (tags.range == 2 and not analysis.pixel_format.startswith("gray"))
+        ),
         "primaries": tags.primaries not in _USUAL_PRIMARIES or tags.transfer not in _USUAL_TRANSFERS,
     }
     found = {key for key, is_there in told.items() if is_there}
     return found | (_of_file(source) if source.images is None else _of_images(source))
 
 
-def _of_images(source: Source) -> Set[str]:
-    found: Set[str] = set()
+def _of_images(source: Source) -> set[str]:
+    found: set[str] = set()
     for path in source.images:
         try:
             with Image.open(path) as image:
@@ -50,7 +53,7 @@ def _of_images(source: Source) -> Set[str]:
     return found - {"orientation"}  # images are turned as they are read
 
 
-def _of_file(source: Source) -> Set[str]:
+def _of_file(source: Source) -> set[str]:
     with source.open() as container:
         main = main_stream(container, source.path)
         others = [stream for stream in container.streams if stream.index != main.index]
@@ -74,12 +77,12 @@ def _of_file(source: Source) -> Set[str]:
     return found - {"stereo"} if "stereo tag" in found else found
 
 
-def _first_frame(source: Source) -> Optional[av.VideoFrame]:
+def _first_frame(source: Source) -> av.VideoFrame | None:
     """That can be decoded; of a source of its own, which counts damage for itself."""
     return next((frame for _, frame in Source(source.path).frames(skip_damage=True)), None)
 
 
-def hdr10_of(source: Source) -> Optional[Hdr10]:
+def hdr10_of(source: Source) -> Hdr10 | None:
     """The metadata of HDR10 that a video begins with."""
     if source.images is not None:
         return None
@@ -97,9 +100,13 @@ def hdr10_of(source: Source) -> Optional[Hdr10]:
     return Hdr10(tuple(fractions[:8]), fractions[8], fractions[9], *np.frombuffer(light, np.uint32)[:2].tolist())
 
 
-def found_in_frame(frame: av.VideoFrame) -> Set[str]:
+def found_in_frame(frame: av.VideoFrame) -> set[str]:
     """What a frame carries beside its pixels."""
-    return {key for key, each in PROPERTIES.items() if key != "orientation" and any(has_side_data(frame, kind) for kind in each.side_data)}
+    return {
+        key
+        for key, each in PROPERTIES.items()
+        if key != "orientation" and any(has_side_data(frame, kind) for kind in each.side_data)
+    }
 
 
 def has_side_data(frame: av.VideoFrame, kind: int) -> bool:

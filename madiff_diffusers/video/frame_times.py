@@ -4,11 +4,15 @@ Times are fractions of a second, never floating point: 30000/1001 frames a secon
 """
 
 from array import array
+from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from math import ceil
-from typing import Collection, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
-LONGEST_TICK = Fraction(1, 1000)  # seconds: files that round times (Matroska) do so to this or finer; coarser units are exact
+
+LONGEST_TICK = Fraction(
+    1, 1000
+)  # seconds: files that round times (Matroska) do so to this or finer; coarser units are exact
 
 
 class ShownFrame(NamedTuple):
@@ -48,8 +52,8 @@ class Timeline:
         end: int,
         unit: Fraction,
         *,
-        factor: Optional[int] = None,
-        rate: Optional[Fraction] = None,
+        factor: int | None = None,
+        rate: Fraction | None = None,
         slow_motion: Fraction = Fraction(1),
         dropped: Collection[int] = (),
         held: Collection[int] = (),
@@ -70,7 +74,7 @@ class Timeline:
         self._frames_of_rate = 0 if rate is None else max(1, ceil(end * self._unit * rate - Fraction(1, 2)))
 
     @property
-    def rate(self) -> Optional[Fraction]:
+    def rate(self) -> Fraction | None:
         """Frames a second; None where their times follow the source's."""
         return self._rate
 
@@ -83,7 +87,7 @@ class Timeline:
         """Frames that are shown."""
         return self._frames_of_rate if self._rate is not None else (len(self._boundaries) - 1) * self._factor
 
-    def shown(self, first: int = 0, last: Optional[int] = None) -> Iterator[List[ShownFrame]]:
+    def shown(self, first: int = 0, last: int | None = None) -> Iterator[list[ShownFrame]]:
         """The frames whose times lie from the `first` kept source frame (by its place in `kept`) up to the `last`, or to the end;
         a list for each kept source frame."""
         last = len(self.kept) if last is None else last
@@ -122,7 +126,7 @@ class Timeline:
         """When a source frame begins in the result, in units of `time_base`."""
         return self._boundaries[boundary] * self._unit / self.time_base
 
-    def _numbers(self, index: int, following: int) -> Tuple[int, int]:
+    def _numbers(self, index: int, following: int) -> tuple[int, int]:
         """Of frames of a rate: from the first one at or after one boundary to the first one at or after another."""
         end = ceil(self._at(following)) if following < len(self._boundaries) - 1 else self._frames_of_rate
         return min(ceil(self._at(index)), self._frames_of_rate), min(end, self._frames_of_rate)

@@ -7,13 +7,14 @@ import re
 import shutil
 import tempfile
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar, Union
+from typing import Any, NamedTuple, TypeVar, Union
 
 import av
 import numpy as np
@@ -35,7 +36,18 @@ from .frame_times import ShownFrame, Timeline
 from .middles import FrameMaker, Neighbour, tile_pixels_for
 from .options import VideoOptions
 from .reading import Source, VideoError, analyse
-from .writing import FOLDER, MOST_GIF_RATE, PartWriter, check_encoding, choose_encoding, container_of, is_complete, told_tags, write_json
+from .writing import (
+    FOLDER,
+    MOST_GIF_RATE,
+    PartWriter,
+    check_encoding,
+    choose_encoding,
+    container_of,
+    is_complete,
+    told_tags,
+    write_json,
+)
+
 
 PART_SECONDS = 2  # of the result, which a part holds about: what is lost when work is killed, and how far apart its key frames are
 QUEUE = 2  # frames that are decoded ahead, and that wait to be encoded
@@ -43,7 +55,7 @@ MOST_NOTES = 5  # of damaged places
 PREVIEW_FRAMES, PREVIEW_HEIGHT = 8, 180
 
 T = TypeVar("T")
-Progress = Callable[[str, int, Optional[int]], None]
+Progress = Callable[[str, int, int | None], None]
 
 
 class VideoResult(NamedTuple):
@@ -58,7 +70,7 @@ class VideoResult(NamedTuple):
     path: Path
     frames: int
     made: int
-    notes: List[str]
+    notes: list[str]
 
 
 class Part(NamedTuple):
@@ -91,15 +103,24 @@ class VideoJob:
     """
 
     def __init__(
-        self, pipeline: MADiffPipeline, source: Union[str, Path], output: Union[str, Path], options: VideoOptions,
-        keep_partial: bool = False, progress: Optional[Callable[[], None]] = None,
+        self,
+        pipeline: MADiffPipeline,
+        source: str | Path,
+        output: str | Path,
+        options: VideoOptions,
+        keep_partial: bool = False,
+        progress: Callable[[], None] | None = None,
     ):
         self.pipeline, self.options, self.output = pipeline, options.checked(), Path(output)
         check_output(self.output, self.options)
         container = container_of(self.output)
         self.source = Source(source, self.options.image_fps)
         self.analysis = analyse(
-            self.source, blocks=self.options.dedup, skip_damage=self.options.skip_damage, keep_good=keep_partial, progress=progress
+            self.source,
+            blocks=self.options.dedup,
+            skip_damage=self.options.skip_damage,
+            keep_good=keep_partial,
+            progress=progress,
         )
         self.found = found_in_video(self.source, self.analysis)
         self.is_cut_short = bool(self.analysis.damage) and keep_partial and not self.options.skip_damage
@@ -107,10 +128,16 @@ class VideoJob:
         slowed = self.analysis.rate / self.options.slow_motion
         rate = self.timeline.rate or (slowed * self.options.factor).limit_denominator(10**5)
         self.encoding = choose_encoding(
-            self.output, self.analysis, self.timeline.time_base, rate, self.options.codec, self.options.crf, self.options.preset,
+            self.output,
+            self.analysis,
+            self.timeline.time_base,
+            rate,
+            self.options.codec,
+            self.options.crf,
+            self.options.preset,
             hdr10_of(self.source),
         )
-        self._colours: Dict[ColourTags, ColourPath] = {}
+        self._colours: dict[ColourTags, ColourPath] = {}
         self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
         self.parts = self._parts()
         self.folder = parts_folder(self.output)
@@ -123,14 +150,25 @@ class VideoJob:
         # A cut that falls on a frame which is left out is one before the next that is kept.
         cuts = set(cuts_of_changes(analysis.changes[1:], options.cut_threshold, options.cut_ratio))
         held = {a for a, b in zip(kept, kept[1:]) if not cuts.isdisjoint(range(a + 1, b + 1))}
-        held |= {a for a, b in zip(kept, kept[1:]) if (analysis.starts[b] - analysis.starts[a]) * analysis.unit > options.max_gap}
+        held |= {
+            a
+            for a, b in zip(kept, kept[1:])
+            if (analysis.starts[b] - analysis.starts[a]) * analysis.unit > options.max_gap
+        }
         rate = options.fps
         if rate is None and steady:  # a file that has but one rate
             rate = analysis.rate / options.slow_motion * options.factor
         if rate is None and container_of(self.output).format == "gif":
             times = analysis.starts
-            shortest = min((later - time for time, later in zip(times, times[1:])), default=analysis.end) * analysis.unit * options.slow_motion / options.factor
-            if shortest < Fraction(1, MOST_GIF_RATE):  # all frames of one length, of whole hundredths of a second, as near as players keep
+            shortest = (
+                min((later - time for time, later in zip(times, times[1:])), default=analysis.end)
+                * analysis.unit
+                * options.slow_motion
+                / options.factor
+            )
+            if shortest < Fraction(
+                1, MOST_GIF_RATE
+            ):  # all frames of one length, of whole hundredths of a second, as near as players keep
                 wanted = analysis.rate / options.slow_motion * options.factor
                 rate = Fraction(100, max(100 // MOST_GIF_RATE, ceil(100 / wanted)))
         return Timeline(
@@ -144,7 +182,7 @@ class VideoJob:
             held=held | set(still),
         )
 
-    def _parts(self) -> List[Part]:
+    def _parts(self) -> list[Part]:
         """Of about `PART_SECONDS` each; the same for every process, and every time."""
         kept = len(self.timeline.kept)
         seconds = float(self.timeline.duration * self.timeline.time_base)
@@ -161,13 +199,19 @@ class VideoJob:
     def path(self, part: Part) -> Path:
         return self.folder / f"part-{part.number:08d}"
 
-    def done(self) -> List[Part]:
+    def done(self) -> list[Part]:
         return [part for part in self.parts if is_complete(self.path(part))]
 
-    def identity(self) -> Dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What makes two jobs the same, so that one can go on with what the other did."""
         options = {name: str(value) for name, value in asdict(self.options).items() if name != "max_memory"}
-        return {"version": __version__, "source": self._source_digest(), "checkpoint": pipeline_digest(self.pipeline), "encoding": str(self.encoding), **options}
+        return {
+            "version": __version__,
+            "source": self._source_digest(),
+            "checkpoint": pipeline_digest(self.pipeline),
+            "encoding": str(self.encoding),
+            **options,
+        }
 
     def _source_digest(self) -> str:
         digest = hashlib.sha256()
@@ -197,9 +241,13 @@ class VideoJob:
             before = json.loads(plan.read_text(encoding="utf-8"))
             others = [name for name, value in identity.items() if before.get(name) != value]
             if others and self.done() and not overwrite:
-                raise VideoError(f"{self.folder} holds unfinished work of another job ({', '.join(others)} differ); `overwrite` or delete it")
+                raise VideoError(
+                    f"{self.folder} holds unfinished work of another job ({', '.join(others)} differ); `overwrite` or delete it"
+                )
             if not resume and self.done():
-                raise VideoError(f"{self.folder} holds {len(self.done())} of {len(self.parts)} parts of this job; `resume` goes on with them, `overwrite` begins anew")
+                raise VideoError(
+                    f"{self.folder} holds {len(self.done())} of {len(self.parts)} parts of this job; `resume` goes on with them, `overwrite` begins anew"
+                )
             if not others:
                 for leftover in self.folder.glob("*.tmp"):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -211,7 +259,13 @@ class VideoJob:
         self.folder.mkdir()
         pixels = self.analysis.size[0] * self.analysis.size[1]
         try:
-            write_json(plan, {**identity, "tile_pixels": tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps)})
+            write_json(
+                plan,
+                {
+                    **identity,
+                    "tile_pixels": tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps),
+                },
+            )
             self._try_encoding()
         except BaseException:
             shutil.rmtree(self.folder)
@@ -231,7 +285,9 @@ class VideoJob:
             if self.encoding.codec != "png":
                 write_pictures(Path(folder) / f"whole{self.output.suffix}", self.encoding, [part], 1)
 
-    def make_parts(self, parts: List[Part], preview: Optional[Path] = None, advance: Callable[[int], None] = lambda count: None) -> int:
+    def make_parts(
+        self, parts: list[Part], preview: Path | None = None, advance: Callable[[int], None] = lambda count: None
+    ) -> int:
         """
         Make parts that are not there yet: frames are decoded ahead and encoded behind while the pipeline works.
 
@@ -247,8 +303,12 @@ class VideoJob:
         tile_pixels = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["tile_pixels"]
         maker = FrameMaker(self.pipeline, self.options.steps, self.options.seed)
         made = 0
-        strip: Deque[Tuple[str, Image.Image]] = deque(maxlen=PREVIEW_FRAMES)
-        with _tiled(self.pipeline, tile_pixels), _ahead(self._decoded(todo), QUEUE) as decoded, _Behind(QUEUE) as encoder:
+        strip: deque[tuple[str, Image.Image]] = deque(maxlen=PREVIEW_FRAMES)
+        with (
+            _tiled(self.pipeline, tile_pixels),
+            _ahead(self._decoded(todo), QUEUE) as decoded,
+            _Behind(QUEUE) as encoder,
+        ):
             supply = _Supply(decoded)
             for part in todo:
                 writer = PartWriter(self.path(part), self.encoding, self.written_colour, part.number)
@@ -270,7 +330,7 @@ class VideoJob:
                     write_strip(list(strip), preview)
         return made
 
-    def _decoded(self, parts: List[Part]) -> Iterator[Tuple[int, np.ndarray]]:
+    def _decoded(self, parts: list[Part]) -> Iterator[tuple[int, np.ndarray]]:
         """The source frames that parts need, in order, by their places in `Timeline.kept`."""
         kept = self.timeline.kept
         needed = {place for part in parts for place in range(part.first, min(part.last + 1, len(kept)))}
@@ -292,8 +352,8 @@ class VideoJob:
         return self._colours[tags].to_rgb(frame)
 
     def _frames_of(
-        self, place: int, shown: List[ShownFrame], supply: "_Supply", maker: FrameMaker
-    ) -> Iterator[Tuple[ShownFrame, np.ndarray]]:
+        self, place: int, shown: list[ShownFrame], supply: "_Supply", maker: FrameMaker
+    ) -> Iterator[tuple[ShownFrame, np.ndarray]]:
         index, positions = self.timeline.kept[place], [frame.position for frame in shown if frame.position]
         made = maker.between(supply.get(place), supply.get(place + 1), positions) if positions else iter(())
         for frame in shown:
@@ -308,7 +368,7 @@ class VideoJob:
     def _caption(self, frame: ShownFrame) -> str:
         return f"{float(frame.time * self.timeline.time_base):.3f} s {'made' if frame.position else 'source'}"
 
-    def finish(self) -> List[str]:
+    def finish(self) -> list[str]:
         """Put the parts together, and remove them. Returns what is not as in the source."""
         notes = self._assemble(self.parts, self.timeline.duration, self.output, is_partial=False)
         shutil.rmtree(self.folder)
@@ -318,26 +378,34 @@ class VideoJob:
         more += [f"left out, for they are no images: {names}"] if names else []
         return [*damage[:MOST_NOTES], *more, *self.analysis.notes, *self._notes(), *notes]
 
-    def _notes(self) -> List[str]:
+    def _notes(self) -> list[str]:
         notes, analysis, encoding = [], self.analysis, self.encoding
         coded, source = av.VideoFormat(encoding.pixel_format), av.VideoFormat(analysis.pixel_format)
         if analysis.interlaced:
-            notes.append(f"{self.source.path} is interlaced: frames are made of both fields at once; deinterlace it first")
+            notes.append(
+                f"{self.source.path} is interlaced: frames are made of both fields at once; deinterlace it first"
+            )
         if max(part.bits for part in source.components) > max(part.bits for part in coded.components):
-            notes.append(f"{encoding.codec} keeps {coded.components[0].bits} bits of the source's {source.components[0].bits} ({coded.name})")
+            notes.append(
+                f"{encoding.codec} keeps {coded.components[0].bits} bits of the source's {source.components[0].bits} ({coded.name})"
+            )
         (across, down), (own_across, own_down) = chroma_of(coded), chroma_of(source)
         if across * down > own_across * own_down and (len(source.components) >= 3 or is_rgb(source)):
             notes.append(f"{encoding.codec} keeps one colour for {across}x{down} pixels ({coded.name})")
         notes += lost(self.found, encoding.container.format or "folder", encoding.codec)
         upright = analysis.size[::-1] if encoding.turned in (90, 270) else analysis.size
         if encoding.size != tuple(upright):
-            notes.append(f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated")
+            notes.append(
+                f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated"
+            )
         if encoding.codec == "gif" and encoding.rate != self.options.fps and self.timeline.rate is not None:
             wanted = float(analysis.rate / self.options.slow_motion * self.options.factor)
-            notes.append(f"GIF players keep delays of 2/100 s and more: {float(encoding.rate):.2f} frames a second are shown in the place of {wanted:.2f}")
+            notes.append(
+                f"GIF players keep delays of 2/100 s and more: {float(encoding.rate):.2f} frames a second are shown in the place of {wanted:.2f}"
+            )
         return notes
 
-    def save_partial(self) -> Optional[Path]:
+    def save_partial(self) -> Path | None:
         """A playable file of the parts that are done from the beginning on; None if there are none."""
         done = [part for part in self.parts if is_complete(self.path(part))]
         first = [part for part, other in zip(self.parts, done) if part == other]
@@ -351,7 +419,7 @@ class VideoJob:
         self._assemble(first, end, output, is_partial=True)
         return output
 
-    def _assemble(self, parts: List[Part], end: int, output: Path, is_partial: bool) -> List[str]:
+    def _assemble(self, parts: list[Part], end: int, output: Path, is_partial: bool) -> list[str]:
         paths = [self.path(part) for part in parts]
         if self.encoding.codec == "png":
             whole = self.folder / "frames"
@@ -366,7 +434,15 @@ class VideoJob:
         joined = self.folder / f"joined{output.suffix}"
         try:
             notes = assemble(
-                joined, self.encoding, paths, end, self.source, self.analysis, self.options.slow_motion, self.options.audio, is_partial
+                joined,
+                self.encoding,
+                paths,
+                end,
+                self.source,
+                self.analysis,
+                self.options.slow_motion,
+                self.options.audio,
+                is_partial,
             )
             os.replace(joined, output)
         finally:
@@ -391,7 +467,9 @@ def check_output(output: Path, options: VideoOptions) -> None:
     if output.exists() and output.is_dir() != is_folder:
         raise VideoError(f"{output} is {'a folder' if output.is_dir() else 'a file'} already")
     if is_folder and (output.is_symlink() or os.path.ismount(output)):
-        raise VideoError(f"{output} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it")
+        raise VideoError(
+            f"{output} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it"
+        )
     if output.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in output.iterdir()):
         raise VideoError(f"{output} holds other files than frames that were written before")
     check_encoding(output, options.codec, options.crf, options.preset, options.fps)
@@ -407,7 +485,9 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.partial{output.suffix}")
 
 
-def outputs_of(output: Path, resume: bool, overwrite: bool, keep_partial: bool, preview: Optional[Path] = None) -> List[Tuple[Path, bool]]:
+def outputs_of(
+    output: Path, resume: bool, overwrite: bool, keep_partial: bool, preview: Path | None = None
+) -> list[tuple[Path, bool]]:
     """All that making a video writes, and whether each may be there already, for `check_outputs`. What is in folders that are there is
     looked at by `VideoJob.prepare`."""
     may_be_there = overwrite or (resume and (parts_folder(output) / "job.json").is_file())
@@ -417,7 +497,13 @@ def outputs_of(output: Path, resume: bool, overwrite: bool, keep_partial: bool, 
 
 
 def check_places(
-    source: Union[str, Path], output: Path, options: VideoOptions, resume: bool, overwrite: bool, keep_partial: bool, preview: Optional[Path]
+    source: str | Path,
+    output: Path,
+    options: VideoOptions,
+    resume: bool,
+    overwrite: bool,
+    keep_partial: bool,
+    preview: Path | None,
 ) -> None:
     """
     Refuse, before anything is decoded, what would be written over, and what `check_output` refuses.
@@ -435,7 +521,11 @@ def check_places(
         if not preview.absolute().parent.is_dir():
             raise VideoError(f"there is no folder {preview.parent} for `preview`")
     try:
-        check_outputs(outputs_of(output, resume, overwrite, keep_partial, preview), read.images or [read.path], "; `overwrite` replaces it")
+        check_outputs(
+            outputs_of(output, resume, overwrite, keep_partial, preview),
+            read.images or [read.path],
+            "; `overwrite` replaces it",
+        )
     except ValueError as error:
         raise VideoError(str(error)) from error
     if preview is not None and read.takes(preview):
@@ -445,14 +535,14 @@ def check_places(
 
 def interpolate_video(
     pipeline: MADiffPipeline,
-    source: Union[str, Path],
-    output: Union[str, Path],
+    source: str | Path,
+    output: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
     keep_partial: bool = False,
-    preview: Union[str, Path, None] = None,
-    progress: Union[bool, Progress] = True,
+    preview: str | Path | None = None,
+    progress: bool | Progress = True,
     processes: Any = None,
     **options,
 ) -> VideoResult:
@@ -487,14 +577,32 @@ def interpolate_video(
     if processes is not None:
         processes.wait_for_everyone()  # one that looks later would find what others have made
     return make_video(
-        pipeline, source, output, resume=resume, overwrite=overwrite, keep_partial=keep_partial, preview=preview, progress=progress, processes=processes, **options
+        pipeline,
+        source,
+        output,
+        resume=resume,
+        overwrite=overwrite,
+        keep_partial=keep_partial,
+        preview=preview,
+        progress=progress,
+        processes=processes,
+        **options,
     )
 
 
 def make_video(
-    pipeline: MADiffPipeline, source: Union[str, Path], output: Path, *, resume: bool, overwrite: bool, keep_partial: bool, preview: Optional[Path],
-    progress: Union[bool, Progress] = True, processes: Any = None, **options,
-) -> VideoResult:  # fmt: skip
+    pipeline: MADiffPipeline,
+    source: str | Path,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    keep_partial: bool,
+    preview: Path | None,
+    progress: bool | Progress = True,
+    processes: Any = None,
+    **options,
+) -> VideoResult:
     """`interpolate_video` without its look at what would be written over, for callers that have looked at all of several videos."""
     count, rank = (1, 0) if processes is None else (processes.num_processes, processes.process_index)
     wait = (lambda: None) if processes is None else processes.wait_for_everyone
@@ -548,13 +656,15 @@ def _naming(output: Path) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, OSError) as error:
-        if isinstance(error, UnwritableError) or (error.filename is not None and not isinstance(error, av.FFmpegError)):
+        if isinstance(error, UnwritableError) or (
+            error.filename is not None and not isinstance(error, av.FFmpegError)
+        ):
             raise
         raise unwritable(output, error) from error
 
 
 @contextmanager
-def _bar(show: Union[bool, Progress], **settings) -> Iterator[Union[tqdm, "_Told"]]:
+def _bar(show: bool | Progress, **settings) -> Iterator[Union[tqdm, "_Told"]]:
     if callable(show):
         yield _Told(show, settings["desc"], settings.get("initial", 0), settings.get("total"))
         return
@@ -565,7 +675,7 @@ def _bar(show: Union[bool, Progress], **settings) -> Iterator[Union[tqdm, "_Told
 class _Told:
     """A caller's own bar."""
 
-    def __init__(self, tell: Progress, name: str, done: int, total: Optional[int]):
+    def __init__(self, tell: Progress, name: str, done: int, total: int | None):
         self._tell, self._name, self._done, self._total = tell, name, done, total
         tell(name, done, total)
 
@@ -575,7 +685,7 @@ class _Told:
 
 
 @contextmanager
-def _tiled(pipeline: MADiffPipeline, tile_pixels: Optional[int]) -> Iterator[None]:
+def _tiled(pipeline: MADiffPipeline, tile_pixels: int | None) -> Iterator[None]:
     """Tiles for as long as they are needed; a pipeline that has others keeps them where none are."""
     before = pipeline.tiling
     if tile_pixels is not None:
@@ -593,9 +703,9 @@ class _Supply:
         frames: with their places, increasing.
     """
 
-    def __init__(self, frames: Iterable[Tuple[int, np.ndarray]]):
+    def __init__(self, frames: Iterable[tuple[int, np.ndarray]]):
         self._frames = iter(frames)
-        self._held: Deque[Tuple[int, Neighbour]] = deque(maxlen=2)
+        self._held: deque[tuple[int, Neighbour]] = deque(maxlen=2)
 
     def get(self, place: int) -> Neighbour:
         while not self._held or self._held[-1][0] < place:
@@ -629,7 +739,7 @@ class _Behind:
 
     def __init__(self, depth: int):
         self._depth, self._pool = depth, ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._waiting: Deque[Future] = deque()
+        self._waiting: deque[Future] = deque()
 
     def do(self, call: Callable, *arguments: Any) -> None:
         while len(self._waiting) >= self._depth:
@@ -658,10 +768,12 @@ class _Behind:
 
 def _small(array: np.ndarray) -> Image.Image:
     image = Image.fromarray((array.clip(0, 1) * 255).round().astype(np.uint8))
-    return image.resize((max(1, round(image.width * PREVIEW_HEIGHT / image.height)), PREVIEW_HEIGHT), Image.Resampling.BOX)
+    return image.resize(
+        (max(1, round(image.width * PREVIEW_HEIGHT / image.height)), PREVIEW_HEIGHT), Image.Resampling.BOX
+    )
 
 
-def write_strip(frames: List[Tuple[str, Image.Image]], path: Path) -> None:
+def write_strip(frames: list[tuple[str, Image.Image]], path: Path) -> None:
     """Captioned frames side by side in an image file."""
     width = sum(image.width for _, image in frames)
     strip = Image.new("RGB", (width, PREVIEW_HEIGHT + 14), "white")

@@ -2,8 +2,8 @@
 
 import weakref
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Deque, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import PIL.Image
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..image_processor import OUTPUT_TYPES
 from ..pipeline_madiff import EncodedFrames, MADiffPipeline
 from ..scene_cuts import LEAST_CHANGE, RATIO, REACH, change, cuts_of_changes, thumbnail
+
 
 PROBE = 256  # side of the frame that memory is measured on
 BESIDE_TENSORS = 2.5  # what the process grows by for each byte of tensors: convolutions' own buffers, freed memory that is not given back
@@ -32,7 +33,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.most = 0
-        self._known: Set[int] = set()
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -50,7 +51,7 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def bytes_per_pixel(pipeline: MADiffPipeline, steps: Optional[int] = None) -> float:
+def bytes_per_pixel(pipeline: MADiffPipeline, steps: int | None = None) -> float:
     """Memory that making a frame takes, for each of its pixels; measured on a small frame."""
     frame = torch.zeros(1, 3, PROBE, PROBE)
     with _LiveBytes() as tensors:
@@ -69,7 +70,7 @@ class FrameMaker:
         frames_per_batch: frames between two that are made at once.
     """
 
-    def __init__(self, pipeline: MADiffPipeline, steps: Optional[int] = None, seed: int = 0, frames_per_batch: int = 1):
+    def __init__(self, pipeline: MADiffPipeline, steps: int | None = None, seed: int = 0, frames_per_batch: int = 1):
         self._pipeline, self._steps, self._seed, self._frames_per_batch = pipeline, steps, seed, frames_per_batch
 
     def between(self, prev: "Neighbour", next_: "Neighbour", times: Sequence[Fraction]) -> Iterator[np.ndarray]:
@@ -114,7 +115,7 @@ class Neighbour:
 
     def __init__(self, frame: np.ndarray):
         self.frame = frame
-        self._encoded: Optional[EncodedFrames] = None
+        self._encoded: EncodedFrames | None = None
 
     def encoded(self, pipeline: MADiffPipeline) -> EncodedFrames:
         """What the networks make of it on its own; once."""
@@ -123,7 +124,7 @@ class Neighbour:
         return self._encoded
 
 
-def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, steps: Optional[int] = None) -> Optional[int]:
+def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, steps: int | None = None) -> int | None:
     """
     Pixels of tiles with which frames can be made in a memory; None if they need no tiles.
 
@@ -146,15 +147,15 @@ def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, step
 
 def interpolate_frames(
     pipeline: MADiffPipeline,
-    frames: Iterable[Union[PIL.Image.Image, np.ndarray, torch.Tensor]],
+    frames: Iterable[PIL.Image.Image | np.ndarray | torch.Tensor],
     factor: int = 2,
     *,
-    steps: Optional[int] = None,
+    steps: int | None = None,
     seed: int = 0,
     cut_threshold: float = LEAST_CHANGE,
     cut_ratio: float = RATIO,
     output_type: str = "pil",
-) -> Iterator[Union[PIL.Image.Image, np.ndarray, torch.Tensor]]:
+) -> Iterator[PIL.Image.Image | np.ndarray | torch.Tensor]:
     """
     Make a stream of frames smoother, holding but a few of them at a time.
 
@@ -181,13 +182,13 @@ def interpolate_frames(
     processor, maker = pipeline.frame_processor, FrameMaker(pipeline, steps, seed)
     times = [Fraction(number, factor) for number in range(1, factor)]
 
-    def given(frame: np.ndarray) -> Union[PIL.Image.Image, np.ndarray, torch.Tensor]:
+    def given(frame: np.ndarray) -> PIL.Image.Image | np.ndarray | torch.Tensor:
         if output_type == "np":
             return frame.copy()
         tensor = torch.from_numpy(frame.transpose(2, 0, 1).copy())
         return tensor if output_type == "pt" else processor.postprocess(tensor[None, None] * 2 - 1, "pil")[0][0]
 
-    last: Optional[Neighbour] = None
+    last: Neighbour | None = None
     for neighbour, starts_scene in _with_cuts(_neighbours(pipeline, frames), cut_threshold, cut_ratio):
         if last is not None:
             yield given(last.frame)
@@ -204,15 +205,17 @@ def _neighbours(pipeline: MADiffPipeline, frames: Iterable) -> Iterator[Neighbou
     for frame in frames:
         tensor = pipeline.frame_processor.to_tensor(frame, "frames")
         if tensor.shape[0] != 1 or (size or tensor.shape[-2:]) != tensor.shape[-2:]:
-            raise ValueError(f"`frames` must give single frames of one size, but gives {tuple(tensor.shape)} after {size and tuple(size)}.")
+            raise ValueError(
+                f"`frames` must give single frames of one size, but gives {tuple(tensor.shape)} after {size and tuple(size)}."
+            )
         size = tensor.shape[-2:]
         yield Neighbour((tensor[0].permute(1, 2, 0).contiguous() / 2 + 0.5).clamp(0, 1).numpy())
 
 
-def _with_cuts(neighbours: Iterable[Neighbour], threshold: float, ratio: float) -> Iterator[Tuple[Neighbour, bool]]:
+def _with_cuts(neighbours: Iterable[Neighbour], threshold: float, ratio: float) -> Iterator[tuple[Neighbour, bool]]:
     """Frames, and whether each starts a new scene; some frames late, because that shows by what comes after it."""
-    waiting: Deque[Neighbour] = deque()
-    changes: List[float] = []
+    waiting: deque[Neighbour] = deque()
+    changes: list[float] = []
     small, number = None, 0  # of the frame that is given next
 
     def starts_scene() -> bool:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 from numbers import Integral, Rational, Real
-from typing import Any, Optional, Union
+from typing import Any
 
 from ..scene_cuts import LEAST_CHANGE, RATIO
 from .reading import VideoError
 
-Number = Union[int, float, Fraction, str]
+
+Number = int | float | Fraction | str
 
 # Fields that are exact, with the largest denominator that files and clocks can hold.
 _EXACT = {"fps": 10**5, "image_fps": 10**5, "slow_motion": 100, "max_gap": 1000}
@@ -42,13 +43,13 @@ class VideoOptions:
         max_memory: bytes that the process may take, as far as tiles can see to it; or text such as "6GiB".
     """
 
-    factor: Optional[int] = None
-    fps: Optional[Number] = None
+    factor: int | None = None
+    fps: Number | None = None
     slow_motion: Number = Fraction(1)
-    audio: Optional[str] = None
-    codec: Optional[str] = None
-    crf: Optional[int] = None
-    preset: Optional[str] = None
+    audio: str | None = None
+    codec: str | None = None
+    crf: int | None = None
+    preset: str | None = None
     cut_threshold: float = LEAST_CHANGE
     cut_ratio: float = RATIO
     max_gap: Number = Fraction(1)
@@ -56,10 +57,10 @@ class VideoOptions:
     dedup_threshold: float = 2.0
     dedup_run: int = 3
     skip_damage: bool = False
-    image_fps: Optional[Number] = None
-    steps: Optional[int] = None
+    image_fps: Number | None = None
+    steps: int | None = None
     seed: int = 0
-    max_memory: Union[int, str] = 8 * 2**30
+    max_memory: int | str = 8 * 2**30
 
     def checked(self) -> "VideoOptions":
         """With all values read (exact ones as fractions), and `factor` and `audio` filled in.
@@ -68,7 +69,11 @@ class VideoOptions:
             VideoError: for a value that cannot be read or is out of its range.
         """
         # None stands for what is chosen later, where it is the default.
-        given = {name: value for name, value in vars(self).items() if value is not None or getattr(VideoOptions, name) is not None}
+        given = {
+            name: value
+            for name, value in vars(self).items()
+            if value is not None or getattr(VideoOptions, name) is not None
+        }
         options = replace(self, **{name: _read(name, value) for name, value in given.items()})
 
         def need(name: str, right: bool, what: str) -> None:
@@ -82,7 +87,11 @@ class VideoOptions:
             raise VideoError(f"either `factor` or `fps` can be given, but both are: {self.factor} and {self.fps}")
         need("slow_motion", 1 <= slow_motion <= 64, "from 1 to 64")
         usual = "keep" if slow_motion == 1 else "stretch"
-        need("audio", options.audio in (None, usual, "drop"), f"{usual} or drop{'' if slow_motion == 1 else ' in slow motion'}")
+        need(
+            "audio",
+            options.audio in (None, usual, "drop"),
+            f"{usual} or drop{'' if slow_motion == 1 else ' in slow motion'}",
+        )
         need("cut_threshold", options.cut_threshold >= 0, "at least 0")
         need("cut_ratio", options.cut_ratio >= 1, "at least 1")
         need("max_gap", options.max_gap > 0, "more than 0")
@@ -145,7 +154,7 @@ def read_rate(value: Number) -> Fraction:
     return broadcast if is_decimal and abs(rate - broadcast) < Fraction(1, 200) else rate
 
 
-def read_size(value: Union[int, str]) -> int:
+def read_size(value: int | str) -> int:
     """Bytes, from a number or from text such as "8GiB" or "6000MB".
 
     Raises:

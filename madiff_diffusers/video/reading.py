@@ -2,11 +2,12 @@
 
 import re
 from array import array
+from collections.abc import Iterator
 from fractions import Fraction
 from math import atan2, degrees
 from pathlib import Path
 from statistics import median
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -20,8 +21,40 @@ from ..properties import pixel_aspect
 from ..scene_cuts import change
 from .colour import ColourTags, chroma_of, is_rgb, opacity
 
-IMAGE_SUFFIXES = (".bmp", ".dpx", ".exr", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".avi", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv", ".y4m")
+
+IMAGE_SUFFIXES = (
+    ".bmp",
+    ".dpx",
+    ".exr",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+VIDEO_SUFFIXES = (
+    ".avi",
+    ".gif",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ts",
+    ".webm",
+    ".wmv",
+    ".y4m",
+)
 
 IMAGE_RATE = Fraction(24)
 
@@ -53,7 +86,7 @@ class Source:
         VideoError: if there is no such thing, or nothing that can be read.
     """
 
-    def __init__(self, path: Union[str, Path], image_rate: Optional[Fraction] = None):
+    def __init__(self, path: str | Path, image_rate: Fraction | None = None):
         self.path = Path(path)
         self.images, self.left_out = find_images(self.path)
         if self.images is None and not self.path.is_file():
@@ -61,13 +94,15 @@ class Source:
         if self.images is None and self.path.stat().st_size == 0:
             raise VideoError(f"{self.path} is empty")
         if self.images is None and image_rate is not None:
-            raise VideoError(f"`image_fps` is for images, but {self.path} is a video file, which has a rate of its own")
+            raise VideoError(
+                f"`image_fps` is for images, but {self.path} is a video file, which has a rate of its own"
+            )
         # Seconds that times are counted in, and the rate that the file tells, if it does.
         self.rate = None if self.images is None else image_rate or IMAGE_RATE
         self.time_base = Fraction(1) if self.rate is None else 1 / self.rate
         # When the stream ends, where the file tells.
-        self.end: Optional[int] = None
-        self.damage: List[str] = []
+        self.end: int | None = None
+        self.damage: list[str] = []
         self.late = 0
 
     def takes(self, path: Path) -> bool:
@@ -86,7 +121,7 @@ class Source:
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot read {self.path} as a video: {reason(error)}") from error
 
-    def frames(self, skip_damage: bool = False) -> Iterator[Tuple[int, av.VideoFrame]]:
+    def frames(self, skip_damage: bool = False) -> Iterator[tuple[int, av.VideoFrame]]:
         """
         All frames, with the times when they begin in units of `time_base`; each later than the one before. Frames that are not are
         left out, and counted in `late`. All have the size of the first one.
@@ -97,27 +132,39 @@ class Source:
         self.damage, self.late = [], 0
         last, step, returned = None, 1, False
         size, is_other = None, False
-        for start, frame in self._image_frames(skip_damage) if self.images is not None else self._file_frames(skip_damage):
+        for start, frame in (
+            self._image_frames(skip_damage) if self.images is not None else self._file_frames(skip_damage)
+        ):
             if start is None:
                 start = 0 if last is None else last + step
             size, was_other = size or (frame.width, frame.height), is_other
             is_other = (frame.width, frame.height) != size
             if is_other:
                 if self.images is not None or not was_other:
-                    where = f"{self.path} behind {float((last or 0) * self.time_base):.2f} s" if self.images is None else str(self.images[start])
-                    self._damaged(f"{where} has frames of {frame.width}x{frame.height}, but of {size[0]}x{size[1]} before", skip_damage)
+                    where = (
+                        f"{self.path} behind {float((last or 0) * self.time_base):.2f} s"
+                        if self.images is None
+                        else str(self.images[start])
+                    )
+                    self._damaged(
+                        f"{where} has frames of {frame.width}x{frame.height}, but of {size[0]}x{size[1]} before",
+                        skip_damage,
+                    )
                 continue
             if last is not None and start <= last:
                 if (last - start) * self.time_base > LONGEST_RETURN and not returned:
                     returned = True
-                    self._damaged(f"the times of {self.path} jump back by {float((last - start) * self.time_base):.1f} s", skip_damage)
+                    self._damaged(
+                        f"the times of {self.path} jump back by {float((last - start) * self.time_base):.1f} s",
+                        skip_damage,
+                    )
                 self.late += 1
                 continue
             step = max(1, frame.duration or (0 if last is None else start - last))
             last = start
             yield start, frame
 
-    def _file_frames(self, skip_damage: bool) -> Iterator[Tuple[Optional[int], av.VideoFrame]]:
+    def _file_frames(self, skip_damage: bool) -> Iterator[tuple[int | None, av.VideoFrame]]:
         with self.open() as container:
             stream = main_stream(container, self.path)
             self.time_base = stream.time_base
@@ -140,7 +187,9 @@ class Source:
                     return
                 for frame in decoded:
                     if frame.width * frame.height > MOST_PIXELS:
-                        raise VideoError(f"{self.path} must have frames of at most 8192x8192 pixels, but has {frame.width}x{frame.height}")
+                        raise VideoError(
+                            f"{self.path} must have frames of at most 8192x8192 pixels, but has {frame.width}x{frame.height}"
+                        )
                     start = frame.pts
                     if is_avi:  # which tells times of decoding alone; the last frames have none
                         ahead = (frame.dts or 0) - (stream.start_time or 0) if ahead is None else ahead
@@ -152,7 +201,7 @@ class Source:
                         continue
                     yield start, frame
 
-    def _image_frames(self, skip_damage: bool) -> Iterator[Tuple[int, av.VideoFrame]]:
+    def _image_frames(self, skip_damage: bool) -> Iterator[tuple[int, av.VideoFrame]]:
         for number, path in enumerate(self.images):
             try:
                 frame = image_frame(path)
@@ -202,19 +251,19 @@ class Analysis(NamedTuple):
     regular: bool
     changes: array
     block_changes: array
-    size: Tuple[int, int]
+    size: tuple[int, int]
     pixel_format: str
     tags: ColourTags
     is_transparent: bool
-    pixel_aspect: Optional[Fraction]
-    matrix: Optional[List[int]]
+    pixel_aspect: Fraction | None
+    matrix: list[int] | None
     mirrored: bool
     rotation: int
     interlaced: bool
-    damage: List[str]
-    notes: List[str]
+    damage: list[str]
+    notes: list[str]
 
-    def duplicates(self, threshold: float, most: int) -> Tuple[List[int], List[int]]:
+    def duplicates(self, threshold: float, most: int) -> tuple[list[int], list[int]]:
         """
         Frames that only repeat the one before them.
 
@@ -238,7 +287,9 @@ class Analysis(NamedTuple):
         return dropped, still
 
 
-def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, keep_good: bool = False, progress: Any = None) -> Analysis:
+def analyse(
+    source: Source, *, blocks: bool = False, skip_damage: bool = False, keep_good: bool = False, progress: Any = None
+) -> Analysis:
     """
     Decode a whole video once, and keep a few numbers of each frame.
 
@@ -253,22 +304,37 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
         VideoError: if it has no frames, or is damaged.
     """
     starts, changes, block_changes = array("q"), array("f"), array("f")
-    seen: Dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     try:
         for start, frame in source.frames(skip_damage):
             if not starts:
                 seen.update(_first_frame(frame))
-            if frame.format.name != seen["pixel_format"] and _wealth(frame.format) > _wealth(av.VideoFormat(seen["pixel_format"])):
+            if frame.format.name != seen["pixel_format"] and _wealth(frame.format) > _wealth(
+                av.VideoFormat(seen["pixel_format"])
+            ):
                 seen.update(pixel_format=frame.format.name, tags=ColourTags.of(frame))
             # Any matrix does to compare frames; the scaler does not know the file's own if it is a rare one.
             matrix = {} if is_rgb(frame.format) else {"src_colorspace": Colorspace.ITU709}
-            small = frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA", **matrix).to_ndarray().astype(np.int16)
-            grey = frame.reformat(width=seen["size"][1], height=seen["size"][0], format="gray", **matrix).to_ndarray() if blocks else None
+            small = (
+                frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA", **matrix)
+                .to_ndarray()
+                .astype(np.int16)
+            )
+            grey = (
+                frame.reformat(width=seen["size"][1], height=seen["size"][0], format="gray", **matrix).to_ndarray()
+                if blocks
+                else None
+            )
             changes.append(change(seen["small"], small) if starts else 0.0)
             block_changes.append(block_change(seen["grey"], grey) if starts and blocks else float("inf"))
             starts.append(start)
             seen["is_transparent"] = seen.get("is_transparent", False) or opacity(frame) is not None
-            seen.update(small=small, grey=grey, duration=frame.duration, interlaced=seen.get("interlaced") or frame.interlaced_frame)
+            seen.update(
+                small=small,
+                grey=grey,
+                duration=frame.duration,
+                interlaced=seen.get("interlaced") or frame.interlaced_frame,
+            )
             if progress is not None:
                 progress()
     except VideoError:
@@ -278,7 +344,9 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
         raise VideoError(f"{source.path} has no frames that can be decoded")
     damage, notes = list(source.damage), []
     if source.late:
-        notes.append(f"{source.late} frames of {source.path} are not later than the ones before them, and are left out")
+        notes.append(
+            f"{source.late} frames of {source.path} are not later than the ones before them, and are left out"
+        )
     first, unit = starts[0], source.time_base
     steps = array("q", (b - a for a, b in zip(starts, starts[1:])))
     usual = median(steps) if steps else 0
@@ -290,7 +358,9 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
     end = relative[-1] + last_step
     longest = max(last_step, max(steps, default=0))
     if longest * unit > LONGEST_PAUSE:
-        raise VideoError(f"{source.path} must have no pause of more than {LONGEST_PAUSE} s between frames, but has one of {float(longest * unit):.0f} s")
+        raise VideoError(
+            f"{source.path} must have no pause of more than {LONGEST_PAUSE} s between frames, but has one of {float(longest * unit):.0f} s"
+        )
     mean_rate = Fraction(len(starts)) / (end * unit)
     grid = _on_grid(relative, end, unit, source.rate)
     if grid is not None:
@@ -306,12 +376,24 @@ def analyse(source: Source, *, blocks: bool = False, skip_damage: bool = False, 
         block_changes=block_changes,
         damage=damage,
         notes=notes,
-        **{name: seen[name] for name in ("size", "pixel_format", "tags", "is_transparent", "matrix", "mirrored", "rotation", "interlaced")},
+        **{
+            name: seen[name]
+            for name in (
+                "size",
+                "pixel_format",
+                "tags",
+                "is_transparent",
+                "matrix",
+                "mirrored",
+                "rotation",
+                "interlaced",
+            )
+        },
         pixel_aspect=_pixel_aspect(source),
     )
 
 
-def _first_frame(frame: av.VideoFrame) -> Dict[str, Any]:
+def _first_frame(frame: av.VideoFrame) -> dict[str, Any]:
     matrix = display_matrix(frame)
     mirrored, rotation = _turn(matrix)
     return {
@@ -324,13 +406,13 @@ def _first_frame(frame: av.VideoFrame) -> Dict[str, Any]:
     }
 
 
-def display_matrix(frame: av.VideoFrame) -> Optional[List[int]]:
+def display_matrix(frame: av.VideoFrame) -> list[int] | None:
     """How players turn a frame, as FFmpeg's nine numbers; None if not at all."""
     data = side_data(frame, _DISPLAY_MATRIX)
     return None if data is None else np.frombuffer(data, dtype=np.int32).tolist()
 
 
-def side_data(frame: av.VideoFrame, kind: int) -> Optional[bytes]:
+def side_data(frame: av.VideoFrame, kind: int) -> bytes | None:
     """
     What a frame carries besides pixels.
 
@@ -348,7 +430,7 @@ def side_data(frame: av.VideoFrame, kind: int) -> Optional[bytes]:
     return next((bytes(data) for data in graph.pull().side_data), None)
 
 
-def _turn(matrix: Optional[List[int]]) -> Tuple[bool, int]:
+def _turn(matrix: list[int] | None) -> tuple[bool, int]:
     """Whether left and right change places first, and then degrees against the clock."""
     a, b, c, d = (1, 0, 0, 1) if matrix is None else (matrix[0], matrix[1], matrix[3], matrix[4])
     mirrored = a * d - b * c < 0
@@ -357,11 +439,16 @@ def _turn(matrix: Optional[List[int]]) -> Tuple[bool, int]:
     return mirrored, round(-degrees(atan2(b, a)) / 90) * 90 % 360
 
 
-def _wealth(pixel_format: av.VideoFormat) -> Tuple[int, ...]:
+def _wealth(pixel_format: av.VideoFormat) -> tuple[int, ...]:
     """What orders formats by how much they hold: colours, bits, transparency, fineness of colours."""
     across, down = chroma_of(pixel_format)
     has_colours = is_rgb(pixel_format) or len(pixel_format.components) >= 3
-    return has_colours, max(component.bits for component in pixel_format.components), len(pixel_format.components), -across * down
+    return (
+        has_colours,
+        max(component.bits for component in pixel_format.components),
+        len(pixel_format.components),
+        -across * down,
+    )
 
 
 def image_frame(path: Path) -> av.VideoFrame:
@@ -407,20 +494,24 @@ def _is_for_ffmpeg(image: Image.Image) -> bool:
         return False
     settings = [tile.args for tile in image.tile]
     # What Pillow scales down in a PPM file it tells with the greatest value.
-    is_scaled = image.format == "PPM" and any(isinstance(each, tuple) and isinstance(each[-1], int) and each[-1] > 255 for each in settings)
+    is_scaled = image.format == "PPM" and any(
+        isinstance(each, tuple) and isinstance(each[-1], int) and each[-1] > 255 for each in settings
+    )
     return ";16" in str(settings) or is_scaled
 
 
 def _frame_of(image: Image.Image, path: Path) -> av.VideoFrame:
     if image.mode[0] in "IF":
-        return av.VideoFrame.from_ndarray((rgb_of_image(image, str(path)) * 65535).round().astype(np.uint16), format="rgb48le")
+        return av.VideoFrame.from_ndarray(
+            (rgb_of_image(image, str(path)) * 65535).round().astype(np.uint16), format="rgb48le"
+        )
     transparent = rgba_of_transparent(image)
     if transparent is not None:
         return av.VideoFrame.from_ndarray(np.array(transparent), format="rgba")
     return av.VideoFrame.from_ndarray(np.array(image.convert("RGB")), format="rgb24")
 
 
-def _pixel_aspect(source: Source) -> Optional[Fraction]:
+def _pixel_aspect(source: Source) -> Fraction | None:
     if source.images is not None:
         try:
             with Image.open(source.images[0]) as image:
@@ -433,13 +524,15 @@ def _pixel_aspect(source: Source) -> Optional[Fraction]:
     return aspect if aspect and aspect != 1 else None
 
 
-def _on_grid(starts: array, end: int, unit: Fraction, rate: Optional[Fraction]) -> Optional[Tuple[array, int, Fraction]]:
+def _on_grid(starts: array, end: int, unit: Fraction, rate: Fraction | None) -> tuple[array, int, Fraction] | None:
     """Times as whole numbers of a rate's frames, where they are such to within the rounding of the file's clock."""
     if not rate or unit * rate > Fraction(1, 4):
         return (starts, end, unit) if rate and unit * rate == 1 else None
     tick = unit * rate
     numbers = array("q", (round(start * tick) for start in starts))
-    if any(abs(start * tick - number) > tick for start, number in zip(starts, numbers)) or any(a >= b for a, b in zip(numbers, numbers[1:])):
+    if any(abs(start * tick - number) > tick for start, number in zip(starts, numbers)) or any(
+        a >= b for a, b in zip(numbers, numbers[1:])
+    ):
         return None
     return numbers, max(numbers[-1] + 1, round(end * tick)), 1 / rate
 
@@ -463,12 +556,14 @@ def main_stream(container: av.container.InputContainer, path: Path) -> av.video.
             if context is None:
                 raise VideoError(f"{path}: its video is of a kind that FFmpeg cannot decode")
             if context.width * context.height > MOST_PIXELS:
-                raise VideoError(f"{path} must have frames of at most 8192x8192 pixels, but has {context.width}x{context.height}")
+                raise VideoError(
+                    f"{path} must have frames of at most 8192x8192 pixels, but has {context.width}x{context.height}"
+                )
             return stream
     raise VideoError(f"{path} has no video")
 
 
-def find_images(path: Path) -> Tuple[Optional[List[Path]], List[Path]]:
+def find_images(path: Path) -> tuple[list[Path] | None, list[Path]]:
     """
     The images that a folder or pattern stands for, in the order of the numbers in their names, None for a file; and files beside them
     that are no images.
@@ -481,11 +576,19 @@ def find_images(path: Path) -> Tuple[Optional[List[Path]], List[Path]]:
         return None, []
     if not folder.is_dir():
         raise VideoError(f"there is no folder {folder}")
-    named = [each for each in folder.iterdir() if not each.name.startswith(".") and not each.is_dir() and (pattern is None or _is_named(each.name, pattern))]
+    named = [
+        each
+        for each in folder.iterdir()
+        if not each.name.startswith(".") and not each.is_dir() and (pattern is None or _is_named(each.name, pattern))
+    ]
     images = [each for each in named if each.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise VideoError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}")
-    order = sorted(images, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)])
+        raise VideoError(
+            f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}"
+        )
+    order = sorted(
+        images, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)]
+    )
     return order, sorted(set(named) - set(images))
 
 
@@ -500,7 +603,10 @@ def is_video(path: Path) -> bool:
     """Whether FFmpeg finds moving pictures in a file, whatever its name is."""
     try:
         with av.open(file_url(path), metadata_errors="replace") as container:
-            if container.format.name.endswith("_pipe") or container.format.name in ("image2", "tty"):  # images, and text
+            if container.format.name.endswith("_pipe") or container.format.name in (
+                "image2",
+                "tty",
+            ):  # images, and text
                 return False
             main_stream(container, path)
             return True

@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -33,7 +34,7 @@ class Container(NamedTuple):
     """
 
     format: str
-    codecs: Tuple[str, ...]
+    codecs: tuple[str, ...]
     steady: bool = False
     turns: bool = True
 
@@ -69,14 +70,14 @@ class Codec(NamedTuple):
     """
 
     encoder: str
-    crf: Optional[int] = None
+    crf: int | None = None
     worst: int = 51
-    presets: Tuple[str, ...] = ()
-    preset: Optional[str] = None
-    options: Dict[str, str] = {}
+    presets: tuple[str, ...] = ()
+    preset: str | None = None
+    options: dict[str, str] = {}
     quality: str = "crf"
     pace: str = "preset"
-    standard: Optional[str] = None
+    standard: str | None = None
 
 
 _X26X = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -95,7 +96,12 @@ CODECS = {
 }
 
 # Encoders of graphics cards and other chips. How good a number of `crf` looks is their own matter.
-_NVENC = {"presets": tuple(f"p{number}" for number in range(1, 8)), "preset": "p5", "options": {"rc": "vbr", "b:v": "0"}, "quality": "cq"}
+_NVENC = {
+    "presets": tuple(f"p{number}" for number in range(1, 8)),
+    "preset": "p5",
+    "options": {"rc": "vbr", "b:v": "0"},
+    "quality": "cq",
+}
 _QSV = {"presets": _X26X[2:], "preset": "medium", "quality": "global_quality"}
 _VIDEOTOOLBOX = {"options": {"allow_sw": "0"}}
 _VAAPI = {"quality": "qp"}
@@ -123,7 +129,7 @@ class Hdr10(NamedTuple):
         most, most_mean: light of the brightest pixel, and of the brightest frame; 0 for not told.
     """
 
-    colours: Tuple[Fraction, ...]
+    colours: tuple[Fraction, ...]
     darkest: Fraction
     brightest: Fraction
     most: int
@@ -133,12 +139,18 @@ class Hdr10(NamedTuple):
         """As the encoder of "hevc" or "av1" takes them."""
 
         def written(first: Fraction, second: Fraction, unit: int) -> str:
-            return ",".join(str(round(each * unit)) if codec == "hevc" else f"{float(each):.5f}" for each in (first, second))
+            return ",".join(
+                str(round(each * unit)) if codec == "hevc" else f"{float(each):.5f}" for each in (first, second)
+            )
 
-        red, green, blue, white = (written(*self.colours[i : i + 2], 50000) for i in range(0, 8, 2))  # HEVC counts in such parts
+        red, green, blue, white = (
+            written(*self.colours[i : i + 2], 50000) for i in range(0, 8, 2)
+        )  # HEVC counts in such parts
         display = f"G({green})B({blue})R({red})WP({white})L({written(self.brightest, self.darkest, 10000)})"
         named = ("master-display", "max-cll") if codec == "hevc" else ("mastering-display", "content-light")
-        return f"{named[0]}={display}" + (f":{named[1]}={self.most},{self.most_mean}" if self.most or self.most_mean else "")
+        return f"{named[0]}={display}" + (
+            f":{named[1]}={self.most},{self.most_mean}" if self.most or self.most_mean else ""
+        )
 
 
 # What takes them, and under what name.
@@ -165,14 +177,14 @@ class Encoding(NamedTuple):
 
     container: Container
     codec: str
-    options: Dict[str, str]
+    options: dict[str, str]
     pixel_format: str
-    size: Tuple[int, int]
+    size: tuple[int, int]
     tags: ColourTags
     time_base: Fraction
     rate: Fraction
-    pixel_aspect: Optional[Fraction]
-    matrix: Optional[List[int]]
+    pixel_aspect: Fraction | None
+    matrix: list[int] | None
     mirrored: bool
     turned: int
 
@@ -199,7 +211,7 @@ class Encoding(NamedTuple):
             context.codec_tag = "hvc1"  # what Apple's players know it by
         return stream
 
-    def unwritten_stream(self) -> Tuple[av.container.OutputContainer, av.video.stream.VideoStream]:
+    def unwritten_stream(self) -> tuple[av.container.OutputContainer, av.video.stream.VideoStream]:
         """The same in a file that is never written to, which tells the encoder what the real one will."""
         output = av.open(io.BytesIO(), "w", format="matroska" if self.codec == "gif" else self.container.format)
         return output, self.add_stream(output)
@@ -220,11 +232,19 @@ def container_of(output: Path) -> Container:
     if not suffix:
         return FOLDER
     if suffix not in CONTAINERS:
-        raise VideoError(f"a video's name must end in {', '.join(CONTAINERS)}, or in nothing for a folder of PNG files, but is {str(output)!r}")
+        raise VideoError(
+            f"a video's name must end in {', '.join(CONTAINERS)}, or in nothing for a folder of PNG files, but is {str(output)!r}"
+        )
     return CONTAINERS[suffix]
 
 
-def check_encoding(output: Path, codec: Optional[str] = None, crf: Optional[int] = None, preset: Optional[str] = None, fps: Optional[Fraction] = None) -> None:
+def check_encoding(
+    output: Path,
+    codec: str | None = None,
+    crf: int | None = None,
+    preset: str | None = None,
+    fps: Fraction | None = None,
+) -> None:
     """
     Refuse, before anything of a source is read, what no source could make right.
 
@@ -240,16 +260,20 @@ def check_encoding(output: Path, codec: Optional[str] = None, crf: Optional[int]
         able = [name for name, kind in CODECS.items() if (kind.standard or name) in container.codecs]
         if codec not in able:
             built = [name for name in able if CODECS[name].encoder in av.codecs_available]
-            raise VideoError(f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(built)}, but is {codec!r}")
+            raise VideoError(
+                f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(built)}, but is {codec!r}"
+            )
         _check_encoder(codec)
     refusals = [_refusal(name, crf, preset) for name in ([codec] if codec is not None else container.codecs)]
     if all(refusals):
         raise VideoError(refusals[0])
     if container.format == "gif" and fps is not None and fps > MOST_GIF_RATE:
-        raise VideoError(f"`fps` for .gif must be at most {MOST_GIF_RATE}, as players show shorter frames slower, but is {float(fps):g}")
+        raise VideoError(
+            f"`fps` for .gif must be at most {MOST_GIF_RATE}, as players show shorter frames slower, but is {float(fps):g}"
+        )
 
 
-def _refusal(name: str, crf: Optional[int], preset: Optional[str]) -> Optional[str]:
+def _refusal(name: str, crf: int | None, preset: str | None) -> str | None:
     """What is wrong with settings of an encoder, in words."""
     kind = CODECS[name]
     if crf is not None and kind.crf is None:
@@ -269,24 +293,36 @@ def _check_encoder(name: str) -> None:
     kind = CODECS[name]
     instead = "" if kind.standard is None else f"; {kind.standard} encodes on the processor"
     if kind.encoder not in av.codecs_available:
-        raise VideoError(f"`codec` {name} cannot be used: this build of PyAV ({av.__version__}) has no {kind.encoder}{instead}")
+        raise VideoError(
+            f"`codec` {name} cannot be used: this build of PyAV ({av.__version__}) has no {kind.encoder}{instead}"
+        )
     if kind.standard is None:
         return
     formats = [each.name for each in av.Codec(kind.encoder, "w").video_formats or []]
     pixel_format = next((each for each in ("yuv420p", "nv12") if each in formats), None)
     if pixel_format is None:
-        raise VideoError(f"`codec` {name} cannot be used: it takes pictures in the memory of a graphics card alone, where PyAV puts none{instead}")
+        raise VideoError(
+            f"`codec` {name} cannot be used: it takes pictures in the memory of a graphics card alone, where PyAV puts none{instead}"
+        )
     encoder = av.CodecContext.create(kind.encoder, "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 640, 360, pixel_format, Fraction(1, 25)
     try:
         encoder.open()
     except av.FFmpegError as error:
-        raise VideoError(f"`codec` {name} cannot be used: this machine has no such chip, or no driver for it ({error.strerror}){instead}") from error
+        raise VideoError(
+            f"`codec` {name} cannot be used: this machine has no such chip, or no driver for it ({error.strerror}){instead}"
+        ) from error
 
 
 def choose_encoding(
-    output: Path, analysis: Analysis, time_base: Fraction, rate: Fraction, codec: Optional[str] = None, crf: Optional[int] = None,
-    preset: Optional[str] = None, hdr10: Optional[Hdr10] = None,
+    output: Path,
+    analysis: Analysis,
+    time_base: Fraction,
+    rate: Fraction,
+    codec: str | None = None,
+    crf: int | None = None,
+    preset: str | None = None,
+    hdr10: Hdr10 | None = None,
 ) -> Encoding:
     """
     How to write a video so that it has what the source has: pixels, colours, shape.
@@ -304,7 +340,11 @@ def choose_encoding(
     container = container_of(output)
     source = av.VideoFormat(analysis.pixel_format)
     # The first that keeps ten bits where there are as many, and HDR10's metadata where there are such.
-    able = [each for each in container.codecs if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))]
+    able = [
+        each
+        for each in container.codecs
+        if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))
+    ]
     able = [each for each in able if hdr10 is not None and each in _HDR10_OPTIONS] or able
     name = codec or (able or container.codecs)[0]
     kind = CODECS[name]
@@ -369,7 +409,10 @@ def analogous_format(source: av.VideoFormat, codec: str) -> str:
     if codec == "ffv1" and is_rgb(source):
         return "bgr0" if bits <= 8 else "gbrp16le"
     if codec == "raw":  # what the file's header can name
-        encodable = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444") for depth in ("", "10le", "12le")} | {"gray", "gray10le"}
+        encodable = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444") for depth in ("", "10le", "12le")} | {
+            "gray",
+            "gray10le",
+        }
     if len(source.components) < 3 and not is_rgb(source):  # grey, which few players show as such
         families = ["gray", "yuv420p", "yuv422p"] if codec in ("ffv1", "raw") else ["yuv420p", "yuv422p"]
     else:
@@ -377,7 +420,7 @@ def analogous_format(source: av.VideoFormat, codec: str) -> str:
         families = [own, "yuv422p", "yuv444p", "yuv420p"]
     depths = {8: "", 10: "10le", 12: "12le", 16: "16le"}
     wanted = 8 if bits <= 8 else 10 if bits <= 10 or is_rgb(source) else 12 if bits <= 12 else 16
-    for depth in sorted(depths, key=lambda depth: (abs(depth - wanted) if depth >= wanted else 100 - depth)):
+    for depth in sorted(depths, key=lambda depth: abs(depth - wanted) if depth >= wanted else 100 - depth):
         for family in families:
             for pixel_format in (family + depths[depth], _INTERLEAVED.get(family + depths[depth])):
                 if pixel_format in encodable:
@@ -399,8 +442,8 @@ class PartWriter:
 
     def __init__(self, path: Path, encoding: Encoding, colour: ColourPath, first: int):
         self.path, self.encoding, self._colour, self._number = path, encoding, colour, first
-        self._last: Tuple[Optional[np.ndarray], Any] = (None, None)
-        self._index: List[Tuple[int, int, bool]] = []
+        self._last: tuple[np.ndarray | None, Any] = (None, None)
+        self._index: list[tuple[int, int, bool]] = []
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._is_folder = encoding.codec == "png"
         if self._is_folder:
@@ -432,7 +475,9 @@ class PartWriter:
     def _keep(self, packets: Sequence[av.Packet]) -> None:
         for packet in packets:
             self._file.write(bytes(packet))
-            self._index.append((int(packet.pts * packet.time_base / self.encoding.time_base), packet.size, packet.is_keyframe))
+            self._index.append(
+                (int(packet.pts * packet.time_base / self.encoding.time_base), packet.size, packet.is_keyframe)
+            )
 
     def close(self) -> None:
         """Finish the part."""
@@ -453,12 +498,19 @@ class PartWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def png_bytes(frame: av.VideoFrame, pixel_aspect: Optional[Fraction] = None) -> bytes:
+def png_bytes(frame: av.VideoFrame, pixel_aspect: Fraction | None = None) -> bytes:
     """A PNG file of a frame's own pixels (VideoFrame.save makes 8 bits of them), and of their width by their height."""
     encoder = av.CodecContext.create("png", "w")
-    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = frame.width, frame.height, frame.format.name, Fraction(1)
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = (
+        frame.width,
+        frame.height,
+        frame.format.name,
+        Fraction(1),
+    )
     if pixel_aspect is not None:
-        encoder.sample_aspect_ratio = 1 / pixel_aspect  # FFmpeg writes it where PNG has pixels to the unit, across and down
+        encoder.sample_aspect_ratio = (
+            1 / pixel_aspect
+        )  # FFmpeg writes it where PNG has pixels to the unit, across and down
     frame.pts = None
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
@@ -500,11 +552,18 @@ def joined_packets(parts: Sequence[Path], end: int) -> Iterator[av.Packet]:
     for part, next_part in zip(parts, [*parts[1:], None]):
         index = read_index(part)
         times = sorted(time for time, _, _ in index)
-        ends = dict(zip(times, [*times[1:], end if next_part is None else min(time for time, _, _ in read_index(next_part))]))
+        ends = dict(
+            zip(times, [*times[1:], end if next_part is None else min(time for time, _, _ in read_index(next_part))])
+        )
         with open(part, "rb") as file:
             for time, size, is_key in index:
                 packet = av.Packet(file.read(size))
-                packet.pts, packet.dts, packet.duration, packet.is_keyframe = time, next(decoded), ends[time] - time, is_key
+                packet.pts, packet.dts, packet.duration, packet.is_keyframe = (
+                    time,
+                    next(decoded),
+                    ends[time] - time,
+                    is_key,
+                )
                 yield packet
 
 
@@ -513,6 +572,6 @@ def _shown_times(parts: Sequence[Path]) -> Iterator[int]:
         yield from sorted(time for time, _, _ in read_index(part))
 
 
-def read_index(part: Path) -> List[Tuple[int, int, bool]]:
+def read_index(part: Path) -> list[tuple[int, int, bool]]:
     """When each packet of a part is shown, how many bytes it has, and whether decoding can begin there."""
     return json.loads(index_path(part).read_text(encoding="utf-8"))
