@@ -227,6 +227,25 @@ def test_a_time_limit_ends_it_with_its_schedule(config, clips, tmp_path):
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
+def test_hints_can_be_trained_first_and_alone(config, clips, tmp_path):
+    done = train(config, clips, tmp_path / "start", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    init = ["--init", str(tmp_path / "start" / "pipeline")]
+    for name, share in (("alone", "1"), ("first", "0.5")):
+        done = train(config, clips, tmp_path / name, *init, "--hints_until", share)
+        assert done.returncode == 0, done.stderr
+    start, alone, first = (weights(tmp_path / name / "pipeline") for name in ("start", "alone", "first"))
+    moved = {part.partition(".")[0] for part in start if not torch.equal(start[part], alone[part])}
+    assert moved == {"hint_model"}
+    assert {part.partition(".")[0] for part in start if not torch.equal(start[part], first[part])} == {
+        "hint_model",
+        "vqvae",
+        "unet",
+    }
+    with (tmp_path / "alone" / "summary.csv").open() as file:
+        assert set(next(csv.DictReader(file))) == {"step", "samples", "flow", "warps", "learning_rate"}
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -83,6 +83,12 @@ class SamplerOptions(RunOptions):
         least=0,
         most=1,
     )
+    hints_until: float = option(
+        0.0,
+        "share of the training in which the hint model alone is trained, by flow and by what it warps, many times as fast",
+        least=0,
+        most=1,
+    )
     two_step_share: float = option(0.25, "share of batches that take two steps …", least=0, most=1)
     two_steps_from: float = option(0.4, "… from this share of the training on", least=0, most=1)
     corrupted_share: float = option(0.2, "share of samples whose hints are disturbed", least=0, most=1)
@@ -143,7 +149,12 @@ class SamplerNetwork(nn.Module):
         self.vqvae.condition = torch.compile(self.vqvae.condition, dynamic=False)
 
     def forward(
-        self, batch: dict[str, torch.Tensor], draws: dict[str, torch.Tensor], disturb: Any, two_steps: bool
+        self,
+        batch: dict[str, torch.Tensor],
+        draws: dict[str, torch.Tensor],
+        disturb: Any,
+        two_steps: bool,
+        hints_only: bool = False,
     ) -> dict[str, Any]:
         """
         Args:
@@ -151,6 +162,7 @@ class SamplerNetwork(nn.Module):
             draws: `noise` of the latents' shape, `timesteps` `(B,)`, `choice` `(B,)`: 0 for denoised latents, 1 for true ones, 2 for zeros.
             disturb: what is done to hints `(B, 4, H, W)` before they are used.
             two_steps: whether a second step follows.
+            hints_only: whether it ends with the hints, of the instant and of the true middle frame; nothing is drawn then.
         """
         prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
         size, vqvae = prev.shape[-2:], self.vqvae
@@ -169,6 +181,10 @@ class SamplerNetwork(nn.Module):
             known = F.avg_pool2d(torch.cat([known[:, :2], known[:, 2:]]), 2) / 2
             refined = self.hint_model.refined(neighbours, self.hint_model.features(guess), guess.shape[-2:], known)
             return [torch.cat(each, dim=1) for each in refined]
+
+        if hints_only:
+            found["refined"] = refine(small[2], hints.detach())
+            return found
 
         # 2. what the true frame tells beside them
         both = vqvae.encode(torch.cat([prev, next_])).features
@@ -341,6 +357,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = check_unused(options)
     run = Run(options, "pipeline")
     device = run.accelerator.device
+    if options.hints_until and run.accelerator.num_processes > 1:
+        raise ValueError(
+            f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
@@ -393,8 +413,10 @@ def main(argv: list[str] | None = None) -> None:
     for passed in run.steps(options.time_limit):
         generator = torch.Generator(device).manual_seed(int(run.generator().initial_seed() % 2**63))
         size = sizes[int(torch.randint(len(sizes), (1,), generator=run.generator()))]
+        hints_only = passed < options.hints_until
         two_steps = (
-            passed >= options.two_steps_from
+            not hints_only
+            and passed >= options.two_steps_from
             and run.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
         )
 
@@ -435,7 +457,13 @@ def main(argv: list[str] | None = None) -> None:
 
         # 3.2 forward
         draws = {"noise": noise, "timesteps": timesteps, "choice": choice}
-        found = network(batch, draws, lambda hints: disturbed(hints, options.corrupted_share, generator), two_steps)
+        found = network(
+            batch,
+            draws,
+            lambda hints: disturbed(hints, options.corrupted_share, generator),
+            two_steps,
+            hints_only,
+        )
         with torch.no_grad():
             weight = torch.ones_like(flow[:, :2])
             if count > made:
@@ -447,17 +475,23 @@ def main(argv: list[str] | None = None) -> None:
         hint_losses = [distance(each, flow, weight) for each in found["estimates"]]
         half = F.avg_pool2d(flow, 2) / 2
         hint_losses += [2 * distance(each, half, F.avg_pool2d(weight, 2)) for each in found["refined"]]
+        losses = {"flow": torch.stack(hint_losses).mean()}
+        if hints_only:
+            of_prev, of_next = found["estimates"][-1].split(2, dim=1)
+            warps = (warp(batch["frame_prev"], of_prev) + warp(batch["frame_next"], of_next)) / 2
+            losses["warps"] = charbonnier(warps, batch["frame_mid"])
+            run.backward(losses["warps"] + flow_weight * losses["flow"])
+            run.update(network, optimizer)
+            run.finish_pass(losses)
+            continue
         seen = (choice != 2).float().view(-1, 1, 1, 1)
         offset_losses = [
             distance(each, flow, weight * seen if number == 0 else weight)
             for number, each in enumerate(found["offsets"])
         ]
-        losses = {
-            "l1": charbonnier(found["sample"], batch["frame_mid"]),
-            "flow": torch.stack(hint_losses).mean() + torch.stack(offset_losses).mean(),
-            "latent": found["latent"],
-            "vq": found["vq"],
-        }
+        losses["flow"] = losses["flow"] + torch.stack(offset_losses).mean()
+        losses["l1"] = charbonnier(found["sample"], batch["frame_mid"])
+        losses["latent"], losses["vq"] = found["latent"], found["vq"]
         loss = (
             losses["l1"]
             + flow_weight * losses["flow"]
