@@ -16,12 +16,11 @@ from typing import Any
 
 import av
 import gradio as gr
-import numpy as np
 import torch
 from PIL import Image
 
 from .image_io import open_image
-from .image_processor import rgb_of_image
+from .image_processor import rgb_of_image, to_uint8
 from .pipeline_madiff import MADiffPipeline
 from .video.jobs import Progress, interpolate_video
 from .video.reading import Source, VideoError, main_stream
@@ -243,11 +242,8 @@ class Demo:
                 frames = self.pipeline(
                     *pair, num_frames=int(count), generator=torch.Generator().manual_seed(0), callback_on_step_end=step
                 ).frames[0]
-                ends = [
-                    Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
-                    for array in pair
-                ]
-                return [ends[0], *frames, ends[1]]
+                first, last = (Image.fromarray(to_uint8(array)) for array in pair)
+                return [first, *frames, last]
 
             for said, frames in self._follow(request, make):
                 yield (

@@ -1,27 +1,14 @@
 """Reading and writing image files."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import ExifTags, Image
 
-from .image_processor import rgb_of_image, rgba_of_transparent
-from .outputs import PathLike, unwritable
+from .files import WRITABLE_FORMATS, PathLike, replacing, unwritable
+from .image_processor import rgb_of_image, rgba_of_transparent, to_uint8
 from .properties import exif_tags, found_in_image, pixel_aspect
 
-
-WRITABLE_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".webp": "WEBP",
-    ".ppm": "PPM",
-}
 
 # How an image is turned upright, by EXIF's numbers of orientations; 1 is upright.
 _TURNS = {
@@ -94,8 +81,7 @@ def read_image(path: PathLike) -> Image.Image:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read as an image.
     """
-    array = rgb_of_image(open_image(path).image, str(path))
-    return Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
+    return Image.fromarray(to_uint8(rgb_of_image(open_image(path).image, str(path))))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -120,7 +106,7 @@ def image_format(path: PathLike) -> str:
 def write_image(
     image: Image.Image, path: PathLike, profile: bytes | None = None, resolution: tuple[float, float] | None = None
 ) -> None:
-    """Write an image under a temporary name beside `path`, then rename it: the file is whole or not there.
+    """Write an image, whole or not at all; see `files.replacing`.
 
     Args:
         profile, resolution: see [`OpenedImage`]; left out where the format has no place for them.
@@ -131,17 +117,14 @@ def write_image(
     """
     path = Path(path)
     format_name = image_format(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    settings = {"icc_profile": profile, "dpi": resolution}
     try:
-        settings = {"icc_profile": profile, "dpi": resolution}
-        image.save(
-            temporary,
-            format=format_name,
-            **_SETTINGS.get(format_name, {}),
-            **{name: value for name, value in settings.items() if value},
-        )
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            image.save(
+                temporary,
+                format=format_name,
+                **_SETTINGS.get(format_name, {}),
+                **{name: value for name, value in settings.items() if value},
+            )
     except OSError as error:
         raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)

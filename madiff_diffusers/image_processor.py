@@ -103,11 +103,12 @@ class FrameProcessor:
         array = rearrange(frames, "b f c h w -> b f h w c").cpu().numpy()
         if output_type == "np":
             return array
-        return [[self._to_pil(frame) for frame in pair] for pair in array]
+        return [[PIL.Image.fromarray(to_uint8(frame)) for frame in pair] for pair in array]
 
-    @staticmethod
-    def _to_pil(frame: np.ndarray) -> PIL.Image.Image:
-        return PIL.Image.fromarray((frame * 255).round().astype(np.uint8))
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """An image in 8 bits: as it is if it has them; else floating point in [0, 1], rounded to the nearest."""
+    return image if image.dtype == np.uint8 else np.rint(image.clip(0, 1) * 255).astype(np.uint8)
 
 
 def rgb_of_image(image: PIL.Image.Image, name: str = "an image") -> np.ndarray:

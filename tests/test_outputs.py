@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from madiff_diffusers import interpolate_video
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.evaluation.evaluate import evaluate
 from madiff_diffusers.evaluation.methods import Baseline
 from madiff_diffusers.evaluation.metrics import Scorer
+from madiff_diffusers.files import check_outputs
 from madiff_diffusers.image_io import write_image
-from madiff_diffusers.outputs import check_outputs
 from madiff_diffusers.video.reading import VideoError
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, film_clip, write_video

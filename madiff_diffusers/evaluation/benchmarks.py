@@ -1,6 +1,5 @@
 """The benchmarks of the field: which frames of which files make a triplet, and how they are read."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -11,7 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..image_io import WRITABLE_FORMATS, read_image
+from ..files import WRITABLE_FORMATS, natural_order
+from ..image_io import read_image
 
 
 # Ways to look at a file: as it is, at half its size (areas averaged), or its central quarter.
@@ -153,18 +153,14 @@ def _folders(folder: Path) -> list[Path]:
     """Its subfolders; numbers in their order, names in theirs."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: _natural(path.name))
-
-
-def _natural(name: str) -> list[tuple[int, object]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_order(path.name))
 
 
 def _images(folder: Path) -> list[Path]:
     """Its image files, in the order of their names."""
     return sorted(
         (path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS),
-        key=lambda path: _natural(path.name),
+        key=lambda path: natural_order(path.name),
     )
 
 
@@ -180,7 +176,7 @@ def _inputs_and_truths(root: Path) -> list[Triplet]:
                     root / truths / name / "frame10i11.png",
                     root / inputs / name / "frame11.png",
                 )
-                for name in sorted(names, key=_natural)
+                for name in sorted(names, key=natural_order)
             ]
     return []
 

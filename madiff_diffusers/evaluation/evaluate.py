@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..outputs import check_outputs
+from ..files import check_outputs
 from ..processes import this_process
 from .benchmarks import benchmark_title, find_triplets
 from .methods import LATENTS, MIDDLE, Method, Settings
@@ -33,7 +33,7 @@ QUESTIONS: dict[str, Any] = {
             "UniPCMultistepScheduler",
         ),
     ),
-    "quantised": ("quantised", (True, False)),
+    "quantized": ("quantized", (True, False)),
     "latents": ("latents", LATENTS),
 }
 

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from ..hub_repository import weights_kind
+from ..image_processor import to_uint8
 from ..motion_hints import HintSource, NullHints, StackedHints, single_threaded_opencv
 from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
-from .pictures import gate_image, hints_images
+from .visualization import gate_image, hints_images
 
 
 BASELINES = ("average", "flow")
@@ -44,11 +45,6 @@ class Method(Protocol):
     def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> list[np.ndarray]:
         """The frame at an instant between 0 (previous) and 1 (next) of each of several pairs of one size; frames are `(H, W, 3)` uint8."""
         ...
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """A floating-point image in [0, 1] in 8 bits, to the nearest."""
-    return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
 
 
 class Baseline:
@@ -161,7 +157,7 @@ class Settings(NamedTuple):
         hint_interval: see there.
         hint_source: one part of the checkpoint's: the others' hints are replaced by zeros.
         scheduler: name of a Diffusers scheduler class, configured as the checkpoint's own.
-        quantised: whether latents are moved to their nearest codes before they are decoded.
+        quantized: whether latents are moved to their nearest codes before they are decoded.
         latents: one of `LATENTS`; what takes the place of the latents after the last step.
     """
 
@@ -170,7 +166,7 @@ class Settings(NamedTuple):
     hint_interval: int | None = None
     hint_source: str | None = None
     scheduler: str | None = None
-    quantised: bool | None = None
+    quantized: bool | None = None
     latents: str | None = None
 
     def label(self) -> str:
@@ -238,7 +234,7 @@ class MADiffMethod:
             "hint_interval": settings.hint_interval or config.default_hint_interval,
             "hint_source": hint_source,
             "scheduler": type(self.scheduler).__name__,
-            "quantised": settings.quantised is not False,
+            "quantised": settings.quantized is not False,  # as results have spelled it since their format 1
         }
         if settings.latents not in (None, *LATENTS):
             raise ValueError(f"`latents` must be one of {', '.join(LATENTS)}, but is {settings.latents!r}.")
@@ -365,7 +361,7 @@ class MADiffMethod:
                 num_inference_steps=settings.steps,
                 hint_policy=settings.hint_policy,
                 hint_interval=settings.hint_interval,
-                force_not_quantize=settings.quantised is False,
+                force_not_quantize=settings.quantized is False,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],
                 times=[time],
                 **arguments,

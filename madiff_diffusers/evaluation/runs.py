@@ -23,6 +23,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import write_text
 from ..image_io import read_image, write_image
 from ..terminal import bar_settings
 from .benchmarks import Triplet
@@ -369,17 +370,6 @@ def describe_environment(processes: int) -> dict[str, Any]:
 def folder_name(label: str) -> str:
     """A label as a folder's name: what is neither letter, digit nor harmless becomes `_`."""
     return re.sub(r"[^\w.=,+-]+", "_", label).strip(".") or "_"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name beside it, then rename it: it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

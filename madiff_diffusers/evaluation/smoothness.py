@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 from skimage.registration import phase_cross_correlation
 
-from .methods import Method, to_uint8
+from ..image_processor import to_uint8
+from .methods import Method
 
 
 PAN_STEP = 12  # pixels a frame, to the left

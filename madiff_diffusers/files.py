@@ -1,15 +1,102 @@
-"""What a command is about to write, checked before it works: not over what it reads, nor over what is there unless it was told to."""
+"""Files and folders: names and their order, and writing so that nothing is lost: whole files alone, not over what is read, nor over
+what is there unless that is asked for."""
 
 import errno
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Union
 
 
 PathLike = Union[str, "os.PathLike[str]"]
 Identity = tuple[int, int]
+
+# Image files that can be written, with their formats as Pillow names them.
+WRITABLE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+    ".ppm": "PPM",
+}
+
+# Frames of a folder that is read as a video.
+IMAGE_SUFFIXES = (
+    ".bmp",
+    ".dpx",
+    ".exr",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+
+# Files of a folder that are videos, without a look inside.
+VIDEO_SUFFIXES = (
+    ".avi",
+    ".gif",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ts",
+    ".webm",
+    ".wmv",
+    ".y4m",
+)
+
+
+def natural_order(name: str) -> list[int | str]:
+    """A sorting key for names, by which frame2 comes before frame10."""
+    # Not by isdigit, which is true of a superscript, too.
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write a file under. At the end, the file takes the place of `path`; after an error, it is
+    removed, and `path` is as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def filled_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill. At the end, it becomes `path`, which is not there before; after an error, it is removed."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:50]}.") as folder:
+        filled = Path(folder) / "filled"
+        filled.mkdir()
+        yield filled
+        os.replace(filled, path)
 
 
 class UnwritableError(OSError):
