@@ -223,7 +223,7 @@ class Demo:
         try:
             if prev is None or next_ is None:
                 raise ValueError("Both frames are needed: upload the previous and the next one.")
-            pair = [rgb_of_image(open_image(path).image, path) for path in (prev, next_)]
+            pair = rgb_of_image(open_image(prev).image, prev), rgb_of_image(open_image(next_).image, next_)
             for array in pair:
                 self._check_size(array.shape[1], array.shape[0])
             if pair[0].shape != pair[1].shape:

@@ -108,7 +108,9 @@ def upload_repository(
         there = api.list_repo_files(repo_id, revision=revision)
         if keep_card and "README.md" in there:
             names.remove("README.md")
-        operations = [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(name, folder / name) for name in names if name != "README.md"
+        ]
         card = (folder / "README.md").read_bytes().decode("utf-8") if "README.md" in names else None
         if card is None and spare_card is not None and "README.md" not in there:
             card = str(spare_card)

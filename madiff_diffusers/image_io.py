@@ -1,7 +1,7 @@
 """Reading and writing image files."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
@@ -22,7 +22,7 @@ _TURNS = {
 }
 
 # Without loss, or with little: what was made goes through no second choice of what may be lost.
-_SETTINGS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+_SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
 class OpenedImage(NamedTuple):
@@ -66,8 +66,7 @@ def open_image(path: PathLike) -> OpenedImage:
 def _resolution(file: Image.Image, is_on_its_side: bool) -> tuple[float, float] | None:
     if "dpi" in file.info and min(file.info["dpi"]) > 0:
         across, down = file.info["dpi"]
-    elif pixel_aspect(file) is not None:  # by itself, without inches
-        aspect = pixel_aspect(file)
+    elif (aspect := pixel_aspect(file)) is not None:  # by itself, without inches
         across, down = aspect.denominator, aspect.numerator
     else:
         return None

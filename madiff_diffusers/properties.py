@@ -174,7 +174,7 @@ def found_in_image(image: Image.Image) -> set[str]:
     keys = {name: key for key, each in PROPERTIES.items() for name in each.info}
     names = {name for name, value in image.info.items() if value and name not in IRRELEVANT_INFO}
     # Whatever else there is is text, by keywords of its own.
-    found = {keys.get(name, "comments") for name in names} - {"pixel aspect", "transparency", "EXIF"}
+    found = {keys.get(str(name), "comments") for name in names} - {"pixel aspect", "transparency", "EXIF"}
     if "profile" in found and not is_for_rgb(image.info["icc_profile"]):
         found.symmetric_difference_update({"profile", "other profile"})
     tags = exif_tags(image)
@@ -186,7 +186,7 @@ def found_in_image(image: Image.Image) -> set[str]:
         found.add("pixel aspect")
     if getattr(image, "n_frames", 1) > 1:
         found.add("pages")
-    if image.mode[0] in "IF" or ";16" in str([tile.args for tile in image.tile]):
+    if image.mode[0] in "IF" or ";16" in str([tile.args for tile in getattr(image, "tile", [])]):
         found.add("bits")
     return found
 

@@ -107,7 +107,7 @@ class ExportCommand(BaseCommand):
             pipeline = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
             if graphs is not None:
                 export_graphs(graphs, pipeline)
-            if args.space:
+            if folder is not None and args.space:
                 write_space(folder, pipeline, source.name, args.license)
             elif folder is not None:
                 metadata = {"license": args.license} if args.license else {}

@@ -47,9 +47,9 @@ class Triplet(NamedTuple):
         Raises:
             OSError, ValueError: if a file is missing or no image, or the three differ in size; the message names it.
         """
-        images = [look(np.asarray(read_image(path)), self.view) for path in self.files]
-        _check_sizes(self, [image.shape[1::-1] for image in images])
-        return tuple(images)
+        prev, truth, next_ = (look(np.asarray(read_image(path)), self.view) for path in self.files)
+        _check_sizes(self, [(image.shape[1], image.shape[0]) for image in (prev, truth, next_)])
+        return prev, truth, next_
 
 
 class Benchmark(NamedTuple):
@@ -103,7 +103,7 @@ def find_triplets(benchmark: str, root: str, limit: int | None = None, skip: int
     if skip is not None and skipping is None:
         choices = ", ".join(name for name, each in BENCHMARKS.items() if each.skipping is not None)
         raise ValueError(f"`skip` is for {choices}, but `benchmark` is {benchmark!r}.")
-    if skip is not None and skip not in skipping:
+    if skip is not None and skipping is not None and skip not in skipping:
         raise ValueError(f"`skip` must be from {skipping[0]} to {skipping[-1]} for {benchmark}, but is {skip}.")
     found = find(Path(root)) if skipping is None else find(Path(root), skip or 1)
     if not found:
@@ -164,6 +164,12 @@ def _images(folder: Path) -> list[Path]:
     )
 
 
+def _triplet(name: str, files: Iterable[Path], sequence: str | None = None, view: str = "whole") -> Triplet:
+    """A triplet of the middle frame, of three files in order."""
+    prev, truth, next_ = files
+    return Triplet(name, prev, truth, next_, sequence, view)
+
+
 def _inputs_and_truths(root: Path) -> list[Triplet]:
     for inputs, truths in (("input", "gt"), ("other-data", "other-gt-interp")):
         if (root / inputs).is_dir() or (root / truths).is_dir():
@@ -186,7 +192,7 @@ def _named_frames(names: tuple[str, str, str]) -> Callable[[Path], list[Triplet]
 
     def find(root: Path) -> list[Triplet]:
         folders = [path for path in _folders(root) if any((path / name).is_file() for name in names)]
-        return [Triplet(folder.name, *(folder / name for name in names)) for folder in folders]
+        return [_triplet(folder.name, (folder / name for name in names)) for folder in folders]
 
     return find
 
@@ -197,7 +203,7 @@ def _three_images(root: Path) -> list[Triplet]:
         images = _images(folder)
         if len(images) != 3:
             raise ValueError(f"Each folder of triplets must hold 3 images, but {folder} holds {len(images)}.")
-        found.append(Triplet(folder.name, *images))
+        found.append(_triplet(folder.name, images))
     return found
 
 
@@ -216,7 +222,7 @@ def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "w
         frames = _images(folder)
         for i in range(2, len(frames) - 4, 2):
             name = f"{folder.name}/{frames[i + 1].stem}"
-            found.append(Triplet(name, *frames[i : i + 3], sequence=folder.name, view=view(folder.name)))
+            found.append(_triplet(name, frames[i : i + 3], folder.name, view(folder.name)))
     return found
 
 
@@ -269,7 +275,7 @@ def _snu_film(level: str) -> Callable[[Path], list[Triplet]]:
             names = line.split()
             if len(names) < 3:
                 raise ValueError(f"Each line of {lists[0]} must name 3 files, but line {number} is {line!r}.")
-            found.append(Triplet(f"{number:03d}", *(_under(root, name) for name in names[:3])))
+            found.append(_triplet(f"{number:03d}", (_under(root, name) for name in names[:3])))
         return found
 
     return find
@@ -286,12 +292,12 @@ def _lines(path: Path) -> Iterable[str]:
     return (line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _vimeo(list_name: str, frames: tuple[str, str, str]) -> Callable[[Path], list[Triplet]]:
+def _vimeo(list_name: str, frames: Sequence[str]) -> Callable[[Path], list[Triplet]]:
     def find(root: Path) -> list[Triplet]:
         if not (root / list_name).is_file():
             return []
         folders = [(name, root / "sequences" / name) for name in _lines(root / list_name)]
-        return [Triplet(name, *(folder / frame for frame in frames)) for name, folder in folders]
+        return [_triplet(name, (folder / frame for frame in frames)) for name, folder in folders]
 
     return find
 
@@ -329,12 +335,7 @@ def _xiph(view: str) -> Callable[[Path], list[Triplet]]:
         if not any(folder.glob("*-001.png")):
             return []
         return [
-            Triplet(
-                f"{clip}-{i:03d}",
-                *(folder / f"{clip}-{j:03d}.png" for j in (i - 1, i, i + 1)),
-                sequence=clip,
-                view=view,
-            )
+            _triplet(f"{clip}-{i:03d}", (folder / f"{clip}-{j:03d}.png" for j in (i - 1, i, i + 1)), clip, view)
             for clip in XIPH_CLIPS
             for i in range(2, 99, 2)
         ]

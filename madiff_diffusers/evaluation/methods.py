@@ -249,7 +249,8 @@ class MADiffMethod:
             ValueError: if there is none of that name, or it cannot sample from this checkpoint.
         """
         kind = getattr(diffusers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        if kind is None or not is_scheduler:
             raise ValueError(f"`scheduler` must be the name of a scheduler of Diffusers, but is {name!r}.")
         tiny = np.zeros((64, 64, 3), np.uint8)
         try:
@@ -266,7 +267,7 @@ class MADiffMethod:
         self, pairs: Sequence[Pair], time: Fraction = MIDDLE, truths: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
         """See `Method`. `truths` are the frames themselves, of which the latents are decoded where the settings say so."""
-        arguments = {}
+        arguments: dict[str, Any] = {}
         if "latents" in self.identity:
             arguments = {"callback_on_step_end": self._replacement(pairs, time, truths)}
             arguments["callback_on_step_end_tensor_inputs"] = ["latents", "hints_prev", "hints_next"]
@@ -284,11 +285,11 @@ class MADiffMethod:
         kind = self.settings.latents
         if kind == "true" and truths is None:
             raise ValueError("`truths` must be given for `latents` true.")
-        mirrored = None
+        true_frames = [] if truths is None else truths
+        mirrored: torch.Tensor | None = None
         if kind == "mirrored":
-            mirrored = self._run(
-                [tuple(frame[:, ::-1] for frame in pair) for pair in pairs], time, output_type="latent"
-            )[:, 0]
+            turned = [(prev[:, ::-1], next_[:, ::-1]) for prev, next_ in pairs]
+            mirrored = torch.as_tensor(self._run(turned, time, output_type="latent"))[:, 0]
 
         def replace(
             pipeline: MADiffPipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
@@ -301,12 +302,12 @@ class MADiffMethod:
             if kind == "noise":
                 noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(self.seed + 1))
                 return {"latents": noise.to(latents).expand_as(latents)}
-            if kind == "mirrored":
+            if mirrored is not None:
                 return {"latents": mirrored}
             vqvae = pipeline.vqvae
             prev, mid, next_ = (
                 pipeline.encode_frames([Image.fromarray(frame) for frame in frames])
-                for frames in (*zip(*((prev, truth, next_) for (prev, next_), truth in zip(pairs, truths))),)
+                for frames in (*zip(*((prev, truth, next_) for (prev, next_), truth in zip(pairs, true_frames))),)
             )
             if mid.latents is not None:
                 return {"latents": mid.latents.float()}
@@ -348,7 +349,9 @@ class MADiffMethod:
         pictures.append(("gate", gate_image(seen["gate"][0], padded)[:height, :width]))
         return pictures
 
-    def _run(self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments) -> list[list[Image.Image]]:
+    def _run(
+        self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments: Any
+    ) -> list[list[Image.Image]] | np.ndarray | torch.Tensor:
         pipeline, settings = self.pipeline, self.settings
         before = pipeline.scheduler, pipeline._hints
         pipeline.scheduler = self.scheduler

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -312,7 +312,8 @@ class _ProgressFile:
     """Appends lines to a file, each handed to the system before the next is made; there is no file without a line."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: TextIO | None = None
 
     def __enter__(self) -> "_ProgressFile":
         return self

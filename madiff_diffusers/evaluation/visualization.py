@@ -12,7 +12,7 @@ def events_image(events: torch.Tensor) -> np.ndarray:
     increases, decreases = (part.sum(0).float().cpu().numpy() for part in events.chunk(2))
     scale = max(float(np.percentile(increases + decreases, 99)), 1e-3)
     red, blue = (np.clip(part / scale, 0, 1)[..., None] for part in (increases, decreases))
-    image = 1 - red * np.float32([0, 1, 1]) - blue * np.float32([1, 1, 0])
+    image = 1 - red * np.array([0, 1, 1], np.float32) - blue * np.array([1, 1, 0], np.float32)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
