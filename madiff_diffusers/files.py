@@ -1,5 +1,5 @@
-"""Files and folders: names and their order, and writing so that nothing is lost: whole files alone, not over what is read, nor over
-what is there unless that is asked for."""
+"""Names of files and their order; files that are written whole or not at all; and outputs that are checked before any work, so that they
+replace neither an input nor, unless asked to, a file that is there."""
 
 import errno
 import os
@@ -100,25 +100,25 @@ def filled_folder(path: Path) -> Iterator[Path]:
 
 
 class UnwritableError(OSError):
-    """Says which file or folder cannot be written, and why."""
+    """A file or folder that cannot be written; the message says which, and why."""
 
 
 def check_outputs(written: Iterable[tuple[PathLike, bool]], read: Iterable[PathLike], hint: str = "") -> None:
     """
-    Refuse to write where something would be lost, or nothing can be written.
+    Refuse outputs that would destroy something, or that cannot be written.
 
-    Files are compared by what they are, not by their names: links, hard links, and names that differ in case where that makes no
-    difference stand for the same file.
+    Files count as the same whatever their names: by links, by hard links, and by names that differ in case alone where the file system
+    ignores case.
 
     Args:
-        written: files and folders that will be written, and of each whether it may be there already. Of a folder, all that it holds
-            counts as written.
+        written: files and folders that will be written, each with whether it may exist already. All that a folder holds counts as
+            written.
         read: files that must stay as they are.
-        hint: behind "is there already", in the error's words.
+        hint: words that the error puts after "is there already".
 
     Raises:
-        ValueError: if one is read too, is there already but may not be, or is written twice, or into another.
-        UnwritableError: if its folder cannot be written into.
+        ValueError: if an output is also an input, exists but must not, is written twice, or lies in another output.
+        UnwritableError: if the folder of an output cannot be written into.
     """
     outputs = [(Path(path), may_be_there) for path, may_be_there in written]
     sources = [path for path in map(Path, read) if path.exists()]
@@ -173,7 +173,7 @@ def _identity(path: Path) -> Identity:
 
 
 def unwritable(path: PathLike, error: OSError) -> UnwritableError:
-    """An error that names a file or folder, of one that names none, or a temporary one. Its `errno` is the system's, if there is one."""
+    """The error for `path` that stands for one which names no file, or a temporary one. Its `errno` is the system's, if there is one."""
     failure = UnwritableError(f"cannot write {path}: {error.strerror or error}")
     failure.errno = error.errno if error.errno in errno.errorcode else None  # FFmpeg has numbers of its own
     return failure

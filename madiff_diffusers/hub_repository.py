@@ -15,7 +15,7 @@ from .model_cards import PLACEHOLDER
 # Checkpoints that come with the package, by name.
 CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
 
-# What a saved pipeline or component has: its index, and the code that a reader without the package needs.
+# The index of a saved pipeline or component, and the code that a reader without the package needs.
 _MARKS = (
     ("model_index.json", "pipeline_madiff.py"),
     ("config.json", "vq_magan.py"),
@@ -52,7 +52,7 @@ def weights_kind(name: str) -> tuple[str, str | None] | None:
 
 def replaced_weights(before: Iterable[str], after: Iterable[str]) -> set[str]:
     """
-    Which files of weights are left over once others were saved: an index and its files where there is one file now, or the other
+    Names of files of weights that newly saved ones replace: an index and its files where there is one file now, or the other
     way round. Variants that were not saved stay.
 
     Args:
@@ -76,25 +76,25 @@ def upload_repository(
     spare_card: ModelCard | None = None,
 ) -> str:
     """
-    Send a saved pipeline or component to the Hub, in one commit: all of it arrives, or nothing. Weights there that these take the
-    place of are removed. The card gets the repository's name where it says `REPOSITORY`.
+    Send a saved pipeline or component to the Hub in one commit, so that all of it arrives, or nothing. Weights in the repository that
+    these replace are removed. In the card, `REPOSITORY` becomes the repository's name.
 
     Args:
         folder: what `save_pretrained` wrote.
         repo_id: `user/name`; made if there is no such repository.
         private: whether a new repository is private; the account's default if not given.
         revision: branch, made from the main one if there is none of that name; the main one if not given.
-        commit_message: a general one if not given.
+        commit_message: message of the commit; a general one if not given.
         create_pr: open a pull request instead of committing to the branch.
-        token: of the account; that of `hf auth login` if not given.
+        token: the account's token; that of `hf auth login` if not given.
         keep_card: leave the repository's own model card, where it has one.
-        spare_card: model card for where neither the folder nor the repository has one.
+        spare_card: model card that is used if neither the folder nor the repository has one.
 
     Returns:
         address of the commit, or of the pull request.
 
     Raises:
-        ValueError: if the folder is no saved pipeline or component, or holds pickled weights, or no repository can have that name.
+        ValueError: if the folder is no saved pipeline or component, or holds pickled weights, or `repo_id` is not a possible name.
         OSError: if the Hub cannot be reached or refuses.
     """
     validate_repo_id(repo_id)
@@ -149,13 +149,13 @@ def repository_files(folder: Path) -> list[str]:
 
 def download_repository(repo_id: str, variant: str | None = None, code: Sequence[str] = (), **hub) -> str:
     """
-    Fetch a repository's configurations, weights and model card, and none of its code but what is asked for, into the Hub's cache. What is cached is not fetched again,
-    and where the Hub cannot be reached, it is enough.
+    Fetch a repository's configurations, weights and model card into the Hub's cache, and of its code what `code` names. Files in the
+    cache are not fetched again; they are enough where the Hub cannot be reached.
 
     Args:
         repo_id: `user/name`.
-        variant: of the weights, for the parts that have it.
-        code: names of files at its root that are fetched, too.
+        variant: variant of the weights, for the parts that have it.
+        code: names of code files at its root that are fetched, too.
         hub: arguments of [`~huggingface_hub.snapshot_download`]: `cache_dir`, `force_download`, `local_files_only`, `token`, `revision`.
 
     Returns:

@@ -21,7 +21,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Without loss, or with little: what was made goes through no second choice of what may be lost.
+# Results are written without loss, or with little.
 _SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
@@ -31,7 +31,7 @@ class OpenedImage(NamedTuple):
 
     Args:
         image: loaded, in its own mode, and turned upright where its metadata says so.
-        found: what else the file has, by keys of `properties.PROPERTIES`.
+        found: keys of `properties.PROPERTIES` for what else the file has.
         profile: colour profile (ICC) for RGB, if it has one.
         resolution: pixels per inch across and down, if it tells them.
     """

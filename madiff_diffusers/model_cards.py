@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
-# What a model card that is not written for one repository calls the one it is in.
+# The name of the repository in a card that is not written for a particular one.
 PLACEHOLDER = "REPOSITORY"
 
 _REQUIREMENTS = "pip install torch diffusers accelerate safetensors einops opencv-python-headless"
@@ -42,12 +42,12 @@ def model_card(
     model: DiffusionPipeline | ModelMixin, sections: Sequence[str] = (), variant: str | None = None, **metadata
 ) -> ModelCard:
     """
-    A model card that claims no more than the weights themselves tell.
+    Make a model card that claims no more than the weights themselves tell.
 
     Args:
         model: a pipeline or one of its components.
-        sections: Markdown that belongs between its parts and its limits: training, scores.
-        variant: of the weights, if there are no others.
+        sections: Markdown to put between its parts and its limits: training, scores.
+        variant: the variant of the weights, if there are no others.
         metadata: more fields for the card's header, as [`~huggingface_hub.ModelCardData`] has them.
     """
     is_pipeline = isinstance(model, DiffusionPipeline)
@@ -95,7 +95,7 @@ def _count(part: torch.nn.Module) -> str:
 
 
 def component_card(folder: Path) -> ModelCard | None:
-    """A model card for a component that was saved without one; None for a pipeline, which is not.
+    """Make a model card for a component, which is saved without one; None for a pipeline, which is not.
 
     Raises:
         ValueError: if its configuration is damaged.
@@ -116,12 +116,12 @@ def results_metadata(
     summaries: Sequence[dict[str, Any]], identity: dict[str, Any], metrics: Mapping[str, tuple[str, int]]
 ) -> dict[str, Any]:
     """
-    A checkpoint's scores, as fields for a model card's header.
+    Fields with a checkpoint's scores for a model card's header.
 
     Args:
-        summaries: of runs, any number of them.
-        identity: the checkpoint's, of [`MADiffMethod`]. Only runs of these weights, at these settings and precision, count.
-        metrics: titles of all metrics and how many digits their scores have, by name, in order.
+        summaries: summaries of any runs.
+        identity: the identity of the checkpoint's [`MADiffMethod`]. Only runs of these weights, at these settings and precision, count.
+        metrics: title of each metric and number of digits of its scores, by name, in order.
 
     Raises:
         ValueError: if no run is of this checkpoint, or several of one benchmark are.

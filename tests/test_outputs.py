@@ -52,7 +52,7 @@ def test_numbers_in_names_count():
         "²3.png",
         "٣.png",
     ]
-    assert sorted(reversed(names), key=natural_order) == ["٣.png", *names[:-1]]
+    assert sorted(set(names), key=natural_order) == ["٣.png", *names[:-1]]
 
 
 def test_a_benchmark_of_any_names(tmp_path):

@@ -1,4 +1,4 @@
-"""The benchmarks of the field: which frames of which files make a triplet, and how they are read."""
+"""The benchmarks of the field: the files of their triplets, and how these are read."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +22,11 @@ class Triplet(NamedTuple):
     """Two neighbours and the true frame between them.
 
     Args:
-        name: unique in its benchmark; a result's file is called so, folders included.
+        name: unique name in its benchmark, folders included; also that of a result's file.
         prev, truth, next: image files.
-        sequence: the clip that it comes from, where scores are averaged over each clip first.
-        view: how the files are read, one of `VIEWS`.
-        time: the true frame's instant, between 0 (the previous frame's) and 1 (the next one's).
+        sequence: clip that it comes from, where scores are averaged over each clip first.
+        view: view of the files that is read, one of `VIEWS`.
+        time: instant of the true frame, between 0 (the previous frame's) and 1 (the next one's).
     """
 
     name: str
@@ -55,10 +55,10 @@ class Triplet(NamedTuple):
 class Benchmark(NamedTuple):
     """
     Args:
-        layout: what its folder holds, for people.
-        find: gives the triplets of a folder, in order; empty if the folder does not hold the layout.
-        skipping: how many frames may be left out between two neighbours, to be made; without it, there is no choice.
-            `find` then takes their number besides.
+        layout: contents of its folder, in words.
+        find: function that gives the triplets of a folder, in order; none if the folder has another layout.
+        skipping: possible numbers of frames that are left out between two neighbours and made; if there is a choice, `find` takes
+            the number as a second argument.
     """
 
     layout: str
@@ -78,18 +78,18 @@ def look(image: np.ndarray, view: str) -> np.ndarray:
 
 
 def benchmark_title(benchmark: str, skip: int | None = None) -> str:
-    """What a benchmark is called in tables and folders: one with several instants is another than one with middles alone."""
+    """The name of a benchmark in tables and folders; with several instants, it is another than with middles alone."""
     return benchmark if skip in (None, 1) else f"{benchmark}-skip-{skip}"
 
 
 def find_triplets(benchmark: str, root: str, limit: int | None = None, skip: int | None = None) -> list[Triplet]:
-    """The triplets of a benchmark, their files looked at: all are there, whole, and of one size in each triplet.
+    """The triplets of a benchmark, whose files are checked: all exist, are whole, and have one size in each triplet.
 
     Args:
         benchmark: a name in `BENCHMARKS`.
         root: its folder.
-        limit: only the first so many.
-        skip: frames left out between two neighbours, which are the true ones; 1 if not given.
+        limit: number of triplets, from the first on; all if not given.
+        skip: number of true frames between two neighbours; 1 if not given.
 
     Raises:
         ValueError: if an argument is out of range, the folder does not hold the benchmark, or a file of it is not whole.
@@ -150,14 +150,14 @@ def _check_sizes(triplet: Triplet, sizes: Sequence[tuple[int, int]]) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Its subfolders; numbers in their order, names in theirs."""
+    """The subfolders of a folder, in natural order."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_order(path.name))
 
 
 def _images(folder: Path) -> list[Path]:
-    """Its image files, in the order of their names."""
+    """The image files of a folder, in natural order."""
     return sorted(
         (path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS),
         key=lambda path: natural_order(path.name),
@@ -215,8 +215,8 @@ def _first_of(*finders: Callable[[Path], list[Triplet]]) -> Callable[[Path], lis
 
 
 def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "whole") -> list[Triplet]:
-    """Of each clip's frames (numbered from 0) 3 between 2 and 4, 5 between 4 and 6, …, as long as two more frames follow: those
-    which methods that look at four frames can make too (LDMVFI's evaluation)."""
+    """Triplets of each clip's frames, numbered from 0: 3 between 2 and 4, 5 between 4 and 6, …, as long as two more frames follow.
+    Methods that look at four frames can make these, too (LDMVFI's evaluation)."""
     found = []
     for folder in _folders(root):
         frames = _images(folder)
@@ -227,7 +227,7 @@ def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "w
 
 
 def _between(name: str, frames: Sequence[Path], view: str = "whole") -> list[Triplet]:
-    """All frames between the first and the last, to be made from these two."""
+    """Triplets of the first frame, the last one, and each frame between them."""
     inner, last = frames[1:-1], len(frames) - 1
     return [
         Triplet(f"{name}/{truth.stem}", frames[0], truth, frames[last], name, view, Fraction(number, last))
@@ -236,7 +236,7 @@ def _between(name: str, frames: Sequence[Path], view: str = "whole") -> list[Tri
 
 
 def _frames(root: Path, skip: int) -> list[Triplet]:
-    """Of each folder, frames 0 and `skip` + 1 with what lies between them, then from there on, as far as the frames reach."""
+    """Triplets of each folder: frames 0 and `skip` + 1 with each frame between them, then on from there, as far as the frames reach."""
     if not root.is_dir():
         return []
     found = []
@@ -282,7 +282,7 @@ def _snu_film(level: str) -> Callable[[Path], list[Triplet]]:
 
 
 def _under(root: Path, name: str) -> Path:
-    """Where a file of a list lies: the lists' paths begin above the folder that they came in."""
+    """The place of a file in a list, whose paths begin above the folder that they came in."""
     parts = Path(name).parts
     places = [root / folder / Path(*parts[i:]) for i in range(len(parts)) for folder in ("", "test")]
     return next((place for place in places if place.is_file()), places[0])

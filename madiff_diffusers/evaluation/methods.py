@@ -1,4 +1,4 @@
-"""What a benchmark compares: a checkpoint in given settings, the baselines, and any function of two frames."""
+"""The methods that benchmarks compare: a checkpoint in given settings, the baselines, and any function of two frames."""
 
 import hashlib
 import importlib
@@ -26,7 +26,7 @@ from .visualization import gate_image, hints_images
 
 BASELINES = ("average", "flow")
 
-# What is decoded: what was denoised, zeros, noise of variance 1, what was denoised of the pair mirrored, or the true frame's.
+# Latents that are decoded: the denoised ones, zeros, noise of variance 1, the denoised ones of the mirrored pair, or the true frame's.
 LATENTS = ("denoised", "zero", "noise", "mirrored", "true")
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -35,8 +35,8 @@ MIDDLE = Fraction(1, 2)
 
 
 class Method(Protocol):
-    """Makes frames between two. `label` is its row in a table; `identity` tells all that its results depend on; `any_time`,
-    whether it makes others than the middle one."""
+    """A maker of frames between two. `label` is its row in a table, `identity` tells all that its results depend on, and `any_time`
+    tells whether it makes others than the middle one."""
 
     label: str
     identity: dict[str, Any]
@@ -158,7 +158,7 @@ class Settings(NamedTuple):
         hint_source: one part of the checkpoint's: the others' hints are replaced by zeros.
         scheduler: name of a Diffusers scheduler class, configured as the checkpoint's own.
         quantized: whether latents are moved to their nearest codes before they are decoded.
-        latents: one of `LATENTS`; what takes the place of the latents after the last step.
+        latents: one of `LATENTS`, which replace the latents after the last step.
     """
 
     steps: int | None = None
@@ -183,10 +183,10 @@ class MADiffMethod:
 
     Args:
         pipeline: the checkpoint, on its device. Its scheduler and hint source become those of `settings` while frames are made.
-        name: of the checkpoint, for the label.
+        name: name of the checkpoint in the label.
         digest: see `checkpoint_digest`.
-        settings: how it samples.
-        seed: of the noise, the same for every pair.
+        settings: settings of the sampling.
+        seed: seed of the noise, the same for every pair.
 
     Raises:
         ValueError: for a setting out of its range.
@@ -266,7 +266,7 @@ class MADiffMethod:
     def __call__(
         self, pairs: Sequence[Pair], time: Fraction = MIDDLE, truths: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """See `Method`. `truths` are the frames themselves, of which the latents are decoded where the settings say so."""
+        """See `Method`. `truths` are the true frames, whose latents are decoded if the settings say so."""
         arguments: dict[str, Any] = {}
         if "latents" in self.identity:
             arguments = {"callback_on_step_end": self._replacement(pairs, time, truths)}
@@ -277,7 +277,7 @@ class MADiffMethod:
     def _replacement(
         self, pairs: Sequence[Pair], time: Fraction, truths: Sequence[np.ndarray] | None
     ) -> Callable[..., dict[str, torch.Tensor]]:
-        """A callback that puts other latents in the place of those of the last step.
+        """A callback that replaces the latents of the last step.
 
         Raises:
             ValueError: if the true frames' are wanted, and these are not given.
@@ -318,7 +318,7 @@ class MADiffMethod:
         return replace
 
     def explain(self, pair: Pair, time: Fraction = MIDDLE) -> list[tuple[str, np.ndarray]]:
-        """What the last decoding of a pair was told and did: named pictures of hints and gate, `(H, W, 3)` uint8 each.
+        """Named pictures `(H, W, 3)` uint8 of the hints and the gate of a pair's last decoding.
 
         The gate is the finest: white where the previous frame was taken, black where the next one.
         """
@@ -374,7 +374,7 @@ class MADiffMethod:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a saved pipeline's configurations and weights, other variants of these aside."""
+    """SHA-256 over the names and contents of a saved pipeline's configurations and weights, without variants of the weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)

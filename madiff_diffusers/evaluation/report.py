@@ -1,4 +1,4 @@
-"""What runs come to: tables, files of numbers, a chart, and pages to look at."""
+"""Reports of runs: tables, files of numbers, a chart, and pages to look at."""
 
 import csv
 import hashlib
@@ -317,7 +317,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], ou
 
 
 def write_report(output: Path) -> list[dict[str, Any]]:
-    """Write what all finished runs of a folder come to: `results.json`, `results.csv`, `results.md`, `chart-BENCHMARK.svg` and
+    """Write the report of all finished runs of a folder: `results.json`, `results.csv`, `results.md`, `chart-BENCHMARK.svg` and
     `index.html`. Returns their summaries."""
     summaries = load_summaries(output)
     write_text(output / "results.json", json.dumps({"format": 1, "runs": summaries}, indent=1))

@@ -49,13 +49,13 @@ BOOTSTRAP_SAMPLES = 10_000
 
 
 class ItemRecord(NamedTuple):
-    """What is known of one item.
+    """The state of one item.
 
     Args:
         frame: SHA-256 of its file.
-        seconds: that it took.
-        scores: of this file.
-        networks: what gave each score, where that is a network.
+        seconds: time that it took.
+        scores: scores of this file, by metric.
+        networks: networks that gave scores, by metric.
     """
 
     frame: str
@@ -68,9 +68,9 @@ class BenchmarkRun:
     """
     Args:
         output: folder of this and other runs.
-        benchmark: its name.
-        triplets: its items.
-        method: what makes the frames.
+        benchmark: name of the benchmark.
+        triplets: items of the benchmark.
+        method: method that makes the frames.
         label: row in the tables and name of the folders.
         state: this process among others.
 
@@ -127,7 +127,7 @@ class BenchmarkRun:
         return np.asarray(read_image(self.result_path(triplet)))
 
     def predict(self, batch_size: int = 1) -> None:
-        """Make the frames that are not there yet, this process its share, and wait for the others.
+        """Make this process's share of the frames that are not there yet, and wait for the other processes.
 
         Each frame is timed; a first call for every new size is not.
 
@@ -167,7 +167,7 @@ class BenchmarkRun:
         self.state.wait_for_everyone()
 
     def score(self, scorer: Scorer, batch_size: int = 1) -> None:
-        """Score the files that have not been scored by these metrics yet, this process its share, and wait for the others.
+        """Score this process's share of the files that these metrics have not scored yet, and wait for the other processes.
 
         Raises:
             OSError, ValueError: if a file cannot be read.
@@ -193,8 +193,8 @@ class BenchmarkRun:
         self.records = self._read_records()
 
     def summarise(self, scorer: Scorer) -> dict[str, Any]:
-        """Means, their bootstrap intervals and the time per frame, and where there are several instants, the means of each; written
-        to `summary.json` when all is done."""
+        """Write `summary.json`: means, their bootstrap intervals, the time per frame, and where there are several instants, the means
+        of each. Returns what it holds."""
         records = [self.records[triplet.name] for triplet in self.triplets]
         sequences = [triplet.sequence or triplet.name for triplet in self.triplets]
         scores, networks = {}, {}
@@ -282,7 +282,7 @@ class BenchmarkRun:
         return self._digests[path][1]
 
     def _read_records(self) -> dict[str, ItemRecord]:
-        """What any process has done so far, of the frames that are there as they were written."""
+        """The records of all processes for frames that are still as they were written."""
         frames: dict[tuple[str, str], float] = {}
         scored: dict[tuple[str, str], list[dict]] = {}
         for path in sorted(self.folder.glob("progress-*.jsonl")):
@@ -309,7 +309,7 @@ class BenchmarkRun:
 
 
 class _ProgressFile:
-    """Appends lines to a file, each handed to the system before the next is made; there is no file without a line."""
+    """A file of lines, each handed to the system before the next is made; it exists from the first line on."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -350,7 +350,7 @@ def mean_and_interval(values: Sequence[float], sequences: Sequence[str]) -> dict
 
 
 def describe_environment(processes: int) -> dict[str, Any]:
-    """Versions of the libraries and what the machine is."""
+    """Versions of the libraries, and the machine's hardware."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -369,7 +369,7 @@ def describe_environment(processes: int) -> dict[str, Any]:
 
 
 def folder_name(label: str) -> str:
-    """A label as a folder's name: what is neither letter, digit nor harmless becomes `_`."""
+    """A label as a folder's name: each run of characters other than letters, digits and `_.=,+-` becomes `_`."""
     return re.sub(r"[^\w.=,+-]+", "_", label).strip(".") or "_"
 
 
@@ -386,7 +386,7 @@ def _by_size_and_time(rows: Sequence[tuple]) -> list[list[tuple]]:
 
 
 def _triplets_digest(triplets: Sequence[Triplet]) -> str:
-    """SHA-256 of the items' names, views and instants (middles aside) and their files' sizes in bytes, wherever they lie."""
+    """SHA-256 of the items' names, views, instants (other than the middle) and file sizes in bytes, but not of places of files."""
     lines = [
         json.dumps(
             [

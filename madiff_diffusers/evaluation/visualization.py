@@ -24,11 +24,11 @@ def offsets_image(offsets: torch.Tensor) -> np.ndarray:
 
 
 def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> list[tuple[str, np.ndarray]]:
-    """The parts of one side's hints `(C, H, W)`, each with its name.
+    """Pictures of the parts of one side's hints `(C, H, W)`, each with its name.
 
     Args:
-        hint_source: the name of the source, whose parts are joined by `+`.
-        source: itself. Of what it makes, two channels are taken for offsets; of more, the mean is shown.
+        hint_source: name of the source; parts are joined by `+`.
+        source: the source. Parts of two channels are taken for offsets; of others, the mean is shown.
     """
     images = []
     parts = source.sources if isinstance(source, StackedHints) else [source]
