@@ -55,5 +55,5 @@ setup(
         "test": TEST,
         "all": [*TEST, *DEMO],
     },
-    entry_points={"console_scripts": ["madiff=madiff_diffusers.cli:main"]},
+    entry_points={"console_scripts": ["madiff=madiff_diffusers.commands.madiff_cli:main"]},
 )

@@ -24,7 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from madiff_diffusers import MADiffPipeline
-from madiff_diffusers.cli import DTYPES, CommandError, checkpoint_folder, chosen_dtype, load_pipeline
+from madiff_diffusers.commands.common import DTYPES, CommandError, checkpoint_folder, chosen_dtype, load_pipeline
 from madiff_diffusers.evaluation.methods import FunctionMethod
 from madiff_diffusers.evaluation.runs import describe_environment
 

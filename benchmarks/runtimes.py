@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.pipeline import parse_count, parse_size, table
-from madiff_diffusers.cli import CommandError, checkpoint_folder, load_pipeline
+from madiff_diffusers.commands.common import CommandError, checkpoint_folder, load_pipeline
 from madiff_diffusers.evaluation.runs import describe_environment
 from madiff_diffusers.onnx_export import Graph, Tensors, build_graphs, example_tensors, export_onnx, frame_multiple
 

@@ -1,4 +1,4 @@
-"""Converter for checkpoints of RIFE 4.0 (https://github.com/hzwer/Practical-RIFE), of which the flow network is taken."""
+"""Converter for the flow networks in checkpoints of RIFE 4.0 (https://github.com/hzwer/Practical-RIFE)."""
 
 import os
 import pickle

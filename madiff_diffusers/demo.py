@@ -16,12 +16,11 @@ from typing import Any
 
 import av
 import gradio as gr
-import numpy as np
 import torch
 from PIL import Image
 
 from .image_io import open_image
-from .image_processor import rgb_of_image
+from .image_processor import rgb_of_image, to_uint8
 from .pipeline_madiff import MADiffPipeline
 from .video.jobs import Progress, interpolate_video
 from .video.reading import Source, VideoError, main_stream
@@ -42,13 +41,13 @@ Frames between frames, by [motion-aware latent diffusion](https://arxiv.org/abs/
 @dataclass(frozen=True)
 class Limits:
     """
-    What the demo takes on.
+    Limits on what the demo takes on.
 
     Args:
-        pixels: of a frame.
-        seconds: of a video, as it is uploaded.
-        frames: that one request makes.
-        upload: size of a file, as Gradio takes it, such as "200mb".
+        pixels: pixels of a frame.
+        seconds: seconds of an uploaded video.
+        frames: frames that one request makes.
+        upload: size of an uploaded file, as Gradio takes it, such as "200mb".
         waiting: requests in the queue.
     """
 
@@ -60,15 +59,15 @@ class Limits:
 
 
 class Stopped(Exception):
-    """The user's wish; no fault."""
+    """The user stopped the work; nothing failed."""
 
 
 class Work:
     """
-    Something that is made in a thread, so that a page can be told how far it is, and can stop it.
+    Work in a thread, whose progress a page can show, and which it can stop.
 
     Args:
-        make: what is to be done; called with a function to tell how far it is, which raises [`Stopped`] once it is asked to.
+        make: function that does the work; it is called with a function to report progress, which raises [`Stopped`] after `stop`.
     """
 
     def __init__(self, make: Callable[[Progress], Any]):
@@ -96,7 +95,7 @@ class Work:
         self._stop.set()
 
     def updates(self) -> Iterator[str]:
-        """How far it is, as HTML, until it ends; then what it raised, if it did."""
+        """Progress as HTML until the work ends; then raises what the work raised, if it did."""
         try:
             while self._thread.is_alive():
                 yield self._html()
@@ -123,9 +122,9 @@ class Demo:
     The page.
 
     Args:
-        pipeline: what makes the frames.
-        limits: what it takes on.
-        name: of the checkpoint, for the page.
+        pipeline: pipeline that makes the frames.
+        limits: limits on what it takes on.
+        name: name of the checkpoint on the page.
     """
 
     def __init__(self, pipeline: MADiffPipeline, limits: Limits = Limits(), name: str = "madiff-compact"):
@@ -211,7 +210,7 @@ class Demo:
         return "Stopping …" if request.session_hash in self._works else gr.skip()
 
     def _follow(self, request: gr.Request, make: Callable[[Progress], Any]) -> Iterator[tuple[str | None, Any]]:
-        """What to say, and at the end the result."""
+        """Messages for the page, each with None; at the end None with the result."""
         work = self._works[request.session_hash] = Work(make)
         try:
             for said in work.updates():
@@ -224,7 +223,7 @@ class Demo:
         try:
             if prev is None or next_ is None:
                 raise ValueError("Both frames are needed: upload the previous and the next one.")
-            pair = [rgb_of_image(open_image(path).image, path) for path in (prev, next_)]
+            pair = rgb_of_image(open_image(prev).image, prev), rgb_of_image(open_image(next_).image, next_)
             for array in pair:
                 self._check_size(array.shape[1], array.shape[0])
             if pair[0].shape != pair[1].shape:
@@ -243,11 +242,8 @@ class Demo:
                 frames = self.pipeline(
                     *pair, num_frames=int(count), generator=torch.Generator().manual_seed(0), callback_on_step_end=step
                 ).frames[0]
-                ends = [
-                    Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
-                    for array in pair
-                ]
-                return [ends[0], *frames, ends[1]]
+                first, last = (Image.fromarray(to_uint8(array)) for array in pair)
+                return [first, *frames, last]
 
             for said, frames in self._follow(request, make):
                 yield (
@@ -305,7 +301,7 @@ class Demo:
 
     def _check_video(self, path: Path, rate: Fraction | None, slow: Fraction) -> None:
         """
-        Looks at packets, not at frames.
+        Check a video by its packets, without decoding it.
 
         Raises:
             ValueError: if it is no video, or beyond the limits.
@@ -332,7 +328,7 @@ class Demo:
 
 
 def picture_file(**settings: Any) -> gr.Image:
-    """An image as the file that was uploaded, readable or not: Gradio would refuse with a message of its own what it cannot read."""
+    """An image input that gives the uploaded file, readable or not; Gradio's own would refuse unreadable files with its own message."""
     picture = gr.Image(type="filepath", sources=["upload", "clipboard"], **settings)
     picture.preprocess = lambda payload: (
         None if payload is None else payload.path
@@ -341,7 +337,7 @@ def picture_file(**settings: Any) -> gr.Image:
 
 
 def show_instant(frames: list[Image.Image], instant: float) -> tuple[Any, Any]:
-    """The frame nearest to an instant as a picture, and beside the same instant of a mere mixture."""
+    """The frame nearest to an instant as a picture, and a comparison of it with a mixture of both ends."""
     if not frames:
         return gr.skip(), gr.skip()
     number = round(instant * (len(frames) - 1))
@@ -358,7 +354,7 @@ def show_instant(frames: list[Image.Image], instant: float) -> tuple[Any, Any]:
 
 
 def message_of(error: BaseException, *paths: str | None) -> str:
-    """One line for the page: without folders of the server, and nothing of what is not the user's to mend."""
+    """An error as one line for the page, without folders of the server. Errors that the user cannot mend are raised again."""
     if isinstance(error, Stopped):
         return "Stopped."
     if not isinstance(error, (OSError, ValueError, TypeError, torch.OutOfMemoryError, av.FFmpegError)):
@@ -391,5 +387,5 @@ def serve(demo: Demo, host: str, port: int | None) -> None:
 
 
 def _exit(number: int, frame: Any) -> None:
-    """Ends the process in the way in which folders are removed."""
+    """End the process by an exception, so that temporary folders are removed."""
     raise SystemExit(128 + number)

@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A saved pipeline or component as a repository of the Hugging Face Hub: its model card, upload and download."""
+"""Where checkpoints are: beside this file, in a folder, or in a repository of the Hugging Face Hub; upload and download."""
 
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    snapshot_download,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
+from .model_cards import PLACEHOLDER
 
-# What a model card that is not written for one repository calls the one it is in.
-PLACEHOLDER = "REPOSITORY"
 
-# What a saved pipeline or component has: its index, and the code that a reader without the package needs.
+# Checkpoints that come with the package, by name.
+CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
+
+# The index of a saved pipeline or component, and the code that a reader without the package needs.
 _MARKS = (
     ("model_index.json", "pipeline_madiff.py"),
     ("config.json", "vq_magan.py"),
@@ -36,27 +29,18 @@ _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _WEIGHTS_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 
-_REQUIREMENTS = "pip install torch diffusers accelerate safetensors einops opencv-python-headless"
 
-_USE_PIPELINE = """\
-from diffusers import DiffusionPipeline
-from PIL import Image
+def bundled_checkpoints() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(path.parent.name for path in CHECKPOINT_FOLDER.glob("*/model_index.json"))
 
-pipe = DiffusionPipeline.from_pretrained({arguments}, trust_remote_code=True)
-mid = pipe(Image.open("prev.png"), Image.open("next.png")).frames[0][0]"""
 
-_USE_COMPONENT = """\
-from diffusers import AutoModel
-
-model = AutoModel.from_pretrained({arguments}, trust_remote_code=True)"""
-
-_CITATION = """\
-@article{huang2024madiff,
-  title   = {Motion-aware Latent Diffusion Models for Video Frame Interpolation},
-  author  = {Huang, Zhilin and Yu, Yijie and Yang, Ling and Qin, Chujun and Zheng, Bing and Zheng, Xiawu and Zhou, Zikun and Wang, Yaowei and Yang, Wenming},
-  journal = {arXiv preprint arXiv:2404.13534},
-  year    = {2024}
-}"""
+def local_checkpoint(name: str | os.PathLike) -> Path | None:
+    """The folder of a checkpoint on this machine: the folder of that name if there is one, else the checkpoint of that name that comes
+    with the package; None for what can only be a repository of the Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    return CHECKPOINT_FOLDER / name if isinstance(name, str) and name in bundled_checkpoints() else None
 
 
 def weights_kind(name: str) -> tuple[str, str | None] | None:
@@ -68,7 +52,7 @@ def weights_kind(name: str) -> tuple[str, str | None] | None:
 
 def replaced_weights(before: Iterable[str], after: Iterable[str]) -> set[str]:
     """
-    Which files of weights are left over once others were saved: an index and its files where there is one file now, or the other
+    Names of files of weights that newly saved ones replace: an index and its files where there is one file now, or the other
     way round. Variants that were not saved stay.
 
     Args:
@@ -78,62 +62,6 @@ def replaced_weights(before: Iterable[str], after: Iterable[str]) -> set[str]:
     after = set(after)
     kinds = {weights_kind(name) for name in after} - {None}
     return {name for name in before if weights_kind(name) in kinds} - after
-
-
-def model_card(
-    model: DiffusionPipeline | ModelMixin, sections: Sequence[str] = (), variant: str | None = None, **metadata
-) -> ModelCard:
-    """
-    A model card that claims no more than the weights themselves tell.
-
-    Args:
-        model: a pipeline or one of its components.
-        sections: Markdown that belongs between its parts and its limits: training, scores.
-        variant: of the weights, if there are no others.
-        metadata: more fields for the card's header, as [`~huggingface_hub.ModelCardData`] has them.
-    """
-    is_pipeline = isinstance(model, DiffusionPipeline)
-    parts = (
-        {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
-        if is_pipeline
-        else {"": model}
-    )
-    rows = [f"| `{name}` | `{type(part).__name__}` | {_count(part)} |" for name, part in parts.items()]
-    arguments = f'"{PLACEHOLDER}"' + (f', variant="{variant}"' if variant else "")
-    what = "Whole pipeline" if is_pipeline else f"`{type(model).__name__}`: one part"
-    blocks = [
-        f"# MADiff: {type(model).__name__}",
-        f"{what} of [MADiff](https://arxiv.org/abs/2404.13534), motion-aware latent diffusion for video frame interpolation: it makes "
-        "the frame between two video frames.",
-        f"```bash\n{_REQUIREMENTS}\n```",
-        f"```python\n{(_USE_PIPELINE if is_pipeline else _USE_COMPONENT).format(arguments=arguments)}\n```",
-        "`trust_remote_code=True` runs the Python files that stand here beside the weights. Where the package `madiff_diffusers` is "
-        f"installed, `{type(model).__name__}.from_pretrained` loads the same weights and runs none of them.",
-        "\n".join(["| part | class | parameters |", "|---|---|---|", *rows]),
-    ]
-    if is_pipeline:
-        config = model.config
-        blocks.append(
-            f"Motion hints come from {config.hint_source}. Unless told otherwise: {type(model.scheduler).__name__}, `num_inference_steps` "
-            f"{config.default_num_inference_steps}, `hint_interval` {config.default_hint_interval}, `hint_policy` {config.default_hint_policy}."
-        )
-    blocks += sections
-    blocks += [
-        "## Limits and licence",
-        "A made frame is a guess: what neither neighbour shows is invented. Frames far apart, or across a cut, give a wrong picture, "
-        "not an error. The code is Apache-2.0; the licence of the weights, where their maker states one, is in this card's header.",
-        "## Citation",
-        f"```bibtex\n{_CITATION}\n```",
-    ]
-    header = {"library_name": "diffusers", "tags": ["madiff", "video-frame-interpolation"], **metadata}
-    if is_pipeline:
-        header.setdefault("pipeline_tag", "video-to-video")
-    return ModelCard(f"---\n{ModelCardData(**header).to_yaml()}\n---\n\n" + "\n\n".join(blocks) + "\n")
-
-
-def _count(part: torch.nn.Module) -> str:
-    count = sum(parameter.numel() for parameter in part.parameters())
-    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
 
 
 def upload_repository(
@@ -148,25 +76,25 @@ def upload_repository(
     spare_card: ModelCard | None = None,
 ) -> str:
     """
-    Send a saved pipeline or component to the Hub, in one commit: all of it arrives, or nothing. Weights there that these take the
-    place of are removed. The card gets the repository's name where it says `REPOSITORY`.
+    Send a saved pipeline or component to the Hub in one commit, so that all of it arrives, or nothing. Weights in the repository that
+    these replace are removed. In the card, `REPOSITORY` becomes the repository's name.
 
     Args:
         folder: what `save_pretrained` wrote.
         repo_id: `user/name`; made if there is no such repository.
         private: whether a new repository is private; the account's default if not given.
         revision: branch, made from the main one if there is none of that name; the main one if not given.
-        commit_message: a general one if not given.
+        commit_message: message of the commit; a general one if not given.
         create_pr: open a pull request instead of committing to the branch.
-        token: of the account; that of `hf auth login` if not given.
+        token: the account's token; that of `hf auth login` if not given.
         keep_card: leave the repository's own model card, where it has one.
-        spare_card: model card for where neither the folder nor the repository has one.
+        spare_card: model card that is used if neither the folder nor the repository has one.
 
     Returns:
         address of the commit, or of the pull request.
 
     Raises:
-        ValueError: if the folder is no saved pipeline or component, or holds pickled weights, or no repository can have that name.
+        ValueError: if the folder is no saved pipeline or component, or holds pickled weights, or `repo_id` is not a possible name.
         OSError: if the Hub cannot be reached or refuses.
     """
     validate_repo_id(repo_id)
@@ -180,7 +108,9 @@ def upload_repository(
         there = api.list_repo_files(repo_id, revision=revision)
         if keep_card and "README.md" in there:
             names.remove("README.md")
-        operations = [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(name, folder / name) for name in names if name != "README.md"
+        ]
         card = (folder / "README.md").read_bytes().decode("utf-8") if "README.md" in names else None
         if card is None and spare_card is not None and "README.md" not in there:
             card = str(spare_card)
@@ -219,13 +149,13 @@ def repository_files(folder: Path) -> list[str]:
 
 def download_repository(repo_id: str, variant: str | None = None, code: Sequence[str] = (), **hub) -> str:
     """
-    Fetch a repository's configurations, weights and model card, and none of its code but what is asked for, into the Hub's cache. What is cached is not fetched again,
-    and where the Hub cannot be reached, it is enough.
+    Fetch a repository's configurations, weights and model card into the Hub's cache, and of its code what `code` names. Files in the
+    cache are not fetched again; they are enough where the Hub cannot be reached.
 
     Args:
         repo_id: `user/name`.
-        variant: of the weights, for the parts that have it.
-        code: names of files at its root that are fetched, too.
+        variant: variant of the weights, for the parts that have it.
+        code: names of code files at its root that are fetched, too.
         hub: arguments of [`~huggingface_hub.snapshot_download`]: `cache_dir`, `force_download`, `local_files_only`, `token`, `revision`.
 
     Returns:

@@ -1,27 +1,14 @@
 """Reading and writing image files."""
 
-import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import ExifTags, Image
 
-from .image_processor import rgb_of_image, rgba_of_transparent
-from .outputs import PathLike, unwritable
+from .files import WRITABLE_FORMATS, PathLike, replacing, unwritable
+from .image_processor import rgb_of_image, rgba_of_transparent, to_uint8
 from .properties import exif_tags, found_in_image, pixel_aspect
 
-
-WRITABLE_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".webp": "WEBP",
-    ".ppm": "PPM",
-}
 
 # How an image is turned upright, by EXIF's numbers of orientations; 1 is upright.
 _TURNS = {
@@ -34,8 +21,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Without loss, or with little: what was made goes through no second choice of what may be lost.
-_SETTINGS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+# Results are written without loss, or with little.
+_SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
 class OpenedImage(NamedTuple):
@@ -44,7 +31,7 @@ class OpenedImage(NamedTuple):
 
     Args:
         image: loaded, in its own mode, and turned upright where its metadata says so.
-        found: what else the file has, by keys of `properties.PROPERTIES`.
+        found: keys of `properties.PROPERTIES` for what else the file has.
         profile: colour profile (ICC) for RGB, if it has one.
         resolution: pixels per inch across and down, if it tells them.
     """
@@ -79,8 +66,7 @@ def open_image(path: PathLike) -> OpenedImage:
 def _resolution(file: Image.Image, is_on_its_side: bool) -> tuple[float, float] | None:
     if "dpi" in file.info and min(file.info["dpi"]) > 0:
         across, down = file.info["dpi"]
-    elif pixel_aspect(file) is not None:  # by itself, without inches
-        aspect = pixel_aspect(file)
+    elif (aspect := pixel_aspect(file)) is not None:  # by itself, without inches
         across, down = aspect.denominator, aspect.numerator
     else:
         return None
@@ -94,8 +80,7 @@ def read_image(path: PathLike) -> Image.Image:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read as an image.
     """
-    array = rgb_of_image(open_image(path).image, str(path))
-    return Image.fromarray(array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8))
+    return Image.fromarray(to_uint8(rgb_of_image(open_image(path).image, str(path))))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -120,7 +105,7 @@ def image_format(path: PathLike) -> str:
 def write_image(
     image: Image.Image, path: PathLike, profile: bytes | None = None, resolution: tuple[float, float] | None = None
 ) -> None:
-    """Write an image under a temporary name beside `path`, then rename it: the file is whole or not there.
+    """Write an image, whole or not at all; see `files.replacing`.
 
     Args:
         profile, resolution: see [`OpenedImage`]; left out where the format has no place for them.
@@ -131,17 +116,14 @@ def write_image(
     """
     path = Path(path)
     format_name = image_format(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    settings = {"icc_profile": profile, "dpi": resolution}
     try:
-        settings = {"icc_profile": profile, "dpi": resolution}
-        image.save(
-            temporary,
-            format=format_name,
-            **_SETTINGS.get(format_name, {}),
-            **{name: value for name, value in settings.items() if value},
-        )
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            image.save(
+                temporary,
+                format=format_name,
+                **_SETTINGS.get(format_name, {}),
+                **{name: value for name, value in settings.items() if value},
+            )
     except OSError as error:
         raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)

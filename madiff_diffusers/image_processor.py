@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames in and out: load, check and pad pairs of frames for the pipeline; crop and convert what it made."""
+"""Frames in and out: frames are checked, converted and padded for the pipeline; results are cropped and converted."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ class FrameProcessor:
         """Frames as one `(B, 3, H, W)` float32 tensor in [-1, 1].
 
         Args:
-            frames: a PIL image, as `rgb_of_image` takes it; a numpy array `(H, W, 3)` or `(B, H, W, 3)`, uint8, or float in [0, 1]; a tensor
+            frames: a PIL image that `rgb_of_image` takes; a numpy array `(H, W, 3)` or `(B, H, W, 3)`, uint8, or float in [0, 1]; a tensor
                 `(3, H, W)` or `(B, 3, H, W)`, uint8, or float in [0, 1]; or a list of any one of these.
             name: what the errors call it.
 
@@ -38,7 +38,9 @@ class FrameProcessor:
             TypeError: for any other type.
             ValueError: for any other shape or range, frames of different sizes, or an empty list.
         """
-        items = list(frames) if isinstance(frames, (list, tuple)) else [frames]
+        items: list[PIL.Image.Image | np.ndarray | torch.Tensor] = (
+            [*frames] if isinstance(frames, (list, tuple)) else [frames]
+        )
         if not items:
             raise ValueError(f"`{name}` must hold at least one frame, but is an empty list.")
         tensors = [self._one_to_tensor(item, name) for item in items]
@@ -103,18 +105,19 @@ class FrameProcessor:
         array = rearrange(frames, "b f c h w -> b f h w c").cpu().numpy()
         if output_type == "np":
             return array
-        return [[self._to_pil(frame) for frame in pair] for pair in array]
+        return [[PIL.Image.fromarray(to_uint8(frame)) for frame in pair] for pair in array]
 
-    @staticmethod
-    def _to_pil(frame: np.ndarray) -> PIL.Image.Image:
-        return PIL.Image.fromarray((frame * 255).round().astype(np.uint8))
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """An image of uint8, or of floating point in [0, 1], as uint8; values are rounded to the nearest, halves to even."""
+    return image if image.dtype == np.uint8 else np.rint(image.clip(0, 1) * 255).astype(np.uint8)
 
 
 def rgb_of_image(image: PIL.Image.Image, name: str = "an image") -> np.ndarray:
     """A PIL image of any mode as RGB `(H, W, 3)`: uint8, or float32 in [0, 1] where it has more than 8 bits of grey.
 
-    Those are modes I;16 and I, which are 16 bits, in [0, 65535], as files have them; and F, in [0, 1]. Transparent pixels are
-    shown on black: what lies under them was never meant to be seen.
+    Modes with more bits are I;16 and I, whose values are 16 bits, in [0, 65535], as files have them, and F, with values in [0, 1].
+    Transparent pixels are shown on black, since the colours under them were never meant to be seen.
 
     Args:
         name: what the errors call it.
@@ -141,7 +144,7 @@ def rgba_of_transparent(image: PIL.Image.Image) -> PIL.Image.Image | None:
     if not image.has_transparency_data or image.mode[0] in "IF":
         return None
     image = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
-    return image if image.getchannel("A").getextrema()[0] < 255 else None
+    return image if np.asarray(image.getchannel("A")).min() < 255 else None
 
 
 def check_same_size(prev: Sequence[int], next_: Sequence[int], names: Sequence[str]) -> None:

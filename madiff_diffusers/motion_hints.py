@@ -322,6 +322,7 @@ TRAVELLING = (
     "eventgan",
     "hub_repository",
     "image_processor",
+    "model_cards",
     "motion_flow",
     "motion_hints",
     "pipeline_madiff",

@@ -33,8 +33,9 @@ _missing = [package for module, package in _REQUIREMENTS.items() if importlib.ut
 if _missing:
     raise ImportError(f"MADiffPipeline needs packages that are not installed: pip install {' '.join(_missing)}")
 
-from .hub_repository import PLACEHOLDER, download_repository, model_card, replaced_weights, upload_repository  # noqa: E402
+from .hub_repository import download_repository, local_checkpoint, replaced_weights, upload_repository  # noqa: E402
 from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
+from .model_cards import PLACEHOLDER, model_card  # noqa: E402
 from .motion_hints import (  # noqa: E402
     HintPair,
     HintSource,
@@ -57,15 +58,7 @@ HINT_POLICIES = ("sampling", "damped", "start", "neighbours", "none")
 # Files with the code of components, by their stems.
 _COMPONENT_MODULES = ("eventgan", "motion_flow", "vq_magan")
 
-# Checkpoints inside the package, by name.
-CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
-
 logger = logging.get_logger(__name__)
-
-
-def bundled_checkpoints() -> list[str]:
-    """Names of the checkpoints inside the package."""
-    return sorted(path.parent.name for path in CHECKPOINT_FOLDER.glob("*/model_index.json"))
 
 
 def _check_count(value: Any, name: str) -> None:
@@ -257,14 +250,11 @@ class MADiffPipeline(DiffusionPipeline):
         if kwargs.get("i2e", False) is None:
             logger.warning("`i2e` is None: event hints are zeros.")
         name, repository = str(pretrained_model_name_or_path), None
-        folder = Path(name)
-        if not folder.is_dir():
-            if isinstance(pretrained_model_name_or_path, str) and name in bundled_checkpoints():
-                folder = CHECKPOINT_FOLDER / name
-                if kwargs.get("variant") == "fp16":  # which is what their one set of weights is
-                    del kwargs["variant"]
-            else:
-                folder, repository = Path(cls.download(name, **kwargs)), name
+        folder = local_checkpoint(pretrained_model_name_or_path)
+        if folder is None:
+            folder, repository = Path(cls.download(name, **kwargs)), name
+        elif folder != Path(name) and kwargs.get("variant") == "fp16":
+            del kwargs["variant"]  # a checkpoint that comes with the package has one set of weights, which is that
         if __package__ == "madiff_diffusers":
             # Diffusers loads components only from modules imported before.
             for module in _COMPONENT_MODULES:

@@ -7,10 +7,10 @@ from accelerate import PartialState
 
 
 def this_process(device: torch.device) -> PartialState:
-    """This process among those that were launched with it (alone, if none were). Waiting for another may take as long as its share."""
+    """This process among those that were launched with it, or alone. It waits for others for up to 7 days, as long as their share may take."""
     return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 
 def own_device(state: PartialState, device: torch.device) -> torch.device:
-    """One device for each process; of a single process, the one that it was told."""
+    """A device of its own for each process; `device` for a single one."""
     return state.device if device.type == "cuda" and state.num_processes > 1 else device

@@ -1,4 +1,4 @@
-"""A folder that runs the demo as a Space of the Hugging Face Hub."""
+"""Folders that run the demo as a Space of the Hugging Face Hub."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .pipeline_madiff import MADiffPipeline
 
 
-# What setup.py asks for; the Hub installs Gradio by the header of README.md.
+# The requirements in setup.py; the Hub installs Gradio by the header of README.md.
 REQUIREMENTS = (
     "torch>=2.6",
     "diffusers>=0.42.1",
@@ -59,11 +59,13 @@ the limits on uploads are in `app.py`.
 
 def write_space(folder: Path, pipeline: MADiffPipeline, name: str, license_id: str | None = None) -> None:
     """
+    Fill a folder with a Space.
+
     Args:
-        folder: to fill; is there, and empty.
-        pipeline: what the page uses.
-        name: of the checkpoint, for the page.
-        license_id: of the weights, as the Hub names it.
+        folder: an empty folder.
+        pipeline: pipeline that the page uses.
+        name: name of the checkpoint on the page.
+        license_id: licence of the weights, as the Hub names it.
 
     Raises:
         OSError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""What the terminal that a command runs in can show."""
+"""Progress bars that suit the terminal that a command runs in."""
 
 import os
 import sys
@@ -6,13 +6,13 @@ from contextlib import suppress
 from typing import Any
 
 
-COLUMNS, ROWS = 80, 24  # of one that does not tell its size
-LOG_SECONDS = 30  # between lines about how far it is, where there is no terminal for a bar
+COLUMNS, ROWS = 80, 24  # of a terminal that does not tell its size
+LOG_SECONDS = 30  # from one line of progress to the next, where there is no terminal for a bar
 
 
 def bar_size() -> dict[str, Any]:
-    """Settings of a tqdm bar on stderr. A terminal that does not tell its size, as one of a container or a serial line may not, has
-    usual ones: by itself, tqdm would draw nothing there."""
+    """Size settings of a tqdm bar on stderr. A terminal that does not tell its size, such as that of a container or a serial line,
+    counts as one of 80 by 24; by itself, tqdm would draw nothing there."""
     with suppress(OSError):
         if os.get_terminal_size(sys.stderr.fileno()).columns:
             return {"dynamic_ncols": True}
@@ -21,10 +21,10 @@ def bar_size() -> dict[str, Any]:
 
 def bar_settings(unit: str, units: str) -> dict[str, Any]:
     """
-    Settings of a tqdm bar on stderr; where that is no terminal, of a line now and then.
+    Settings of a tqdm bar on stderr, or of a line now and then where stderr is no terminal.
 
     Args:
-        unit, units: of what is counted, in the singular and in the plural.
+        unit, units: name of what is counted, in the singular and in the plural.
     """
     if sys.stderr.isatty():
         return {"unit": unit, **bar_size()}
@@ -33,7 +33,7 @@ def bar_settings(unit: str, units: str) -> dict[str, Any]:
 
 
 class _Lines:
-    """What a bar draws again and again in one place of a terminal, as lines of a log."""
+    """A file that turns what a bar draws again and again in one place of a terminal into lines of a log."""
 
     def write(self, text: str) -> None:
         if text.strip():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madiff_diffusers.cli import BENCHMARK_NAMES
+from madiff_diffusers.commands.evaluate import BENCHMARK_NAMES
 from madiff_diffusers.evaluation.benchmarks import BENCHMARKS, XIPH_CLIPS, find_triplets
 from tests.conftest import moving_picture
 

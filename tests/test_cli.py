@@ -1,5 +1,6 @@
 """The `madiff` command as a user runs it: real processes, real files."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from madiff_diffusers import EventGANModel, __version__
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import build_parser, main
 from madiff_diffusers.image_io import read_image, write_image
 from madiff_diffusers.precision import best_device
 from madiff_diffusers.video.writing import CODECS
@@ -102,23 +103,41 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, frames, tmp_path, cap
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_help_names_every_option(capsys):
+COMMANDS = next(
+    action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+)  # argparse tells of them nowhere else
+
+
+def squeezed(text: str) -> str:
+    """A text without spaces and line ends, which `--help` puts anywhere."""
+    return "".join(text.split())
+
+
+def test_help_tells_what_every_command_does(capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["interpolate", "--help"])
-    printed = capsys.readouterr().out
-    for option in (
-        "PREV",
-        "NEXT",
-        "--output",
-        "--num-frames",
-        "--times",
-        "--steps",
-        "--seed",
-        "--checkpoint",
-        "--device",
-        "--dtype",
-    ):
-        assert option in printed
+        main(["--help"])
+    printed = squeezed(capsys.readouterr().out)
+    told = {action.dest: action.help for action in COMMANDS._choices_actions}
+    assert told.keys() == COMMANDS.choices.keys()
+    for name, text in told.items():
+        assert text and squeezed(name + text) in printed, name
+    assert len(set(told.values())) == len(told)
+
+
+@pytest.mark.parametrize("name", COMMANDS.choices)
+def test_help_tells_what_every_option_does(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    printed = squeezed(capsys.readouterr().out)
+    command = COMMANDS.choices[name]
+    assert command.description and squeezed(command.description) in printed
+    for action in command._actions:
+        assert action.help and len(action.help.split()) >= 2, action.dest
+        assert squeezed(action.help) in printed, action.dest
+        names = [each for each in action.option_strings if each.startswith("--")] or [action.metavar]
+        assert all(each in printed for each in names), action.dest
+    told = [action.help for action in command._actions]
+    assert len(set(told)) == len(told), "each says what it alone does"
 
 
 def test_convert_eventgan(tmp_path, capsys):
@@ -163,14 +182,18 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]
 
 
-def test_importing_the_package_is_quick():
-    code = (
-        "import time, diffusers; start = time.perf_counter(); import madiff_diffusers; "
-        "print(time.perf_counter() - start, 'cv2' in __import__('sys').modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    seconds, opencv = done.stdout.split()
-    assert float(seconds) < 1 and opencv == "False", "heavy modules are imported on first use"
+@pytest.mark.parametrize(
+    "arguments", [None, (), ("--help",), *((name, "--help") for name in COMMANDS.choices)], ids=str
+)
+def test_heavy_modules_are_imported_on_first_use(arguments):
+    code = "import atexit, sys, madiff_diffusers; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    if arguments is not None:
+        code += f"; from madiff_diffusers.commands.madiff_cli import main; main({list(arguments)})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stderr.split()}
+    assert "madiff_diffusers" in imported
+    heavy = {"torch", "diffusers", "cv2", "av", "numpy", "PIL", "accelerate", "huggingface_hub", "gradio"}
+    assert not heavy & imported
 
 
 def test_the_command_alone_prints_its_help(capsys):

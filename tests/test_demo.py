@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from madiff_diffusers import MADiffPipeline
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.image_io import read_image
 from madiff_diffusers.space import GRADIO, REQUIREMENTS
 from tests.conftest import REPOSITORY, moving_picture

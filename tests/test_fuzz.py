@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as some
 from PIL import Image, ImageCms, PngImagePlugin
 
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from tests.conftest import moving_picture
 from tests.video_files import write_video
 

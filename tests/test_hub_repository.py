@@ -25,10 +25,9 @@ from safetensors.torch import load_file
 
 import madiff_diffusers
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.components import standalone_code
-from madiff_diffusers.hub_repository import upload_repository
-from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
+from madiff_diffusers.hub_repository import CHECKPOINT_FOLDER, upload_repository
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import ADDRESS, local_hub
 
@@ -460,7 +459,7 @@ def test_download_breaks_off_and_goes_on(bare_python, exported, frames, expected
 
 @pytest.mark.slow
 def test_a_killed_download_keeps_the_files_that_it_has(exported, frames, expected, tmp_path):
-    code = "import sys; from madiff_diffusers.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from madiff_diffusers.commands.madiff_cli import main; sys.exit(main(sys.argv[1:]))"
     pair = [str(tmp_path / f"{name}.png") for name in ("prev", "next")]
     for path, frame in zip(pair, np.load(frames)):
         Image.fromarray(frame).save(path)

@@ -20,7 +20,7 @@ from madiff_diffusers import (
     VQMAGANModel,
     convert_rife_checkpoint,
 )
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.warping import correlate, warp
 from tests.conftest import excite, load_config, moving_picture
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 
 from madiff_diffusers import VQMAGANModel, onnx_export
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.onnx_export import build_graphs, example_tensors, export_onnx, frame_multiple
 from tests.conftest import REPOSITORY, build_pipeline, excite, load_config, moving_picture

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from madiff_diffusers import interpolate_video
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
+from madiff_diffusers.evaluation.benchmarks import find_triplets
 from madiff_diffusers.evaluation.evaluate import evaluate
 from madiff_diffusers.evaluation.methods import Baseline
 from madiff_diffusers.evaluation.metrics import Scorer
+from madiff_diffusers.files import check_outputs, filled_folder, natural_order, replacing, write_text
 from madiff_diffusers.image_io import write_image
-from madiff_diffusers.outputs import check_outputs
 from madiff_diffusers.video.reading import VideoError
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, film_clip, write_video
@@ -36,6 +37,52 @@ def image(path: Path, time: float = 0) -> Path:
 
 def run(pipeline, source, output, **options):
     return interpolate_video(pipeline, source, output, progress=False, **{"factor": 1, **options})
+
+
+def test_numbers_in_names_count():
+    """Decimal numbers alone: a superscript is a digit to Python, but no number."""
+    names = [
+        "9.png",
+        "10.png",
+        "frame2.png",
+        "frame10.png",
+        "frame10b.png",
+        "frame²3.png",
+        "frame³.png",
+        "²3.png",
+        "٣.png",
+    ]
+    assert sorted(set(names), key=natural_order) == ["٣.png", *names[:-1]]
+
+
+def test_a_benchmark_of_any_names(tmp_path):
+    for number, name in enumerate(("9", "10", "²3")):
+        image(tmp_path / f"{name}.png", number)
+    (triplet,) = find_triplets("frames", str(tmp_path))
+    assert [path.stem for path in triplet.files] == ["9", "10", "²3"]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "first")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("second")
+        assert path.read_text() == "first"
+        1 / 0
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+    write_text(path, "third")
+    assert path.read_text() == "third" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(ZeroDivisionError), filled_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("some")
+        1 / 0
+    assert not list(tmp_path.iterdir())
+    with filled_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("all")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "file").read_text() == "all" and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_the_same_file_by_other_names(tmp_path):

@@ -11,8 +11,9 @@ from av.sidedata.sidedata import Type
 from PIL import Image, ImageCms, PngImagePlugin
 
 from madiff_diffusers import interpolate_video
-from madiff_diffusers.cli import main
-from madiff_diffusers.image_io import WRITABLE_FORMATS, open_image
+from madiff_diffusers.commands.madiff_cli import main
+from madiff_diffusers.files import WRITABLE_FORMATS
+from madiff_diffusers.image_io import open_image
 from madiff_diffusers.properties import (
     IRRELEVANT_INFO,
     IRRELEVANT_SIDE_DATA,

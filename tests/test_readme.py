@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from madiff_diffusers.cli import build_parser, main
+from madiff_diffusers.commands.madiff_cli import build_parser, main
 from madiff_diffusers.evaluation.benchmarks import BENCHMARKS
 from madiff_diffusers.evaluation.evaluate import QUESTIONS
 from madiff_diffusers.evaluation.metrics import METRICS

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from madiff_diffusers import interpolate_frames, interpolate_video
-from madiff_diffusers.cli import build_parser
+from madiff_diffusers.commands.madiff_cli import build_parser
 from madiff_diffusers.video.colour import ColourPath, ColourTags, _samples, planar_format
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.options import VideoOptions

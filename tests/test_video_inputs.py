@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from madiff_diffusers import interpolate_video
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.video.reading import Source, VideoError, analyse, image_frame
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, write_video

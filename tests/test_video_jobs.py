@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
-from madiff_diffusers.cli import main
+from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.options import VideoOptions
 from madiff_diffusers.video.reading import VideoError

@@ -6,7 +6,8 @@ from pathlib import Path
 import yaml
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
-from madiff_diffusers.hub_repository import model_card, upload_repository
+from madiff_diffusers.hub_repository import upload_repository
+from madiff_diffusers.model_cards import model_card
 from training.data import parse_sources
 from training.options import RunOptions
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from madiff_diffusers.evaluation.pictures import events_image
+from madiff_diffusers.evaluation.visualization import events_image
 from madiff_diffusers.eventgan import EventGANModel
 from training.data import EventMaker, build_samples
 from training.losses import Adversary

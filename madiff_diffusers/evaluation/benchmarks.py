@@ -1,6 +1,5 @@
-"""The benchmarks of the field: which frames of which files make a triplet, and how they are read."""
+"""The benchmarks of the field: the files of their triplets, and how these are read."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -11,7 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..image_io import WRITABLE_FORMATS, read_image
+from ..files import WRITABLE_FORMATS, natural_order
+from ..image_io import read_image
 
 
 # Ways to look at a file: as it is, at half its size (areas averaged), or its central quarter.
@@ -22,11 +22,11 @@ class Triplet(NamedTuple):
     """Two neighbours and the true frame between them.
 
     Args:
-        name: unique in its benchmark; a result's file is called so, folders included.
+        name: unique name in its benchmark, folders included; also that of a result's file.
         prev, truth, next: image files.
-        sequence: the clip that it comes from, where scores are averaged over each clip first.
-        view: how the files are read, one of `VIEWS`.
-        time: the true frame's instant, between 0 (the previous frame's) and 1 (the next one's).
+        sequence: clip that it comes from, where scores are averaged over each clip first.
+        view: view of the files that is read, one of `VIEWS`.
+        time: instant of the true frame, between 0 (the previous frame's) and 1 (the next one's).
     """
 
     name: str
@@ -47,18 +47,18 @@ class Triplet(NamedTuple):
         Raises:
             OSError, ValueError: if a file is missing or no image, or the three differ in size; the message names it.
         """
-        images = [look(np.asarray(read_image(path)), self.view) for path in self.files]
-        _check_sizes(self, [image.shape[1::-1] for image in images])
-        return tuple(images)
+        prev, truth, next_ = (look(np.asarray(read_image(path)), self.view) for path in self.files)
+        _check_sizes(self, [(image.shape[1], image.shape[0]) for image in (prev, truth, next_)])
+        return prev, truth, next_
 
 
 class Benchmark(NamedTuple):
     """
     Args:
-        layout: what its folder holds, for people.
-        find: gives the triplets of a folder, in order; empty if the folder does not hold the layout.
-        skipping: how many frames may be left out between two neighbours, to be made; without it, there is no choice.
-            `find` then takes their number besides.
+        layout: contents of its folder, in words.
+        find: function that gives the triplets of a folder, in order; none if the folder has another layout.
+        skipping: possible numbers of frames that are left out between two neighbours and made; if there is a choice, `find` takes
+            the number as a second argument.
     """
 
     layout: str
@@ -78,18 +78,18 @@ def look(image: np.ndarray, view: str) -> np.ndarray:
 
 
 def benchmark_title(benchmark: str, skip: int | None = None) -> str:
-    """What a benchmark is called in tables and folders: one with several instants is another than one with middles alone."""
+    """The name of a benchmark in tables and folders; with several instants, it is another than with middles alone."""
     return benchmark if skip in (None, 1) else f"{benchmark}-skip-{skip}"
 
 
 def find_triplets(benchmark: str, root: str, limit: int | None = None, skip: int | None = None) -> list[Triplet]:
-    """The triplets of a benchmark, their files looked at: all are there, whole, and of one size in each triplet.
+    """The triplets of a benchmark, whose files are checked: all exist, are whole, and have one size in each triplet.
 
     Args:
         benchmark: a name in `BENCHMARKS`.
         root: its folder.
-        limit: only the first so many.
-        skip: frames left out between two neighbours, which are the true ones; 1 if not given.
+        limit: number of triplets, from the first on; all if not given.
+        skip: number of true frames between two neighbours; 1 if not given.
 
     Raises:
         ValueError: if an argument is out of range, the folder does not hold the benchmark, or a file of it is not whole.
@@ -103,7 +103,7 @@ def find_triplets(benchmark: str, root: str, limit: int | None = None, skip: int
     if skip is not None and skipping is None:
         choices = ", ".join(name for name, each in BENCHMARKS.items() if each.skipping is not None)
         raise ValueError(f"`skip` is for {choices}, but `benchmark` is {benchmark!r}.")
-    if skip is not None and skip not in skipping:
+    if skip is not None and skipping is not None and skip not in skipping:
         raise ValueError(f"`skip` must be from {skipping[0]} to {skipping[-1]} for {benchmark}, but is {skip}.")
     found = find(Path(root)) if skipping is None else find(Path(root), skip or 1)
     if not found:
@@ -150,22 +150,24 @@ def _check_sizes(triplet: Triplet, sizes: Sequence[tuple[int, int]]) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Its subfolders; numbers in their order, names in theirs."""
+    """The subfolders of a folder, in natural order."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: _natural(path.name))
-
-
-def _natural(name: str) -> list[tuple[int, object]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_order(path.name))
 
 
 def _images(folder: Path) -> list[Path]:
-    """Its image files, in the order of their names."""
+    """The image files of a folder, in natural order."""
     return sorted(
         (path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS),
-        key=lambda path: _natural(path.name),
+        key=lambda path: natural_order(path.name),
     )
+
+
+def _triplet(name: str, files: Iterable[Path], sequence: str | None = None, view: str = "whole") -> Triplet:
+    """A triplet of the middle frame, of three files in order."""
+    prev, truth, next_ = files
+    return Triplet(name, prev, truth, next_, sequence, view)
 
 
 def _inputs_and_truths(root: Path) -> list[Triplet]:
@@ -180,7 +182,7 @@ def _inputs_and_truths(root: Path) -> list[Triplet]:
                     root / truths / name / "frame10i11.png",
                     root / inputs / name / "frame11.png",
                 )
-                for name in sorted(names, key=_natural)
+                for name in sorted(names, key=natural_order)
             ]
     return []
 
@@ -190,7 +192,7 @@ def _named_frames(names: tuple[str, str, str]) -> Callable[[Path], list[Triplet]
 
     def find(root: Path) -> list[Triplet]:
         folders = [path for path in _folders(root) if any((path / name).is_file() for name in names)]
-        return [Triplet(folder.name, *(folder / name for name in names)) for folder in folders]
+        return [_triplet(folder.name, (folder / name for name in names)) for folder in folders]
 
     return find
 
@@ -201,7 +203,7 @@ def _three_images(root: Path) -> list[Triplet]:
         images = _images(folder)
         if len(images) != 3:
             raise ValueError(f"Each folder of triplets must hold 3 images, but {folder} holds {len(images)}.")
-        found.append(Triplet(folder.name, *images))
+        found.append(_triplet(folder.name, images))
     return found
 
 
@@ -213,19 +215,19 @@ def _first_of(*finders: Callable[[Path], list[Triplet]]) -> Callable[[Path], lis
 
 
 def _every_second_frame(root: Path, view: Callable[[str], str] = lambda name: "whole") -> list[Triplet]:
-    """Of each clip's frames (numbered from 0) 3 between 2 and 4, 5 between 4 and 6, …, as long as two more frames follow: those
-    which methods that look at four frames can make too (LDMVFI's evaluation)."""
+    """Triplets of each clip's frames, numbered from 0: 3 between 2 and 4, 5 between 4 and 6, …, as long as two more frames follow.
+    Methods that look at four frames can make these, too (LDMVFI's evaluation)."""
     found = []
     for folder in _folders(root):
         frames = _images(folder)
         for i in range(2, len(frames) - 4, 2):
             name = f"{folder.name}/{frames[i + 1].stem}"
-            found.append(Triplet(name, *frames[i : i + 3], sequence=folder.name, view=view(folder.name)))
+            found.append(_triplet(name, frames[i : i + 3], folder.name, view(folder.name)))
     return found
 
 
 def _between(name: str, frames: Sequence[Path], view: str = "whole") -> list[Triplet]:
-    """All frames between the first and the last, to be made from these two."""
+    """Triplets of the first frame, the last one, and each frame between them."""
     inner, last = frames[1:-1], len(frames) - 1
     return [
         Triplet(f"{name}/{truth.stem}", frames[0], truth, frames[last], name, view, Fraction(number, last))
@@ -234,7 +236,7 @@ def _between(name: str, frames: Sequence[Path], view: str = "whole") -> list[Tri
 
 
 def _frames(root: Path, skip: int) -> list[Triplet]:
-    """Of each folder, frames 0 and `skip` + 1 with what lies between them, then from there on, as far as the frames reach."""
+    """Triplets of each folder: frames 0 and `skip` + 1 with each frame between them, then on from there, as far as the frames reach."""
     if not root.is_dir():
         return []
     found = []
@@ -273,14 +275,14 @@ def _snu_film(level: str) -> Callable[[Path], list[Triplet]]:
             names = line.split()
             if len(names) < 3:
                 raise ValueError(f"Each line of {lists[0]} must name 3 files, but line {number} is {line!r}.")
-            found.append(Triplet(f"{number:03d}", *(_under(root, name) for name in names[:3])))
+            found.append(_triplet(f"{number:03d}", (_under(root, name) for name in names[:3])))
         return found
 
     return find
 
 
 def _under(root: Path, name: str) -> Path:
-    """Where a file of a list lies: the lists' paths begin above the folder that they came in."""
+    """The place of a file in a list, whose paths begin above the folder that they came in."""
     parts = Path(name).parts
     places = [root / folder / Path(*parts[i:]) for i in range(len(parts)) for folder in ("", "test")]
     return next((place for place in places if place.is_file()), places[0])
@@ -290,12 +292,12 @@ def _lines(path: Path) -> Iterable[str]:
     return (line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _vimeo(list_name: str, frames: tuple[str, str, str]) -> Callable[[Path], list[Triplet]]:
+def _vimeo(list_name: str, frames: Sequence[str]) -> Callable[[Path], list[Triplet]]:
     def find(root: Path) -> list[Triplet]:
         if not (root / list_name).is_file():
             return []
         folders = [(name, root / "sequences" / name) for name in _lines(root / list_name)]
-        return [Triplet(name, *(folder / frame for frame in frames)) for name, folder in folders]
+        return [_triplet(name, (folder / frame for frame in frames)) for name, folder in folders]
 
     return find
 
@@ -333,12 +335,7 @@ def _xiph(view: str) -> Callable[[Path], list[Triplet]]:
         if not any(folder.glob("*-001.png")):
             return []
         return [
-            Triplet(
-                f"{clip}-{i:03d}",
-                *(folder / f"{clip}-{j:03d}.png" for j in (i - 1, i, i + 1)),
-                sequence=clip,
-                view=view,
-            )
+            _triplet(f"{clip}-{i:03d}", (folder / f"{clip}-{j:03d}.png" for j in (i - 1, i, i + 1)), clip, view)
             for clip in XIPH_CLIPS
             for i in range(2, 99, 2)
         ]

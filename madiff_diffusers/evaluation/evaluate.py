@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..outputs import check_outputs
+from ..files import check_outputs
 from ..processes import this_process
 from .benchmarks import benchmark_title, find_triplets
 from .methods import LATENTS, MIDDLE, Method, Settings
@@ -16,10 +16,10 @@ from .report import REPORT, write_gallery, write_report
 from .runs import BenchmarkRun
 
 
-# What an ablation varies, which setting that is, and the values that it takes if none are given.
+# The questions of ablations, each with the setting that it varies and the values that are compared unless others are given.
 QUESTIONS: dict[str, Any] = {
     "hints": ("hint_policy", ("none", "neighbours", "start", "sampling", "damped")),
-    "source": ("hint_source", None),  # what the checkpoint has, and each part of it
+    "source": ("hint_source", None),  # all that the checkpoint has, and each part of it
     "interval": ("hint_interval", (1, 2, 4, 8)),
     "steps": ("steps", (1, 2, 5, 10, 25, 50)),
     "scheduler": (
@@ -33,7 +33,7 @@ QUESTIONS: dict[str, Any] = {
             "UniPCMultistepScheduler",
         ),
     ),
-    "quantised": ("quantised", (True, False)),
+    "quantized": ("quantized", (True, False)),
     "latents": ("latents", LATENTS),
 }
 
@@ -44,8 +44,8 @@ def ablation(question: str, base: Settings, hint_source: str, values: Sequence |
     Args:
         question: a name in `QUESTIONS`.
         base: the other settings.
-        hint_source: the checkpoint's own.
-        values: to compare; those of `QUESTIONS` if not given.
+        hint_source: the checkpoint's own hint source.
+        values: values to compare; those of `QUESTIONS` if not given.
 
     Raises:
         ValueError: if there is nothing to compare.
@@ -80,25 +80,25 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Run methods on a benchmark and write frames, scores, tables, chart and pages into a folder.
 
-    A folder can take several benchmarks and methods, one call after another; its tables hold all that are finished. What was
-    stopped is taken up by the same call. Every process of a launch calls this; the first one writes the report.
+    A folder can take several benchmarks and methods, one call after another; its tables hold all that are finished. The same call
+    goes on with what was stopped. Every process of a launch calls this; the first one writes the report.
 
     Args:
         benchmark, root, limit, skip: see `find_triplets`.
         output: the folder; made if it is not there.
-        methods: what makes the frames.
-        scorer: what scores them.
-        label: of the one method, instead of its own.
-        batch_size: items of one size that are made and scored at once.
-        gallery: items on a run's page, worst first; 0 for no page.
+        methods: methods that make the frames.
+        scorer: scorer of the frames.
+        label: label of the one method, instead of its own.
+        batch_size: number of items of one size that are made and scored at once.
+        gallery: number of items on a run's page, worst first; 0 for no page.
         state: see `this_process`.
 
     Returns:
         The summaries of all finished runs of `benchmark` in the folder; only in the first process, empty in others.
 
     Raises:
-        ValueError: for an argument out of its range, or data that are not what they must be, or that
-            would be written over; or a folder that holds files of the names that are written, but no evaluation.
+        ValueError: for an argument out of its range, for unfit data, for data that would be written over, or for a folder that holds
+            files of the names that are written, but no evaluation.
         OSError: if a file cannot be read or written.
     """
     if batch_size < 1 or gallery < 0:

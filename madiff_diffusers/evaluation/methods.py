@@ -1,4 +1,4 @@
-"""What a benchmark compares: a checkpoint in given settings, the baselines, and any function of two frames."""
+"""The methods that benchmarks compare: a checkpoint in given settings, the baselines, and any function of two frames."""
 
 import hashlib
 import importlib
@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 
 from ..hub_repository import weights_kind
+from ..image_processor import to_uint8
 from ..motion_hints import HintSource, NullHints, StackedHints, single_threaded_opencv
 from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
-from .pictures import gate_image, hints_images
+from .visualization import gate_image, hints_images
 
 
 BASELINES = ("average", "flow")
 
-# What is decoded: what was denoised, zeros, noise of variance 1, what was denoised of the pair mirrored, or the true frame's.
+# Latents that are decoded: the denoised ones, zeros, noise of variance 1, the denoised ones of the mirrored pair, or the true frame's.
 LATENTS = ("denoised", "zero", "noise", "mirrored", "true")
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -34,8 +35,8 @@ MIDDLE = Fraction(1, 2)
 
 
 class Method(Protocol):
-    """Makes frames between two. `label` is its row in a table; `identity` tells all that its results depend on; `any_time`,
-    whether it makes others than the middle one."""
+    """A maker of frames between two. `label` is its row in a table, `identity` tells all that its results depend on, and `any_time`
+    tells whether it makes others than the middle one."""
 
     label: str
     identity: dict[str, Any]
@@ -44,11 +45,6 @@ class Method(Protocol):
     def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> list[np.ndarray]:
         """The frame at an instant between 0 (previous) and 1 (next) of each of several pairs of one size; frames are `(H, W, 3)` uint8."""
         ...
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """A floating-point image in [0, 1] in 8 bits, to the nearest."""
-    return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
 
 
 class Baseline:
@@ -161,8 +157,8 @@ class Settings(NamedTuple):
         hint_interval: see there.
         hint_source: one part of the checkpoint's: the others' hints are replaced by zeros.
         scheduler: name of a Diffusers scheduler class, configured as the checkpoint's own.
-        quantised: whether latents are moved to their nearest codes before they are decoded.
-        latents: one of `LATENTS`; what takes the place of the latents after the last step.
+        quantized: whether latents are moved to their nearest codes before they are decoded.
+        latents: one of `LATENTS`, which replace the latents after the last step.
     """
 
     steps: int | None = None
@@ -170,7 +166,7 @@ class Settings(NamedTuple):
     hint_interval: int | None = None
     hint_source: str | None = None
     scheduler: str | None = None
-    quantised: bool | None = None
+    quantized: bool | None = None
     latents: str | None = None
 
     def label(self) -> str:
@@ -187,10 +183,10 @@ class MADiffMethod:
 
     Args:
         pipeline: the checkpoint, on its device. Its scheduler and hint source become those of `settings` while frames are made.
-        name: of the checkpoint, for the label.
+        name: name of the checkpoint in the label.
         digest: see `checkpoint_digest`.
-        settings: how it samples.
-        seed: of the noise, the same for every pair.
+        settings: settings of the sampling.
+        seed: seed of the noise, the same for every pair.
 
     Raises:
         ValueError: for a setting out of its range.
@@ -238,7 +234,7 @@ class MADiffMethod:
             "hint_interval": settings.hint_interval or config.default_hint_interval,
             "hint_source": hint_source,
             "scheduler": type(self.scheduler).__name__,
-            "quantised": settings.quantised is not False,
+            "quantised": settings.quantized is not False,  # as results have spelled it since their format 1
         }
         if settings.latents not in (None, *LATENTS):
             raise ValueError(f"`latents` must be one of {', '.join(LATENTS)}, but is {settings.latents!r}.")
@@ -253,7 +249,8 @@ class MADiffMethod:
             ValueError: if there is none of that name, or it cannot sample from this checkpoint.
         """
         kind = getattr(diffusers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        if kind is None or not is_scheduler:
             raise ValueError(f"`scheduler` must be the name of a scheduler of Diffusers, but is {name!r}.")
         tiny = np.zeros((64, 64, 3), np.uint8)
         try:
@@ -269,8 +266,8 @@ class MADiffMethod:
     def __call__(
         self, pairs: Sequence[Pair], time: Fraction = MIDDLE, truths: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """See `Method`. `truths` are the frames themselves, of which the latents are decoded where the settings say so."""
-        arguments = {}
+        """See `Method`. `truths` are the true frames, whose latents are decoded if the settings say so."""
+        arguments: dict[str, Any] = {}
         if "latents" in self.identity:
             arguments = {"callback_on_step_end": self._replacement(pairs, time, truths)}
             arguments["callback_on_step_end_tensor_inputs"] = ["latents", "hints_prev", "hints_next"]
@@ -280,7 +277,7 @@ class MADiffMethod:
     def _replacement(
         self, pairs: Sequence[Pair], time: Fraction, truths: Sequence[np.ndarray] | None
     ) -> Callable[..., dict[str, torch.Tensor]]:
-        """A callback that puts other latents in the place of those of the last step.
+        """A callback that replaces the latents of the last step.
 
         Raises:
             ValueError: if the true frames' are wanted, and these are not given.
@@ -288,11 +285,11 @@ class MADiffMethod:
         kind = self.settings.latents
         if kind == "true" and truths is None:
             raise ValueError("`truths` must be given for `latents` true.")
-        mirrored = None
+        true_frames = [] if truths is None else truths
+        mirrored: torch.Tensor | None = None
         if kind == "mirrored":
-            mirrored = self._run(
-                [tuple(frame[:, ::-1] for frame in pair) for pair in pairs], time, output_type="latent"
-            )[:, 0]
+            turned = [(prev[:, ::-1], next_[:, ::-1]) for prev, next_ in pairs]
+            mirrored = torch.as_tensor(self._run(turned, time, output_type="latent"))[:, 0]
 
         def replace(
             pipeline: MADiffPipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
@@ -305,12 +302,12 @@ class MADiffMethod:
             if kind == "noise":
                 noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(self.seed + 1))
                 return {"latents": noise.to(latents).expand_as(latents)}
-            if kind == "mirrored":
+            if mirrored is not None:
                 return {"latents": mirrored}
             vqvae = pipeline.vqvae
             prev, mid, next_ = (
                 pipeline.encode_frames([Image.fromarray(frame) for frame in frames])
-                for frames in (*zip(*((prev, truth, next_) for (prev, next_), truth in zip(pairs, truths))),)
+                for frames in (*zip(*((prev, truth, next_) for (prev, next_), truth in zip(pairs, true_frames))),)
             )
             if mid.latents is not None:
                 return {"latents": mid.latents.float()}
@@ -321,7 +318,7 @@ class MADiffMethod:
         return replace
 
     def explain(self, pair: Pair, time: Fraction = MIDDLE) -> list[tuple[str, np.ndarray]]:
-        """What the last decoding of a pair was told and did: named pictures of hints and gate, `(H, W, 3)` uint8 each.
+        """Named pictures `(H, W, 3)` uint8 of the hints and the gate of a pair's last decoding.
 
         The gate is the finest: white where the previous frame was taken, black where the next one.
         """
@@ -352,7 +349,9 @@ class MADiffMethod:
         pictures.append(("gate", gate_image(seen["gate"][0], padded)[:height, :width]))
         return pictures
 
-    def _run(self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments) -> list[list[Image.Image]]:
+    def _run(
+        self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments: Any
+    ) -> list[list[Image.Image]] | np.ndarray | torch.Tensor:
         pipeline, settings = self.pipeline, self.settings
         before = pipeline.scheduler, pipeline._hints
         pipeline.scheduler = self.scheduler
@@ -365,7 +364,7 @@ class MADiffMethod:
                 num_inference_steps=settings.steps,
                 hint_policy=settings.hint_policy,
                 hint_interval=settings.hint_interval,
-                force_not_quantize=settings.quantised is False,
+                force_not_quantize=settings.quantized is False,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],
                 times=[time],
                 **arguments,
@@ -375,7 +374,7 @@ class MADiffMethod:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a saved pipeline's configurations and weights, other variants of these aside."""
+    """SHA-256 over the names and contents of a saved pipeline's configurations and weights, without variants of the weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)

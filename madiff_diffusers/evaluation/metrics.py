@@ -3,6 +3,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import pickle
 import sys
 import warnings
@@ -116,12 +117,12 @@ class FloLPIPS(nn.Module):
         self, prev: torch.Tensor, truth: torch.Tensor, next_: torch.Tensor, result: torch.Tensor
     ) -> torch.Tensor:
         """Distances `(B,)` of frames `(B, 3, H, W)` in [-1, 1]."""
-        true_features, features = (self.lpips.net(self.lpips.scaling_layer(frames)) for frames in (truth, result))
+        true_features, features = (self._features(frames) for frames in (truth, result))
         maps = []
-        for layer, true_feature, feature in zip(self.lpips.lins, true_features, features):
+        for layer, true_feature, feature in zip(self.lpips.get_submodule("lins").children(), true_features, features):
             unit = [each / (each.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for each in (true_feature, feature)]
             maps.append(layer((unit[0] - unit[1]).square()))  # [B,1,h,w]
-        distance = 0
+        distance = torch.zeros(len(truth), device=truth.device)
         for neighbour in (prev, next_):
             error = self._flow(truth, neighbour) - self._flow(result, neighbour)
             for each in maps:
@@ -130,6 +131,9 @@ class FloLPIPS(nn.Module):
                 weight = torch.where(weight.sum(dim=(1, 2, 3), keepdim=True) > 0, weight, torch.ones_like(weight))
                 distance = distance + (each * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
         return distance / 2
+
+    def _features(self, frames: torch.Tensor) -> Sequence[torch.Tensor]:
+        return self.lpips.get_submodule("net")(self.lpips.get_submodule("scaling_layer")(frames))
 
     def _flow(self, frames_from: torch.Tensor, frames_to: torch.Tensor) -> torch.Tensor:
         """Flow `(B, 2, H, W)` in pixels."""
@@ -270,29 +274,30 @@ class Scorer:
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ValueError(f"`metrics` must be among {', '.join(METRICS)}, but are {', '.join(metrics) or 'none'}.")
-        import skimage.metrics  # noqa: F401  what is missing is known before a long run
+        importlib.import_module("skimage.metrics")  # so that what is missing is known before a long run
 
         self.device = device
         self.left_out: dict[str, str] = {}
         self.networks: dict[str, str] = {}
-        self._lpips = self._lpips_vgg = self._flolpips = self._inception = None
+        self._modules: dict[str, nn.Module] = {}
         wanted = [name for name in METRICS if name in metrics]
         if "lpips" in wanted or "flolpips" in wanted:
             with self._leaving_out([name for name in ("lpips", "flolpips") if name in wanted], lpips_backbone):
-                self._lpips = build_lpips("alex", lpips_backbone).to(device)
+                self._modules["lpips"] = build_lpips("alex", lpips_backbone).to(device)
                 self.networks["lpips"] = _identity(lpips_backbone, "torchvision's AlexNet")
         if "lpips_vgg" in wanted:
             with self._leaving_out(["lpips_vgg"], lpips_vgg_backbone):
-                self._lpips_vgg = build_lpips("vgg", lpips_vgg_backbone).to(device)
+                self._modules["lpips_vgg"] = build_lpips("vgg", lpips_vgg_backbone).to(device)
                 self.networks["lpips_vgg"] = _identity(lpips_vgg_backbone, "torchvision's VGG-16")
-        if "flolpips" in wanted and self._lpips is not None:
+        if "flolpips" in wanted and "lpips" in self._modules:
             with self._leaving_out(["flolpips"], raft_weights):
-                self._flolpips = FloLPIPS(self._lpips, build_raft(raft_weights)).to(device).eval()
+                flolpips = FloLPIPS(self._modules["lpips"], build_raft(raft_weights))
+                self._modules["flolpips"] = flolpips.to(device).eval()
                 flow = _identity(raft_weights, "torchvision's raft_large C_T_SKHT_V2")
                 self.networks["flolpips"] = f"{self.networks['lpips']}; {flow}"
         if "fid" in wanted:
             with self._leaving_out(["fid"], inception_weights):
-                self._inception = build_inception(inception_weights).to(device)
+                self._modules["fid"] = build_inception(inception_weights).to(device)
                 self.networks["fid"] = _identity(inception_weights, "torch-fidelity's Inception")
         if "lpips" not in wanted:
             self.networks.pop("lpips", None)
@@ -317,19 +322,19 @@ class Scorer:
                 if name in self.names:
                     row[name] = function(result, truth)
         if {"lpips", "lpips_vgg", "flolpips"} & set(self.names):
-            prev, truth, next_, result = (
+            prev, true, next_, made = [
                 (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1).to(
                     self.device
                 )
                 for images in zip(*batch)
-            )
+            ]
             values = {}
             if "lpips" in self.names:
-                values["lpips"] = self._lpips(result, truth).flatten()
+                values["lpips"] = self._modules["lpips"](made, true).flatten()
             if "lpips_vgg" in self.names:
-                values["lpips_vgg"] = self._lpips_vgg(result, truth).flatten()
+                values["lpips_vgg"] = self._modules["lpips_vgg"](made, true).flatten()
             if "flolpips" in self.names:
-                values["flolpips"] = self._flolpips(prev, truth, next_, result)
+                values["flolpips"] = self._modules["flolpips"](prev, true, next_, made)
             for name, each in values.items():
                 for row, value in zip(scores, each.tolist()):
                     row[name] = value
@@ -337,7 +342,7 @@ class Scorer:
 
     def fid(self, results: Iterable[np.ndarray], truths: Iterable[np.ndarray]) -> float:
         """See `fid`; for a scorer that has it among its `names`."""
-        return fid(self._inception, results, truths, self.device)
+        return fid(self._modules["fid"], results, truths, self.device)
 
 
 def _identity(file: str | None, download: str) -> str:

@@ -1,4 +1,4 @@
-"""What runs come to: tables, files of numbers, a chart, and pages to look at."""
+"""Reports of runs: tables, files of numbers, a chart, and pages to look at."""
 
 import csv
 import hashlib
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult
 from PIL import Image
 
+from ..files import write_text
 from .methods import Method
 from .metrics import METRICS
-from .pictures import ERROR_SCALE, error_image
-from .runs import BenchmarkRun, folder_name, mean_and_interval, write_text
+from .runs import BenchmarkRun, folder_name, mean_and_interval
 from .smoothness import PAN_STEP
+from .visualization import ERROR_SCALE, error_image
 
 
 REPORT = ("results.json", "results.csv", "results.md", "index.html")  # and a chart for each benchmark
@@ -67,43 +67,6 @@ def read_results(path: str) -> list[dict[str, Any]]:
         return results["runs"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no results.json that this version wrote: {type(error).__name__}: {error}") from error
-
-
-def card_metadata(summaries: Sequence[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
-    """
-    A checkpoint's scores, as fields for a model card's header.
-
-    Args:
-        summaries: of runs, any number of them.
-        identity: the checkpoint's, of [`MADiffMethod`]. Only runs of these weights, at these settings and precision, count.
-
-    Raises:
-        ValueError: if no run is of this checkpoint, or several of one benchmark are.
-    """
-    needed = {key: value for key, value in identity.items() if key not in ("checkpoint", "seed", "device")}
-    chosen = [summary for summary in summaries if needed.items() <= summary["protocol"].items()]
-    if not chosen:
-        raise ValueError(f"no run is of these weights at their default settings: {needed}")
-    if len({summary["benchmark"] for summary in chosen}) < len(chosen):
-        raise ValueError(
-            f"several runs of one benchmark are of these weights: {', '.join(summary['label'] for summary in chosen)}"
-        )
-    results = [
-        EvalResult(
-            task_type="video-to-video",
-            task_name="Video frame interpolation",
-            dataset_type=summary["benchmark"],
-            dataset_name=f"{summary['benchmark']} ({summary['protocol']['triplets']} triplets)",
-            metric_type=name,
-            metric_name=METRICS[name].title,
-            metric_value=round(summary["scores"][name]["mean"], METRICS[name].digits),
-        )
-        for summary in chosen
-        for name in METRICS
-        if name in summary["scores"]
-    ]
-    metrics = [name for name in METRICS if any(name in summary["scores"] for summary in chosen)]
-    return {"metrics": metrics, "model_name": chosen[0]["protocol"]["checkpoint"], "eval_results": results}
 
 
 def markdown(summaries: Sequence[dict[str, Any]]) -> str:
@@ -354,7 +317,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], ou
 
 
 def write_report(output: Path) -> list[dict[str, Any]]:
-    """Write what all finished runs of a folder come to: `results.json`, `results.csv`, `results.md`, `chart-BENCHMARK.svg` and
+    """Write the report of all finished runs of a folder: `results.json`, `results.csv`, `results.md`, `chart-BENCHMARK.svg` and
     `index.html`. Returns their summaries."""
     summaries = load_summaries(output)
     write_text(output / "results.json", json.dumps({"format": 1, "runs": summaries}, indent=1))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import write_text
 from ..image_io import read_image, write_image
 from ..terminal import bar_settings
 from .benchmarks import Triplet
@@ -48,13 +49,13 @@ BOOTSTRAP_SAMPLES = 10_000
 
 
 class ItemRecord(NamedTuple):
-    """What is known of one item.
+    """The state of one item.
 
     Args:
         frame: SHA-256 of its file.
-        seconds: that it took.
-        scores: of this file.
-        networks: what gave each score, where that is a network.
+        seconds: time that it took.
+        scores: scores of this file, by metric.
+        networks: networks that gave scores, by metric.
     """
 
     frame: str
@@ -67,9 +68,9 @@ class BenchmarkRun:
     """
     Args:
         output: folder of this and other runs.
-        benchmark: its name.
-        triplets: its items.
-        method: what makes the frames.
+        benchmark: name of the benchmark.
+        triplets: items of the benchmark.
+        method: method that makes the frames.
         label: row in the tables and name of the folders.
         state: this process among others.
 
@@ -126,7 +127,7 @@ class BenchmarkRun:
         return np.asarray(read_image(self.result_path(triplet)))
 
     def predict(self, batch_size: int = 1) -> None:
-        """Make the frames that are not there yet, this process its share, and wait for the others.
+        """Make this process's share of the frames that are not there yet, and wait for the other processes.
 
         Each frame is timed; a first call for every new size is not.
 
@@ -166,7 +167,7 @@ class BenchmarkRun:
         self.state.wait_for_everyone()
 
     def score(self, scorer: Scorer, batch_size: int = 1) -> None:
-        """Score the files that have not been scored by these metrics yet, this process its share, and wait for the others.
+        """Score this process's share of the files that these metrics have not scored yet, and wait for the other processes.
 
         Raises:
             OSError, ValueError: if a file cannot be read.
@@ -192,8 +193,8 @@ class BenchmarkRun:
         self.records = self._read_records()
 
     def summarise(self, scorer: Scorer) -> dict[str, Any]:
-        """Means, their bootstrap intervals and the time per frame, and where there are several instants, the means of each; written
-        to `summary.json` when all is done."""
+        """Write `summary.json`: means, their bootstrap intervals, the time per frame, and where there are several instants, the means
+        of each. Returns what it holds."""
         records = [self.records[triplet.name] for triplet in self.triplets]
         sequences = [triplet.sequence or triplet.name for triplet in self.triplets]
         scores, networks = {}, {}
@@ -281,7 +282,7 @@ class BenchmarkRun:
         return self._digests[path][1]
 
     def _read_records(self) -> dict[str, ItemRecord]:
-        """What any process has done so far, of the frames that are there as they were written."""
+        """The records of all processes for frames that are still as they were written."""
         frames: dict[tuple[str, str], float] = {}
         scored: dict[tuple[str, str], list[dict]] = {}
         for path in sorted(self.folder.glob("progress-*.jsonl")):
@@ -308,10 +309,11 @@ class BenchmarkRun:
 
 
 class _ProgressFile:
-    """Appends lines to a file, each handed to the system before the next is made; there is no file without a line."""
+    """A file of lines, each handed to the system before the next is made; it exists from the first line on."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: TextIO | None = None
 
     def __enter__(self) -> "_ProgressFile":
         return self
@@ -348,7 +350,7 @@ def mean_and_interval(values: Sequence[float], sequences: Sequence[str]) -> dict
 
 
 def describe_environment(processes: int) -> dict[str, Any]:
-    """Versions of the libraries and what the machine is."""
+    """Versions of the libraries, and the machine's hardware."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -367,19 +369,8 @@ def describe_environment(processes: int) -> dict[str, Any]:
 
 
 def folder_name(label: str) -> str:
-    """A label as a folder's name: what is neither letter, digit nor harmless becomes `_`."""
+    """A label as a folder's name: each run of characters other than letters, digits and `_.=,+-` becomes `_`."""
     return re.sub(r"[^\w.=,+-]+", "_", label).strip(".") or "_"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name beside it, then rename it: it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -395,7 +386,7 @@ def _by_size_and_time(rows: Sequence[tuple]) -> list[list[tuple]]:
 
 
 def _triplets_digest(triplets: Sequence[Triplet]) -> str:
-    """SHA-256 of the items' names, views and instants (middles aside) and their files' sizes in bytes, wherever they lie."""
+    """SHA-256 of the items' names, views, instants (other than the middle) and file sizes in bytes, but not of places of files."""
     lines = [
         json.dumps(
             [

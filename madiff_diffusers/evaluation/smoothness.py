@@ -1,4 +1,4 @@
-"""Whether motion stays even: a pan of known speed, frames made between its frames, and how far each is from the one before."""
+"""Evenness of motion: a pan of known speed, frames made between its frames, and the step from each frame to the next."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -8,20 +8,21 @@ import cv2
 import numpy as np
 from skimage.registration import phase_cross_correlation
 
-from .methods import Method, to_uint8
+from ..image_processor import to_uint8
+from .methods import Method
 
 
 PAN_STEP = 12  # pixels a frame, to the left
 _SIZE = 192, 320
 _WAVES = 60
-# A step that goes nowhere, or back, counts as one of this many pixels: a ratio is a number.
+# Pixels that a step of no length, or backwards, counts as, so that a ratio is a number.
 _LEAST_STEP = 0.01
 
 
 @lru_cache(maxsize=32)
 def pan(time: float) -> np.ndarray:
-    """Frame `(192, 320, 3)` uint8 of a texture that moves by `PAN_STEP` pixels a unit of time: waves of 9 to 90 pixels, seen where
-    they are then, between pixels too."""
+    """Frame `(192, 320, 3)` uint8 of a texture that moves by `PAN_STEP` pixels a unit of time: waves of 9 to 90 pixels, placed
+    exactly, also between pixels."""
     random = np.random.default_rng(0)
     y, x = (axis.astype(np.float32) for axis in np.indices(_SIZE))
     image = np.zeros((*_SIZE, 3), np.float32)
@@ -50,8 +51,8 @@ def steps(frames: Sequence[np.ndarray]) -> list[float]:
 
 
 def step_ratio(method: Method) -> float:
-    """The largest over the smallest step between consecutive frames of a pan, of three frames between which a method makes those at
-    thirds, or else those at fifths; of the two, the larger. 1 where motion is even.
+    """The largest step between consecutive frames of a pan divided by the smallest; 1 where motion is even. Between three given frames,
+    a method makes those at thirds, and then those at fifths; the larger ratio counts.
 
     Raises:
         ValueError: if the method fails.

@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .. import __version__
+from ..files import UnwritableError, check_outputs, unwritable
 from ..image_io import image_format, write_image
-from ..outputs import UnwritableError, check_outputs, unwritable
 from ..pipeline_madiff import MADiffPipeline
 from ..properties import lost
 from ..scene_cuts import cuts_of_changes

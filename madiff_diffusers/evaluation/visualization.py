@@ -12,7 +12,7 @@ def events_image(events: torch.Tensor) -> np.ndarray:
     increases, decreases = (part.sum(0).float().cpu().numpy() for part in events.chunk(2))
     scale = max(float(np.percentile(increases + decreases, 99)), 1e-3)
     red, blue = (np.clip(part / scale, 0, 1)[..., None] for part in (increases, decreases))
-    image = 1 - red * np.float32([0, 1, 1]) - blue * np.float32([1, 1, 0])
+    image = 1 - red * np.array([0, 1, 1], np.float32) - blue * np.array([1, 1, 0], np.float32)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -24,11 +24,11 @@ def offsets_image(offsets: torch.Tensor) -> np.ndarray:
 
 
 def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> list[tuple[str, np.ndarray]]:
-    """The parts of one side's hints `(C, H, W)`, each with its name.
+    """Pictures of the parts of one side's hints `(C, H, W)`, each with its name.
 
     Args:
-        hint_source: the name of the source, whose parts are joined by `+`.
-        source: itself. Of what it makes, two channels are taken for offsets; of more, the mean is shown.
+        hint_source: name of the source; parts are joined by `+`.
+        source: the source. Parts of two channels are taken for offsets; of others, the mean is shown.
     """
     images = []
     parts = source.sources if isinstance(source, StackedHints) else [source]

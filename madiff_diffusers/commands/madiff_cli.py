@@ -1,0 +1,79 @@
+"""The `madiff` command."""
+
+import argparse
+import os
+import sys
+import traceback
+
+from .. import __version__
+from .ablate import AblateCommand
+from .common import CommandError, in_flags
+from .convert_eventgan import ConvertEventGANCommand
+from .convert_rife import ConvertRIFECommand
+from .demo import DemoCommand
+from .evaluate import EvaluateCommand
+from .export import ExportCommand
+from .interpolate import InterpolateCommand
+from .push import PushCommand
+from .video import VideoCommand
+
+
+# What the pipeline's arguments are called on the command line, where that is not the same name.
+_OTHER_NAMES = {"num_inference_steps": "steps", "image_prev": "prev", "image_next": "next"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="madiff", description="Video frame interpolation by motion-aware latent diffusion (MADiff)."
+    )
+    parser.add_argument("--version", action="version", version=f"madiff {__version__}")
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="show the whole error where a command fails, as MADIFF_DEBUG=1 in the environment does",
+    )
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", help="what to do; madiff COMMAND --help tells how"
+    )
+    InterpolateCommand.register_subcommand(commands)
+    VideoCommand.register_subcommand(commands)
+    EvaluateCommand.register_subcommand(commands)
+    AblateCommand.register_subcommand(commands)
+    ExportCommand.register_subcommand(commands)
+    PushCommand.register_subcommand(commands)
+    DemoCommand.register_subcommand(commands)
+    ConvertEventGANCommand.register_subcommand(commands)
+    ConvertRIFECommand.register_subcommand(commands)
+    for command in commands.choices.values():
+        # The option may stand after the command's name, too; without a default, it leaves what stands before that name.
+        command.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show the whole error if it fails"
+        )
+        flags = {
+            action.dest: action.option_strings[-1] if action.option_strings else action.metavar
+            for action in command._actions
+        }
+        command.set_defaults(
+            flags=flags | {name: flags[other] for name, other in _OTHER_NAMES.items() if other in flags}
+        )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        args.command_class(args).run()
+    except CommandError as error:
+        if args.traceback or os.environ.get("MADIFF_DEBUG", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        message = " ".join(in_flags(str(error), args.flags).split())
+        print(f"madiff: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("madiff: interrupted", file=sys.stderr)
+        return 130
+    return 0
