@@ -200,11 +200,10 @@ def test_a_stream_does_not_mix(tmp_path):
 # ---- videos ----
 
 
-@pytest.mark.parametrize("decoder", ["av", "opencv"])
 @pytest.mark.parametrize("cache", [1.0, 0.0])
-def test_videos_are_read_alike_by_any_decoder_kept_or_on_demand(decoder, cache, tmp_path):
+def test_videos_are_read_alike_kept_or_on_demand(cache, tmp_path):
     make_layout("videos", tmp_path / "data")
-    source = read_source("videos", str(tmp_path / "data"), RunOptions(decoder=decoder, cache_gib=cache))
+    source = read_source("videos", str(tmp_path / "data"), RunOptions(cache_gib=cache))
     assert list(source.lengths) == [9, 5]
     for first in (0, 1, 5):
         for i, frame in enumerate(source.read(0, range(first, first + 4, 2))):
@@ -289,11 +288,10 @@ def test_an_unreadable_file_is_fatal_or_left_out_and_counted(tmp_path, capfd):
 def test_broken_videos_are_left_out_or_named(tmp_path, capfd):
     make_layout("videos", tmp_path / "data")
     (tmp_path / "data" / "broken.mp4").write_bytes(b"no video")
-    for decoder in ("av", "opencv"):
-        with pytest.raises(Unreadable, match="broken.mp4"):
-            read_source("videos", str(tmp_path / "data"), RunOptions(decoder=decoder))
-        source = read_source("videos", str(tmp_path / "data"), RunOptions(decoder=decoder, on_unreadable="skip"))
-        assert list(source.lengths) == [9, 5] and "broken.mp4" in capfd.readouterr().err
+    with pytest.raises(Unreadable, match="broken.mp4"):
+        read_source("videos", str(tmp_path / "data"), RunOptions())
+    source = read_source("videos", str(tmp_path / "data"), RunOptions(on_unreadable="skip"))
+    assert list(source.lengths) == [9, 5] and "broken.mp4" in capfd.readouterr().err
 
 
 def test_frames_smaller_than_the_crop_and_clips_that_are_too_short_are_named(tmp_path):

@@ -8,7 +8,6 @@ Every drawn sample follows from (seed, number) alone, so that a run that is resu
 the same samples in the same order.
 """
 
-import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import av
 import cv2
 import numpy as np
 import torch
@@ -112,13 +112,12 @@ class VideoClips:
     """Scenes of video files. As many files as fit into `cache_gib` are decoded once and kept; of others, what is drawn
     is decoded when it is drawn, and given up where it goes across a cut."""
 
-    def __init__(self, paths: Sequence[Path], decoder: str, cache_gib: float, on_unreadable: str):
-        self.decoder = _decoder(decoder)
+    def __init__(self, paths: Sequence[Path], cache_gib: float, on_unreadable: str):
         self.scenes: list[np.ndarray | Path] = []
         lengths, room = [], cache_gib * 2**30
         for path in paths:
             try:
-                count, size = self.decoder.measure(path)
+                count, size = measure(path)
                 if size <= room:
                     frames = self._decode(path, 0, count, whole=True)
                     room -= frames.nbytes
@@ -144,9 +143,7 @@ class VideoClips:
     def _decode(self, path: Path, first: int, count: int, whole: bool = False) -> np.ndarray:
         """Frames in one array; of a `whole` file as many as there are, whatever `count` its header told."""
         frames, found = None, 0
-        for frame in self.decoder.decode(
-            path, first, threads=whole
-        ):  # loaders, which read parts, are parallel already
+        for frame in decode(path, first, threads=whole):  # loaders, which read parts, are parallel already
             if frames is None:
                 frames = np.empty((count, *frame.shape), np.uint8)
             if frame.shape != frames.shape[1:]:
@@ -164,82 +161,47 @@ class VideoClips:
         return frames[:found]
 
 
-class _PyAV:
-    """Video files through PyAV. Imported where it is used: a loader process may be handed this object."""
+def measure(path: Path) -> tuple[int, float]:
+    """Frames of a video file, as its header says, and bytes that they take decoded.
 
-    def measure(self, path: Path) -> tuple[int, float]:
-        """Frames of a file, as its header says, and bytes that they take decoded."""
-        import av
-
-        try:
-            with av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                count = stream.frames
-                if not count and (stream.duration or container.duration):
-                    seconds = (
-                        float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
-                    )
-                    count = round(seconds * float(stream.average_rate or 25))
-                count = count or sum(1 for _ in container.decode(stream))
-                return count, float(count) * stream.width * stream.height * 3
-        except (av.FFmpegError, IndexError, OSError) as error:
-            raise Unreadable(f"No video can be read from {path}: {error}.") from error
-
-    def decode(self, path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
-        """Frames from number `first` on, by their times; without a frame rate, by counting."""
-        import av
-
-        try:
-            with av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO" if threads else "NONE"
-                start, number = 0.0, 0
-                if first and stream.average_rate:
-                    start = first / float(stream.average_rate) - 0.5 / float(stream.average_rate)
-                    offset = stream.start_time or 0
-                    container.seek(int(start / stream.time_base) + offset, stream=stream)
-                    start += float(offset * stream.time_base)
-                for frame in container.decode(stream):
-                    if (number >= first) if not stream.average_rate else (frame.time is None or frame.time >= start):
-                        yield frame.to_ndarray(format="rgb24")
-                    number += 1
-        except (av.FFmpegError, IndexError, OSError, ValueError) as error:
-            raise Unreadable(f"The video file {path} cannot be decoded: {error}.") from error
+    Raises:
+        Unreadable: if the file holds no video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            count = stream.frames
+            if not count and (stream.duration or container.duration):
+                seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+                count = round(seconds * float(stream.average_rate or 25))
+            count = count or sum(1 for _ in container.decode(stream))
+            return count, float(count) * stream.width * stream.height * 3
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise Unreadable(f"No video can be read from {path}: {error}.") from error
 
 
-class _OpenCV:
-    """Video files through OpenCV, where PyAV is not to be had."""
+def decode(path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
+    """Frames of a video file from number `first` on, by their times; without a frame rate, by counting.
 
-    def measure(self, path: Path) -> tuple[int, float]:
-        capture = cv2.VideoCapture(str(path))
-        names = (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
-        count, width, height = (capture.get(name) for name in names)
-        opened = capture.isOpened()
-        capture.release()
-        if not opened or count < 1:
-            raise Unreadable(f"No video can be read from {path}.")
-        return int(count), count * width * height * 3
-
-    def decode(self, path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
-        capture = cv2.VideoCapture(str(path))
-        if first:
-            capture.set(cv2.CAP_PROP_POS_FRAMES, first)
-        try:
-            while True:
-                more, frame = capture.read()
-                if not more:
-                    break
-                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        finally:
-            capture.release()
-
-
-def _decoder(name: str) -> _PyAV | _OpenCV:
-    if name == "opencv":
-        return _OpenCV()
-    if importlib.util.find_spec("av") is None:
-        raise ValueError("`decoder` av needs the package av (PyAV); install it, or use `decoder` opencv.")
-    return _PyAV()
+    Raises:
+        Unreadable: if the file cannot be decoded.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO" if threads else "NONE"
+            start, number = 0.0, 0
+            if first and stream.average_rate:
+                start = first / float(stream.average_rate) - 0.5 / float(stream.average_rate)
+                offset = stream.start_time or 0
+                container.seek(int(start / stream.time_base) + offset, stream=stream)
+                start += float(offset * stream.time_base)
+            for frame in container.decode(stream):
+                if (number >= first) if not stream.average_rate else (frame.time is None or frame.time >= start):
+                    yield frame.to_ndarray(format="rgb24")
+                number += 1
+    except (av.FFmpegError, IndexError, OSError, ValueError) as error:
+        raise Unreadable(f"The video file {path} cannot be decoded: {error}.") from error
 
 
 class DatasetClips:
@@ -364,7 +326,7 @@ def read_source(name: str, path: str, options: RunOptions, split: str = "train")
         paths = sorted((p for p in root.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES), key=natural_order)
         if not paths:
             raise _wrong_layout(name, path, "there is no video file in it")
-        clips = VideoClips(paths, options.decoder, options.cache_gib, options.on_unreadable)
+        clips = VideoClips(paths, options.cache_gib, options.on_unreadable)
         if not len(clips.lengths):
             raise Unreadable(f"`data`: none of the {len(paths)} video files in {path!r} can be read.")
         return clips

@@ -127,7 +127,6 @@ class RunOptions:
     random_motion_share: float = option(
         0.0, "share of samples composed of frames of the data in random, known motion", least=0, most=1
     )
-    decoder: str = option("av", "what decodes video files; av is PyAV", choices=("av", "opencv"))
     cache_gib: float = option(
         8.0,
         "decoded clips that a process keeps in memory, GiB for each folder of videos; others are decoded when drawn",

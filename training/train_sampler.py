@@ -40,7 +40,6 @@ UNUSED = (
     "window",
     "colour_jitter",
     "random_motion_share",
-    "decoder",
     "cache_gib",
     "columns",
     "on_unreadable",
