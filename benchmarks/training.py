@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from training.data import EventMaker, TripletMaker, build_samples
+from training.data.datasets import build_dataset
+from training.data.transforms import EventTransform, TripletTransform
 from training.options import one_line_errors, parse_options
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
@@ -73,8 +74,10 @@ def measure(stage: str, args: argparse.Namespace, extra: list[str]) -> tuple[flo
 def loader_speed(stage: str, args: argparse.Namespace) -> float:
     """Samples per second of the loader alone."""
     options, config = parse_options(STAGES[stage], stage, flags_of(stage, args, "unused"), "")
-    maker = EventMaker(config["i2e"]["num_bins"], options.frames) if stage == "train_i2e" else TripletMaker()
-    samples = build_samples(options, maker)
+    transform = (
+        EventTransform(config["i2e"]["num_bins"], options.frames) if stage == "train_i2e" else TripletTransform()
+    )
+    samples = build_dataset(options, transform)
     count = options.batch_size * 40
     batches = iter(
         DataLoader(Subset(samples, range(count)), batch_size=options.batch_size, num_workers=options.workers)

@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import REPOSITORY, load_config, moving_picture, two_processes
 from tests.local_hub import local_hub
-from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
+from training.adversary import PatchDiscriminator
+from training.losses import adaptive_weight, discriminator_hinge_loss
 from training.options import parse_options
-from training.run import _append, _take_back
+from training.run_log import append_row, take_back_rows
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions, start_from
@@ -595,16 +596,16 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
 def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tmp_path):
     path = tmp_path / "summary.csv"
     for step in range(1, 4):
-        _append(path, {"step": step, "loss": step / 2})
+        append_row(path, {"step": step, "loss": step / 2})
     written = path.stat()
-    _append(path, {"step": 4, "loss": 2.0})
+    append_row(path, {"step": 4, "loss": 2.0})
     assert path.stat().st_ino == written.st_ino, "the same file, longer"
-    _append(path, {"step": 5, "loss": 2.5, "unreadable": 1})
+    append_row(path, {"step": 5, "loss": 2.5, "unreadable": 1})
     assert [row["unreadable"] for row in rows(tmp_path)] == ["", "", "", "", "1"]
     with path.open("a") as file:
         file.write("6,3.")  # killed while it wrote
-    _take_back(path, 4)
-    _append(path, {"step": 5, "loss": 9.0})
+    take_back_rows(path, 4)
+    append_row(path, {"step": 5, "loss": 9.0})
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
         ("1", "0.5"),
         ("2", "1.0"),
@@ -612,8 +613,8 @@ def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tm
         ("4", "2.0"),
         ("5", "9.0"),
     ]
-    _take_back(path, 0)
-    _take_back(path, 0)
+    take_back_rows(path, 0)
+    take_back_rows(path, 0)
     assert list(tmp_path.iterdir()) == [], "nothing is left of a run that has no checkpoint yet"
 
 

@@ -12,7 +12,8 @@ import json
 import torch
 
 from madiff_diffusers.eventgan import EventGANModel
-from training.data import EventMaker, build_samples
+from training.data.datasets import build_dataset
+from training.data.transforms import EventTransform
 from training.event_simulation import LOG_EPS
 from training.options import RunOptions, one_line_errors
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     model = EventGANModel.from_pretrained(args.i2e).eval()
     num_bins = model.config.num_bins
     options = RunOptions(data=args.data, crop=args.crop, gaps=(1.0,), candidates=1, seed=args.seed)
-    data = build_samples(options, EventMaker(num_bins, args.frames))
+    data = build_dataset(options, EventTransform(num_bins, args.frames))
     errors = {"model": 0.0, "zeros": 0.0, "spread_evenly": 0.0}
     for i in range(args.samples):
         sample = data[i]

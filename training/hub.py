@@ -7,7 +7,7 @@ import yaml
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from madiff_diffusers.hub_repository import model_card, upload_repository
-from training.data import parse_sources
+from training.data.sources import parse_sources
 from training.options import RunOptions
 
 

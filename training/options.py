@@ -334,8 +334,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         calls = traceback.extract_tb(error.__traceback__)
-        ours = Path(calls[-1].filename).parent in (Path(__file__).parent, Path(madiff_diffusers.__file__).parent)
-        training = any(call.name in ("batches", "finish_pass", "finish") for call in calls)
+        folders = {Path(__file__).parent, Path(madiff_diffusers.__file__).parent}
+        ours = not folders.isdisjoint(Path(calls[-1].filename).parents)
+        training = any(call.name in ("batches", "finish_micro_batch", "finish") for call in calls)
         if not ours and (training or not isinstance(error, OSError)):
             raise  # no bad input: where it happened is worth knowing
         print(f"error: {error}", file=sys.stderr)

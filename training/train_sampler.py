@@ -27,11 +27,11 @@ from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 from madiff_diffusers.warping import warp
-from training.data import parse_sources
+from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
-from training.run import Run
+from training.trainer import Trainer
 from training.validation import image_scores, panel, to_frames, to_image, validation_windows
 
 
@@ -289,11 +289,11 @@ def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel, VQM
     return MotionHintModel(**config["hint_model"]), VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
 
 
-def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
+def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
     """Score held-out windows: the pipeline's frame; the frame of latents that are zero, and the mean of the warped neighbours; and how much of
     the true latents the denoiser tells, R² = 1 - mse / mean square, at the first step."""
-    device = run.accelerator.device
-    windows = validation_windows(run.options, frames=3, multiple=2 * network.hint_model.multiple)
+    device = trainer.accelerator.device
+    windows = validation_windows(trainer.options, frames=3, multiple=2 * network.hint_model.multiple)
 
     def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
         prev, mid, next_ = to_frames(windows[index], device)
@@ -332,14 +332,14 @@ def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips:
         )
         return scores, panel([(name, to_image(frame)) for name, frame in named]) if shown else None
 
-    run.validates(score, len(windows), "l1" if lpips is None else "lpips")
+    trainer.set_validation(score, len(windows), "l1" if lpips is None else "lpips")
 
 
 def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(SamplerOptions, "train_sampler", argv, __doc__)
     folder = check_unused(options)
-    run = Run(options, "pipeline")
-    device = run.accelerator.device
+    trainer = Trainer(options, "pipeline")
+    device = trainer.accelerator.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         fused=device.type == "cuda",
     )
     compiled, options.compile = options.compile, False  # a part at a time
-    network, optimizer = run.prepare(bare, optimizer)
+    network, optimizer = trainer.prepare(bare, optimizer)
     lpips = lpips_loss(options, device)
     teacher = Teacher(options.teacher, device, compiled) if options.teacher else None
     if compiled:
@@ -368,13 +368,13 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
 
     def export(folder: Path) -> None:
-        if run.accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
             pipeline.save_pretrained(folder)
 
-    run.exports(export)
+    trainer.set_export(export)
     if options.validation:
-        validate(run, pipeline, bare, lpips)
-    run.resume()
+        validate(trainer, pipeline, bare, lpips)
+    trainer.resume()
 
     # 2. data; frames at half size, too, must be what the hint model's scales divide
     multiple = 2 * bare.hint_model.multiple
@@ -389,12 +389,12 @@ def main(argv: list[str] | None = None) -> None:
     used = torch.zeros(len(codebook), dtype=torch.bool, device=device)
 
     # 3. loop
-    for passed in run.steps(options.time_limit):
-        generator = torch.Generator(device).manual_seed(int(run.generator().initial_seed() % 2**63))
-        size = sizes[int(torch.randint(len(sizes), (1,), generator=run.generator()))]
+    for passed in trainer.steps(options.time_limit):
+        generator = torch.Generator(device).manual_seed(int(trainer.generator().initial_seed() % 2**63))
+        size = sizes[int(torch.randint(len(sizes), (1,), generator=trainer.generator()))]
         two_steps = (
             passed >= options.two_steps_from
-            and run.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
+            and trainer.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
         )
 
         # 3.1 a batch, and flow from its true middle frames
@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
                 batch["time"].new_zeros(count - made, 4, options.crop, options.crop),
             )
             if teacher is not None:
-                with run.accelerator.autocast():
+                with trainer.accelerator.autocast():
                     flow = teacher(batch["frame_prev"], batch["frame_mid"], batch["frame_next"])
             if made:
                 scenes, exact = composed(bank, made, options.crop, options.layers, generator)
@@ -466,23 +466,23 @@ def main(argv: list[str] | None = None) -> None:
         if "guess" in found:
             loss = loss + 0.3 * found["guess"]
         if lpips is not None and passed >= options.lpips_from:
-            with run.accelerator.autocast():
+            with trainer.accelerator.autocast():
                 losses["lpips"] = lpips(found["sample"].clamp(-1.1, 1.1), batch["frame_mid"]).float().mean()
             loss = loss + options.lpips_weight * losses["lpips"]
-        run.backward(loss)
-        run.update(network, optimizer)
+        trainer.backward(loss)
+        trainer.optimizer_step(network, optimizer)
 
         # 3.4 codes, log, save
         with torch.no_grad():
             used[found["codes"].view(-1)] = True
-            if options.revive_every and run.progress.step % options.revive_every == 0:
+            if options.revive_every and trainer.progress.step % options.revive_every == 0:
                 flat = found["news"].permute(0, 2, 3, 1).reshape(-1, codebook.shape[1]).float()
                 drawn = flat[torch.randint(len(flat), (len(codebook),), generator=generator, device=device)]
                 codebook.copy_(torch.where(used[:, None], codebook, drawn))
                 losses["codes_used"] = used.float().mean()
                 used.zero_()
-        run.finish_pass(losses)
-    run.finish()
+        trainer.finish_micro_batch(losses)
+    trainer.finish()
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from torch.utils.data import Dataset, IterableDataset
 
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.vq_magan import VQMAGANModel
-from training.data import TripletMaker, build_samples
+from training.adversary import Adversary
+from training.data.datasets import build_dataset
+from training.data.transforms import TripletTransform
 from training.hints import draw_hints, latent_noise, load_hint_source, refine_as_sampling
-from training.losses import Adversary, adaptive_weight, lpips_loss
+from training.losses import adaptive_weight, lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
-from training.run import Run
+from training.trainer import Trainer
 from training.validation import decoded_panel, image_scores, to_frames, validation_windows
 
 
@@ -133,17 +135,17 @@ class CodeUsage:
         revives: whether codes that no process used are moved to latents of the step.
     """
 
-    def __init__(self, run: Run, model: VQMAGANModel, every: int, revives: bool):
-        self.run, self.every, self.revives = run, every, revives
+    def __init__(self, trainer: Trainer, model: VQMAGANModel, every: int, revives: bool):
+        self.trainer, self.every, self.revives = trainer, every, revives
         self.codebook = model.quantize.embedding.weight
-        self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=run.accelerator.device)
+        self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=trainer.accelerator.device)
         # Of the last period: share of the codes that were in use, and number of those that were revived at its end.
         self.share, self.revived = 0.0, 0.0
         self._next = (0.0, 0.0)
         self.latents: list[torch.Tensor] = []  # of the passes of a step that ends with a revival
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        used = self.run.accelerator.reduce(self.used.float(), "sum") > 0
+        used = self.trainer.accelerator.reduce(self.used.float(), "sum") > 0
         return {"used": used, "reported": torch.tensor([self.share, self.revived, *self._next])}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -156,11 +158,11 @@ class CodeUsage:
         """Take down the codes of a pass. A period ends with every step whose number is a multiple of `every`."""
         self.share, self.revived = self._next  # the same in all passes of a step
         self.used[indices] = True
-        if self.run.progress.step % self.every:
+        if self.trainer.progress.step % self.every:
             return
         self.latents.append(rearrange(latents.detach().float(), "b c h w -> (b h w) c"))
-        if self.run.ends_step:
-            alive = self.run.accelerator.reduce(self.used.float(), "sum") > 0
+        if self.trainer.sync_gradients:
+            alive = self.trainer.accelerator.reduce(self.used.float(), "sum") > 0
             if self.revives:
                 self._revive(alive)
             self._next = (alive.float().mean().item(), float((~alive).sum()) * self.revives)
@@ -169,15 +171,15 @@ class CodeUsage:
 
     def _revive(self, alive: torch.Tensor) -> None:
         """Move the codes that are not alive to latents of this step."""
-        accelerator = self.run.accelerator
+        accelerator = self.trainer.accelerator
         latents = accelerator.gather(torch.stack(self.latents))  # [processes * passes, n, c]
         # In the order that the passes of one process would have.
         latents = rearrange(latents, "(w p) n c -> (p w n) c", w=accelerator.num_processes)
-        generator = torch.Generator().manual_seed(self.run.progress.step)  # every process draws the same
+        generator = torch.Generator().manual_seed(self.trainer.progress.step)  # every process draws the same
         index = torch.randint(len(latents), (int((~alive).sum()),), generator=generator)
         jitter = torch.randn(len(index), latents.shape[1], generator=generator).to(latents.device)
         self.codebook[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
-        self.run.jumped(self.codebook, ~alive)
+        self.trainer.reset_average(self.codebook, ~alive)
 
 
 def first_frames(data: Dataset, count: int = 96) -> torch.Tensor:
@@ -196,8 +198,8 @@ def measure_scaling_factor(model: VQMAGANModel, frames: torch.Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(VQMAGANOptions, "train_vq_magan", argv, __doc__)
-    run = Run(options, "vqvae")
-    device = run.accelerator.device
+    trainer = Trainer(options, "vqvae")
+    device = trainer.accelerator.device
 
     # 1. models
     bare_model = VQMAGANModel(**config["vqvae"])
@@ -214,28 +216,28 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         bare_model.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
     )
-    model, optimizer = run.prepare(bare_model.train(), optimizer)
+    model, optimizer = trainer.prepare(bare_model.train(), optimizer)
     adversary = None
     if options.disc_weight > 0:
         channels = bare_model.config.out_channels
-        adversary = Adversary(run, channels, options.disc_channels, options.adam_betas, options.disc_start)
-    codes = CodeUsage(run, bare_model, options.revive_every or options.log_every, revives=options.revive_every > 0)
-    run.register(codes)
+        adversary = Adversary(trainer, channels, options.disc_channels, options.adam_betas, options.disc_start)
+    codes = CodeUsage(trainer, bare_model, options.revive_every or options.log_every, revives=options.revive_every > 0)
+    trainer.register(codes)
 
     # 2. data, validation, export
-    data = build_samples(options, TripletMaker(options.window, options.any_time))
-    measured = first_frames(data) if run.accelerator.is_main_process else None
+    data = build_dataset(options, TripletTransform(options.window, options.any_time))
+    measured = first_frames(data) if trainer.accelerator.is_main_process else None
 
     def export(folder: Path) -> None:
-        state = run.weights()
-        if run.accelerator.is_main_process:
+        state = trainer.weights()
+        if trainer.accelerator.is_main_process:
             exported = VQMAGANModel.from_config(bare_model.config).eval()
             exported.load_state_dict(state)
             exported.to(device)
             exported.register_to_config(scaling_factor=measure_scaling_factor(exported, measured))
             exported.save_pretrained(folder)
 
-    run.exports(export)
+    trainer.set_export(export)
     if options.validation:
         windows = validation_windows(options, frames=3, multiple=bare_model.downsample_factor)
 
@@ -250,13 +252,13 @@ def main(argv: list[str] | None = None) -> None:
             seen = (hints, config["hint_source"], source, decoded.offsets[-1], decoded.gates[-1])
             return scores, decoded_panel(frames, decoded.sample, *seen)
 
-        run.validates(score, len(windows), "l1" if lpips is None else "lpips")
-    run.resume()
+        trainer.set_validation(score, len(windows), "l1" if lpips is None else "lpips")
+    trainer.resume()
 
     # 3. loop
     damped = config["pipeline"].get("default_hint_policy") == "damped"
-    for batch in run.batches(data):
-        step, generator = run.progress.step, run.generator()
+    for batch in trainer.batches(data):
+        step, generator = trainer.progress.step, trainer.generator()
         # Networks run fastest where frames and hints come in the layout of their weights.
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         batch = {
@@ -270,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             noise = latent_noise(bare_model, truth, options.latent_noise, generator)
         adversarial = adversary is not None and adversary.active
 
-        with run.accumulate(model, *([adversary.network] if adversary else [])):
+        with trainer.accumulate(model, *([adversary.network] if adversary else [])):
             # 3.1 autoencoder
             decoded = model(truth, prev, next_, *hints, noise, time=batch["time"])
             zero = torch.zeros((), device=device)
@@ -291,15 +293,15 @@ def main(argv: list[str] | None = None) -> None:
                 gan = adversary.loss(decoded.sample)
                 weight = adaptive_weight(reconstruction, gan, bare_model.last_layer)
                 loss = loss + options.disc_weight * weight * gan
-            run.backward(loss)
-            run.update(model, optimizer)
+            trainer.backward(loss)
+            trainer.optimizer_step(model, optimizer)
             codes.note(decoded.code_indices, decoded.latents)
 
             # 3.2 discriminator
             disc_loss = adversary.update(truth, decoded.sample) if adversarial else zero
 
         # 3.3 count, log, save
-        run.finish_pass(
+        trainer.finish_micro_batch(
             {
                 "l1": l1,
                 "lpips": perceptual,
@@ -312,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
                 "codes_revived": codes.revived,
             }
         )
-    run.finish()
+    trainer.finish()
 
 
 if __name__ == "__main__":
