@@ -20,7 +20,7 @@ from training.random_motion import MovingScene
 from training.validation import validation_windows
 
 
-SMALL = {"crop": 32, "gaps": (1.0,), "candidates": 1}
+SMALL = {"resolution": 32, "gaps": (1.0,), "candidates": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -287,8 +287,8 @@ def test_broken_videos_are_left_out_or_named(tmp_path, capfd):
 
 def test_frames_smaller_than_the_crop_and_clips_that_are_too_short_are_named(tmp_path):
     make_layout("frames", tmp_path / "data")
-    with pytest.raises(ValueError, match="64x96 pixels are smaller than `crop` 80"):
-        build_dataset(RunOptions(data=f"frames:{tmp_path / 'data'}", crop=80), TripletTransform())[0]
+    with pytest.raises(ValueError, match="64x96 pixels are smaller than `resolution` 80"):
+        build_dataset(RunOptions(data=f"frames:{tmp_path / 'data'}", resolution=80), TripletTransform())[0]
     with pytest.raises(ValueError, match="the longest has 12"):
         build_dataset(RunOptions(data=f"frames:{tmp_path / 'data'}"), TripletTransform(frames=13))
 
@@ -297,7 +297,7 @@ def test_frames_smaller_than_the_crop_and_clips_that_are_too_short_are_named(tmp
 
 
 def clip_samples(clips: Path, maker=None, **changes) -> ClipDataset:
-    settings = {"crop": 32, "gaps": (0.5, 0.5), "colour_jitter": 0.2, **changes}
+    settings = {"resolution": 32, "gaps": (0.5, 0.5), "colour_jitter": 0.2, **changes}
     return build_dataset(RunOptions(data=str(clips), **settings), maker or TripletTransform())
 
 
@@ -446,7 +446,7 @@ def test_recorded_events(tmp_path):
     make_recording(tmp_path / "a_data.hdf5")
     with h5py.File(tmp_path / "a_gt.hdf5", "w") as file:  # MVSEC's truth for other tasks
         file["davis/left/depth_image_raw"] = np.zeros(3)
-    options = RunOptions(data=f"mvsec:{tmp_path}", crop=32, gaps=(0.5, 0.5))
+    options = RunOptions(data=f"mvsec:{tmp_path}", resolution=32, gaps=(0.5, 0.5))
     samples = build_dataset(options, EventTransform(5, 2))
     assert torch.equal(pickle.loads(pickle.dumps(samples))[0]["events"], samples[0]["events"])
     gaps = set()
@@ -469,15 +469,15 @@ def test_recorded_events(tmp_path):
 def test_a_recording_that_lacks_something_is_named(tmp_path):
     h5py = pytest.importorskip("h5py")
     make_recording(tmp_path / "a.hdf5")
-    with pytest.raises(ValueError, match="`crop` 64 is larger"):
-        build_dataset(RunOptions(data=f"mvsec:{tmp_path}", crop=64), EventTransform(5, 2))
+    with pytest.raises(ValueError, match="`resolution` 64 is larger"):
+        build_dataset(RunOptions(data=f"mvsec:{tmp_path}", resolution=64), EventTransform(5, 2))
     (tmp_path / "b.hdf5").write_bytes(b"no recording")
     with pytest.raises(ValueError, match="b.hdf5 is no HDF5 file"):
-        build_dataset(RunOptions(data=f"mvsec:{tmp_path}", crop=32), EventTransform(5, 2))
+        build_dataset(RunOptions(data=f"mvsec:{tmp_path}", resolution=32), EventTransform(5, 2))
     with h5py.File(tmp_path / "a.hdf5", "a") as file:
         del file["davis/left/image_raw_ts"]
     with pytest.raises(ValueError, match="a.hdf5 has no davis/left/image_raw_ts"):
-        build_dataset(RunOptions(data=f"mvsec:{tmp_path}", crop=32), EventTransform(5, 2))
+        build_dataset(RunOptions(data=f"mvsec:{tmp_path}", resolution=32), EventTransform(5, 2))
 
 
 # ---- streams ----
@@ -516,7 +516,7 @@ def stream(tmp_path) -> Path:
 
 
 def streamed(folder: Path, process: int = 0, processes: int = 1, skipped: int = 0) -> StreamedDataset:
-    samples = build_dataset(RunOptions(data=f"datasets-stream:{folder}", crop=48), TripletTransform())
+    samples = build_dataset(RunOptions(data=f"datasets-stream:{folder}", resolution=48), TripletTransform())
     samples.start(process, processes, 2, skipped)
     return samples
 
@@ -538,5 +538,5 @@ def test_a_stream_gives_each_row_once_an_epoch_over_all_processes(workers, strea
 
 
 def test_a_stream_has_at_most_one_loader(stream):
-    with pytest.raises(ValueError, match="`workers` must be 0 or 1"):
+    with pytest.raises(ValueError, match="`dataloader_num_workers` must be 0 or 1"):
         next(iter(DataLoader(streamed(stream), num_workers=2)))

@@ -64,7 +64,7 @@ class Checkpoints:
         except Exception as error:  # a damaged file shows in errors of every kind
             older = f"; once it is moved away, the run goes on from {found[-2].name}" if found[1:] else ""
             raise ValueError(
-                f"`output`: the newest checkpoint, {found[-1]}, cannot be loaded{older}. {type(error).__name__}: {error}"
+                f"`output_dir`: the newest checkpoint, {found[-1]}, cannot be loaded{older}. {type(error).__name__}: {error}"
             ) from error
         self.accelerator.print(f"resumed at step {self.progress.step} from {found[-1]}")
         if self.accelerator.is_main_process:
@@ -119,7 +119,7 @@ def lock_folder(folder: Path) -> TextIO | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"`output` {str(folder)!r} is being written by another run that has not ended yet."
+            f"`output_dir` {str(folder)!r} is being written by another run that has not ended yet."
         ) from error
     except OSError:  # a file system without locks
         file.close()

@@ -58,8 +58,8 @@ class StepwiseNormalisation:
     @torch.no_grad()
     def end_pass(self, trainer: Trainer) -> None:
         for (mean, var), norm in zip(self._sums, self.batch_norms):
-            mean += norm.running_mean / trainer.options.accumulation
-            var += norm.running_var / trainer.options.accumulation
+            mean += norm.running_mean / trainer.options.gradient_accumulation_steps
+            var += norm.running_var / trainer.options.gradient_accumulation_steps
         if not trainer.sync_gradients:
             return
         for norm, momentum, kept, sums in zip(self.batch_norms, self.momentums, self._kept, self._sums):

@@ -19,7 +19,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
-from training.options import RunOptions
+from training.options import RunOptions, check_names
 from training.progress import Progress
 
 
@@ -51,11 +51,28 @@ class RunLog:
 
     # ---- the start of a run ----
 
+    def recorded_options(self) -> dict[str, Any]:
+        """The options of the last start, as `args.yaml` holds them; empty without that file.
+
+        Raises:
+            ValueError: if they have old names.
+        """
+        path = self.folder / "args.yaml"
+        recorded = yaml.safe_load(path.read_text()) if path.exists() else {}
+        try:
+            check_names(recorded)
+        except ValueError as error:
+            raise ValueError(
+                f"`output_dir`: the run began with an older version, in whose names {path} is written: {error}. Change them there to "
+                "go on."
+            ) from None
+        return recorded
+
     def record_start(self, goes_on: bool) -> None:
         """Write `args.yaml` and `environment.yaml`, and say what changed where a run `goes_on`: it is no longer what its first
         options say, which nobody should overlook."""
         path = self.folder / "args.yaml"
-        before = yaml.safe_load(path.read_text()) if path.exists() and goes_on else {}
+        before = self.recorded_options() if goes_on else {}
         for name, value in yaml.safe_load(yaml.safe_dump(dataclasses.asdict(self.options))).items():
             if name in before and before[name] != value:
                 print(f"changed since the last start: {name} was {before[name]!r}, is {value!r}", file=sys.stderr)
@@ -96,7 +113,7 @@ class RunLog:
     def start(self) -> None:
         """Start the tracker and the clock, on all processes, and only once there is something to log: TensorBoard writes a file
         at its start."""
-        if self.options.tracker != "none":
+        if self.options.report_to != "none":
             self._start_tracker()
         self._clock = (time.perf_counter(), self.progress.samples)
 
@@ -107,7 +124,7 @@ class RunLog:
             name: value if isinstance(value, (int, float, str)) else str(value)
             for name, value in dataclasses.asdict(self.options).items()
         }
-        config = settings if self.options.tracker == "wandb" else None
+        config = settings if self.options.report_to == "wandb" else None
         self.accelerator.init_trackers(
             "madiff", config=config, init_kwargs={"wandb": {"dir": str(self.folder / "log")}}
         )

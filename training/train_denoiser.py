@@ -1,7 +1,7 @@
 """Stage 3: train the denoiser on the latents of a trained VQ-MAGAN.
 
     accelerate launch -m training.train_denoiser --config compact --data CLIPS --i2e runs/i2e/i2e \\
-        --vqvae runs/vqvae/vqvae --output runs/denoiser
+        --vqvae runs/vqvae/vqvae --output_dir runs/denoiser
 
 Loss: ‖target − ε_θ(z_t, t, z_prev, z_next, m_prev, m_next)‖², the target being what the scheduler's `prediction_type`
 says. Motion hints come from the true middle frame and are dropped for start hints with a probability of
@@ -38,10 +38,10 @@ class DenoiserOptions(RunOptions):
         "", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's"
     )
     init: str = option("", "folder of a trained UNet2DModel to start from")
-    adam_betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW", least=0, less_than=1, count=2)
-    weight_decay: float = option(0.01, "of AdamW", least=0)
+    adam_betas: tuple[float, ...] = option((0.9, 0.999), "betas of AdamW", least=0, less_than=1, count=2)
+    adam_weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
     ema_decay: float = option(
-        0.9999, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1
+        0.9999, "decay of the moving average of the weights, which is exported; 0: no average", least=0, less_than=1
     )
     lpips_net: str = option(
         "alex",
@@ -82,7 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     scheduler_config = dict(config["scheduler"])
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
     optimizer = torch.optim.AdamW(
-        bare_unet.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
+        bare_unet.parameters(),
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        weight_decay=options.adam_weight_decay,
     )
     unet, optimizer = trainer.prepare(bare_unet.train(), optimizer)
 

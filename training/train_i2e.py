@@ -1,6 +1,6 @@
 """Stage 1: train the image-to-event generator on events simulated from video clips.
 
-    accelerate launch -m training.train_i2e --config compact --data CLIPS --output runs/i2e
+    accelerate launch -m training.train_i2e --config compact --data CLIPS --output_dir runs/i2e
 
 The model is written to OUTPUT/i2e at the end. To resume, run the same command again.
 """
@@ -31,13 +31,13 @@ class I2EOptions(RunOptions):
         4, "frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart", least=2
     )
     spectral_norm: bool = option(
-        True, "as EventGAN, on residual blocks and decoders; folded into the exported weights"
+        True, "spectral norm on residual blocks and decoders, as in EventGAN; it is folded into the exported weights"
     )
     squared_weight: float = option(
-        1.0, "of the squared error at the start; falls linearly to 0 at squared_until", least=0
+        1.0, "weight of the squared error at the start; it falls linearly to 0 at squared_until", least=0
     )
     squared_until: float = option(0.7, "share of the steps after which the squared error is gone", more_than=0, most=1)
-    adversarial_weight: float = option(0.01, "of the adversarial loss; 0: none", least=0)
+    adversarial_weight: float = option(0.01, "weight of the adversarial loss; 0: none", least=0)
     disc_start: int = option(0, "step at which the discriminator starts", least=0)
     disc_channels: int = option(32, "channels of the discriminator's first layer", least=1)
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             # 3.1 generator
             normalisation.begin_pass(first=len(trainer.micro_batches) == 1)
             events = model(batch["frame_first"], batch["frame_second"]).events
-            progress = trainer.progress.step / options.steps
+            progress = trainer.progress.step / options.max_train_steps
             squared_weight = options.squared_weight * max(1 - progress / options.squared_until, 0)
             loss, gan = volume_loss(events, truth, squared_weight), torch.zeros((), device=device)
             if adversarial:

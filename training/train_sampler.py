@@ -1,6 +1,6 @@
 """Train a checkpoint of motion news as a whole: hints, autoencoder and denoiser together, through the pipeline's own steps.
 
-    accelerate launch -m training.train_sampler --config motion --data CLIPS --output runs/motion --teacher runs/rife
+    accelerate launch -m training.train_sampler --config motion --data CLIPS --output_dir runs/motion --teacher runs/rife
 
 Every sample goes the way that the pipeline goes: hints of the instant from the two neighbours, evidence, a denoising step from pure
 noise, decoding. A share of the batches takes a second step, with hints that were extracted from the first step's guess at half size.
@@ -43,8 +43,8 @@ UNUSED = (
     "cache_gib",
     "columns",
     "on_unreadable",
-    "workers",
-    "accumulation",
+    "dataloader_num_workers",
+    "gradient_accumulation_steps",
     "gradient_checkpointing",
     "ema_decay",
 )
@@ -59,7 +59,7 @@ class SamplerOptions(RunOptions):
         "", "folder of a RIFEFlowModel, see `madiff convert-rife`; empty: flow is supervised in composed scenes alone"
     )
     adam_betas: tuple[float, ...] = option((0.9, 0.99), "of AdamW", least=0, less_than=1, count=2)
-    weight_decay: float = option(1e-4, "of AdamW", least=0)
+    adam_weight_decay: float = option(1e-4, "of AdamW", least=0)
     composed_share: float = option(
         0.4, "share of samples composed of pieces of frames, with exact flow", least=0, most=1
     )
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         bare.parameters(),
         lr=options.learning_rate,
         betas=options.adam_betas,
-        weight_decay=options.weight_decay,
+        weight_decay=options.adam_weight_decay,
         fused=device.type == "cuda",
     )
     compiled, options.compile = options.compile, False  # a part at a time
@@ -378,12 +378,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. data; frames at half size, too, must be what the hint model's scales divide
     multiple = 2 * bare.hint_model.multiple
-    if options.crop % multiple:
-        raise ValueError(f"`crop` must be a multiple of {multiple}, but is {options.crop}.")
-    sizes = [max(round(options.crop * scale / 8) * 8, 8) for scale in options.scales]
-    bank = FrameBank(folder, device, max(max(sizes), options.crop))
-    latent_size = options.crop // bare.vqvae.downsample_factor
-    count = options.batch_size
+    if options.resolution % multiple:
+        raise ValueError(f"`resolution` must be a multiple of {multiple}, but is {options.resolution}.")
+    sizes = [max(round(options.resolution * scale / 8) * 8, 8) for scale in options.scales]
+    bank = FrameBank(folder, device, max(max(sizes), options.resolution))
+    latent_size = options.resolution // bare.vqvae.downsample_factor
+    count = options.train_batch_size
     made = round(options.composed_share * count)
     codebook = bare.vqvae.quantize.embedding.weight
     used = torch.zeros(len(codebook), dtype=torch.bool, device=device)
@@ -401,18 +401,18 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             batch = augment(
                 bank.triplets(count - made, size, options.gaps, options.any_time, options.candidates, generator),
-                options.crop,
+                options.resolution,
                 generator,
             )
             batch, flow = (
                 {name: each.contiguous() for name, each in batch.items()},
-                batch["time"].new_zeros(count - made, 4, options.crop, options.crop),
+                batch["time"].new_zeros(count - made, 4, options.resolution, options.resolution),
             )
             if teacher is not None:
                 with trainer.accelerator.autocast():
                     flow = teacher(batch["frame_prev"], batch["frame_mid"], batch["frame_next"])
             if made:
-                scenes, exact = composed(bank, made, options.crop, options.layers, generator)
+                scenes, exact = composed(bank, made, options.resolution, options.layers, generator)
                 batch = {name: torch.cat([each, scenes[name]]) for name, each in batch.items()}
                 flow = torch.cat([flow, exact])
             layout = torch.channels_last if options.channels_last else torch.contiguous_format

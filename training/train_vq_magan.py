@@ -1,6 +1,6 @@
 """Stage 2: train the motion-aware autoencoder (VQ-MAGAN).
 
-    accelerate launch -m training.train_vq_magan --config compact --data CLIPS --i2e runs/i2e/i2e --output runs/vqvae
+    accelerate launch -m training.train_vq_magan --config compact --data CLIPS --i2e runs/i2e/i2e --output_dir runs/vqvae
 
 Loss: L1 + LPIPS + vector quantisation + λ · hinge patch-GAN, λ balanced at the last layer (Esser et al., 2021). Motion
 hints come from the true middle frame and are given with a probability of `hint_probability`; otherwise the decoder gets
@@ -40,18 +40,20 @@ class VQMAGANOptions(RunOptions):
         "",
         "folder of a trained VQMAGANModel to start from; where the configuration's takes in more channels, they begin at 0",
     )
-    adam_betas: tuple[float, ...] = option((0.5, 0.9), "of AdamW", least=0, less_than=1, count=2)
-    weight_decay: float = option(0.0, "of AdamW", least=0)
+    adam_betas: tuple[float, ...] = option((0.5, 0.9), "betas of AdamW", least=0, less_than=1, count=2)
+    adam_weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
     l1_epsilon: float = option(0.0, "softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss", least=0)
-    lpips_weight: float = option(1.0, "of LPIPS; 0: none", least=0)
+    lpips_weight: float = option(1.0, "weight of LPIPS; 0: none", least=0)
     lpips_start: int = option(0, "step at which LPIPS starts", least=0)
-    vq_weight: float = option(1.0, "of the quantisation loss (codebook + 0.25 · commitment)", least=0)
-    anchor_weight: float = option(0.0, "of the latents' squared distance to the mean colours of their cells", least=0)
+    vq_weight: float = option(1.0, "weight of the quantisation loss (codebook + 0.25 · commitment)", least=0)
+    anchor_weight: float = option(
+        0.0, "weight of the latents' squared distance to the mean colours of their cells", least=0
+    )
     revive_every: int = option(
         0, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0
     )
     disc_start: int = option(10000, "step at which the discriminator starts", least=0)
-    disc_weight: float = option(0.8, "of the balanced adversarial loss; 0: none", least=0)
+    disc_weight: float = option(0.8, "weight of the balanced adversarial loss; 0: none", least=0)
     disc_channels: int = option(64, "channels of the discriminator's first layer", least=1)
     hint_probability: float = option(
         0.5, "share of samples with refined hints; the others get start hints", least=0, most=1
@@ -64,7 +66,7 @@ class VQMAGANOptions(RunOptions):
         0.0, "noise on the latents, uniform up to this many of their standard deviations per sample", least=0
     )
     flow_weight: float = option(
-        0.0, "supervision of the offsets by flow from the true middle frame, at the start …", least=0
+        0.0, "weight of the offsets' distance to flow from the true middle frame, at the start …", least=0
     )
     flow_weight_end: float = option(0.0, "… and at the end, linear in between", least=0)
 
@@ -214,14 +216,17 @@ def main(argv: list[str] | None = None) -> None:
     flow_source = FlowHints(fine="fine_flow" in config["hint_source"].split("+"))
     lpips = lpips_loss(options, device)
     optimizer = torch.optim.AdamW(
-        bare_model.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
+        bare_model.parameters(),
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        weight_decay=options.adam_weight_decay,
     )
     model, optimizer = trainer.prepare(bare_model.train(), optimizer)
     adversary = None
     if options.disc_weight > 0:
         channels = bare_model.config.out_channels
         adversary = Adversary(trainer, channels, options.disc_channels, options.adam_betas, options.disc_start)
-    codes = CodeUsage(trainer, bare_model, options.revive_every or options.log_every, revives=options.revive_every > 0)
+    codes = CodeUsage(trainer, bare_model, options.revive_every or options.log_steps, revives=options.revive_every > 0)
     trainer.register(codes)
 
     # 2. data, validation, export
@@ -283,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             reconstruction = l1 + options.lpips_weight * perceptual
             vq = decoded.commit_loss.mean()
             anchor = anchor_loss(decoded.latents, truth) if options.anchor_weight > 0 else zero
-            flow, progress = zero, step / options.steps
+            flow, progress = zero, step / options.max_train_steps
             flow_weight = (1 - progress) * options.flow_weight + progress * options.flow_weight_end
             if flow_weight > 0:
                 flow = offset_loss(decoded.offsets, flow_source.from_guess(prev, truth, next_))

@@ -70,22 +70,22 @@ class Trainer:
 
     def __init__(self, options: RunOptions, part: str):
         self.options, self.part = options, part
-        self.folder = Path(options.output)
+        self.folder = Path(options.output_dir)
         follow_the_launcher()
         # The launch's own would go before what is asked for here, and steps would be counted wrongly.
-        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.accumulation)
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.gradient_accumulation_steps)
         os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(options.max_grad_norm)
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=options.accumulation,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
             mixed_precision=options.mixed_precision or None,
-            log_with=None if options.tracker == "none" else options.tracker,
+            log_with=None if options.report_to == "none" else options.report_to,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "log")),
         )
         self.distribution = self.accelerator.distributed_type
         self.fp16 = self.accelerator.mixed_precision == "fp16"
-        if self.fp16 and options.accumulation > 1:
+        if self.fp16 and options.gradient_accumulation_steps > 1:
             raise ValueError(
-                "`mixed_precision` fp16 with `accumulation` > 1 is not supported: the loss scale of one optimiser would be "
+                "`mixed_precision` fp16 with `gradient_accumulation_steps` > 1 is not supported: the loss scale of one optimiser would be "
                 "applied to the gradients of another. Use bf16."
             )
         if self.accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
@@ -107,10 +107,10 @@ class Trainer:
         if self.distribution == DistributedType.DEEPSPEED:
             # Loaders are not prepared by DeepSpeed, which therefore cannot tell the batch size by itself.
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            settings["train_micro_batch_size_per_gpu"] = options.batch_size
+            settings["train_micro_batch_size_per_gpu"] = options.train_batch_size
         set_seed(options.seed)
         self.progress = Progress()
-        self.checkpoints = Checkpoints(self.folder, self.accelerator, self.progress, options.keep)
+        self.checkpoints = Checkpoints(self.folder, self.accelerator, self.progress, options.checkpoints_total_limit)
         self.log = RunLog(self.folder, options, self.accelerator, self.progress)
         self.accelerator.register_for_checkpointing(SavedProgress(self.progress, self.accelerator))
         self.ema: EMAModel | None = None
@@ -123,11 +123,15 @@ class Trainer:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
             saved = self.checkpoints.saved()
-            if not saved or int(saved[-1].name[len("step_") :]) < options.steps:
+            if saved:
+                self.log.recorded_options()  # refuses old ones
+            if not saved or int(saved[-1].name[len("step_") :]) < options.max_train_steps:
                 self.log.record_start(goes_on=bool(saved))
             # Else what is on record is what trained, not what sends the result.
-        if options.tracker != "none" and not self.accelerator.log_with:
-            raise ValueError(f"`tracker` {options.tracker!r} needs its package; install it, or use `tracker` none.")
+        if options.report_to != "none" and not self.accelerator.log_with:
+            raise ValueError(
+                f"`report_to` {options.report_to!r} needs its package; install it, or use `report_to` none."
+            )
         self._signals = StopSignals()
         self.accelerator.wait_for_everyone()
 
@@ -153,10 +157,10 @@ class Trainer:
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
         """The learning-rate schedule of an optimiser, saved with every checkpoint."""
         schedule = get_scheduler(
-            self.options.lr_schedule,
+            self.options.lr_scheduler,
             optimizer,
-            num_warmup_steps=self.options.warmup_steps,
-            num_training_steps=self.options.steps,
+            num_warmup_steps=self.options.lr_warmup_steps,
+            num_training_steps=self.options.max_train_steps,
         )
         self.register(schedule)
         return schedule
@@ -202,7 +206,9 @@ class Trainer:
 
     @property
     def samples_per_step(self) -> int:
-        return self.options.batch_size * self.options.accumulation * self.accelerator.num_processes
+        return (
+            self.options.train_batch_size * self.options.gradient_accumulation_steps * self.accelerator.num_processes
+        )
 
     def batches(self, dataset: Dataset) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from where this run has come to until its last step, each sample on one process.
@@ -210,7 +216,7 @@ class Trainer:
         Raises:
             SystemExit: with 0, if the run stands at `stop_step` already.
         """
-        if self.progress.step >= self.options.steps:
+        if self.progress.step >= self.options.max_train_steps:
             return
         if 0 < self.options.stop_step <= self.progress.step:
             self._stop_early()
@@ -219,7 +225,7 @@ class Trainer:
             self.progress.unreadable += int(batch.pop("unreadable").sum())
             self.micro_batches.append(batch)
             yield batch
-            if self.progress.step >= self.options.steps:
+            if self.progress.step >= self.options.max_train_steps:
                 return
 
     def steps(self, time_limit: float = 0.0) -> Iterator[float]:
@@ -234,13 +240,15 @@ class Trainer:
             ValueError: if several passes make a step.
             SystemExit: as `batches`.
         """
-        if self.options.accumulation != 1:
-            raise ValueError(f"`accumulation` must be 1 in this stage, but is {self.options.accumulation}.")
-        if 0 < self.options.stop_step <= self.progress.step < self.options.steps:
+        if self.options.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"`gradient_accumulation_steps` must be 1 in this stage, but is {self.options.gradient_accumulation_steps}."
+            )
+        if 0 < self.options.stop_step <= self.progress.step < self.options.max_train_steps:
             self._stop_early()
         self.log.start()
-        limit, total, before = 60 * time_limit, self.options.steps, None
-        while self.progress.step < self.options.steps:
+        limit, total, before = 60 * time_limit, self.options.max_train_steps, None
+        while self.progress.step < self.options.max_train_steps:
             if before is not None:
                 self.progress.seconds += time.perf_counter() - before
             before = (
@@ -248,15 +256,17 @@ class Trainer:
             )
             spent = self.progress.seconds / limit if limit else 0.0
             if spent >= 1:  # this step is the last
-                self.options.steps = self.progress.step + 1
+                self.options.max_train_steps = self.progress.step + 1
             passed = min(max(self.progress.step / total, spent), 1.0)
-            if self.progress.step > self.options.warmup_steps:
+            if self.progress.step > self.options.lr_warmup_steps:
                 self._schedule.last_epoch = min(max(self.progress.step, int(passed * total)), total - 1)
             self.micro_batches.append({})
             yield passed
 
     def _stop_early(self) -> None:
-        self.accelerator.print(f"stopped at step {self.progress.step} of {self.options.steps}, which is saved")
+        self.accelerator.print(
+            f"stopped at step {self.progress.step} of {self.options.max_train_steps}, which is saved"
+        )
         self.accelerator.end_training()
         raise SystemExit(0)
 
@@ -340,18 +350,18 @@ class Trainer:
             self.ema.step(self._model.parameters())
         self.progress.step += 1
         self.progress.samples += self.samples_per_step
-        last = self.progress.step >= self.options.steps
-        if last or self.progress.step % self.options.log_every == 0:
+        last = self.progress.step >= self.options.max_train_steps
+        if last or self.progress.step % self.options.log_steps == 0:
             self._check_norm()
             means = {name: value / len(self.micro_batches) for name, value in self._sums.items()}
             self.log.write_step(means, self._schedule.get_last_lr()[0])
         self.micro_batches, self._sums = [], {}
         best = False
-        if self._validation is not None and (last or self.progress.step % self.options.validate_every == 0):
+        if self._validation is not None and (last or self.progress.step % self.options.validation_steps == 0):
             best = self._validate()
         told = self._signals.received(self.accelerator)
         stop = self.progress.step == self.options.stop_step and not last
-        if last or best or told or stop or self.progress.step % self.options.save_every == 0:
+        if last or best or told or stop or self.progress.step % self.options.checkpointing_steps == 0:
             self.save()
         if stop:
             self._stop_early()

@@ -47,7 +47,7 @@ class ClipDataset(Dataset):
 
     def __init__(self, sources: Sequence[tuple[Clips, float]], transform: SampleTransform, options: RunOptions):
         self.transform, self.options = transform, options
-        self.augmentation = Augmentation(options.crop, options.colour_jitter)
+        self.augmentation = Augmentation(options.resolution, options.colour_jitter)
         self.gaps = np.array(options.gaps) / sum(options.gaps)
         self.sources, self.chances, self.numbers, shares = [], [], [], []
         for clips, share in sources:
@@ -84,7 +84,9 @@ class ClipDataset(Dataset):
         if moves or rng.random() < self.options.random_motion_share:
             count = 2 + rng.binomial(3, 0.4)
             stills = [self._still(source, rng) for _ in range(count)]
-            return self.transform.from_scene(MovingScene(stills, self.options.crop, self.options.crop, rng), rng)
+            return self.transform.from_scene(
+                MovingScene(stills, self.options.resolution, self.options.resolution, rng), rng
+            )
         best, best_change = None, -1.0
         for _ in range(self.options.candidates):
             frames = self.augmentation.place(self._window(source, rng), rng)
@@ -142,7 +144,7 @@ class StreamedDataset(IterableDataset):
         if transform.frames != 3 or options.random_motion_share:
             raise ValueError("`data` datasets-stream gives triplets: `frames` must be 3 and `random_motion_share` 0.")
         self.columns = options.columns.split(",")
-        self.augmentation = Augmentation(options.crop, options.colour_jitter)
+        self.augmentation = Augmentation(options.resolution, options.colour_jitter)
         self.table = without_decoding(load_dataset(path, streaming=True), path, self.columns)
         self.start(0, 1, 1, 0)
 
@@ -161,7 +163,7 @@ class StreamedDataset(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
-            raise ValueError(f"`workers` must be 0 or 1 with a stream, but is {worker.num_workers}.")
+            raise ValueError(f"`dataloader_num_workers` must be 0 or 1 with a stream, but is {worker.num_workers}.")
         place, epoch, unreadable = 0, 0, 0
         while True:
             found = 0
@@ -206,7 +208,7 @@ def build_dataset(
     if recordings and not isinstance(transform, EventTransform):
         raise ValueError("`data` in the format mvsec has events and grey pictures: it is for train_i2e alone.")
     if recordings:
-        recorded = EventRecordings(recordings[0], transform.num_bins, options.crop, options.gaps)
+        recorded = EventRecordings(recordings[0], transform.num_bins, options.resolution, options.gaps)
         return RecordedEventDataset(recorded, options.seed)
     return ClipDataset(
         [(read_source(name, path, options), weight) for name, path, weight in sources], transform, options

@@ -33,19 +33,25 @@ def _load(
 ) -> Iterator[dict[str, torch.Tensor]]:
     world = accelerator.num_processes
     settings = {
-        "batch_size": options.batch_size,
-        "num_workers": options.workers,
+        "batch_size": options.train_batch_size,
+        "num_workers": options.dataloader_num_workers,
         "drop_last": True,
         "worker_init_fn": leave_signals_to_the_parent,
         # Otherwise a seed is drawn from torch's own state, which would differ after a resumption.
         "generator": torch.Generator().manual_seed(options.seed),
     }
     if isinstance(dataset, IterableDataset):  # a stream shares itself among processes and finds its own place
-        place = progress.samples // (options.batch_size * world)
-        dataset.start(accelerator.process_index, world, options.batch_size, place)
+        place = progress.samples // (options.train_batch_size * world)
+        dataset.start(accelerator.process_index, world, options.train_batch_size, place)
         for batch in DataLoader(dataset, **settings):
             yield send_to_device(batch, accelerator.device)
         return
     first = progress.samples
-    last = first + (options.steps - progress.step) * options.batch_size * options.accumulation * world
+    last = (
+        first
+        + (options.max_train_steps - progress.step)
+        * options.train_batch_size
+        * options.gradient_accumulation_steps
+        * world
+    )
     yield from accelerator.prepare_data_loader(DataLoader(Subset(dataset, range(first, last)), **settings))

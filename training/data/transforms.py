@@ -47,7 +47,7 @@ class Augmentation:
         """
         height, width = frames.shape[1:3]
         if min(height, width) < self.crop:
-            raise Unreadable(f"Frames of {height}x{width} pixels are smaller than `crop` {self.crop}.")
+            raise Unreadable(f"Frames of {height}x{width} pixels are smaller than `resolution` {self.crop}.")
         top, left = rng.integers(height - self.crop + 1), rng.integers(width - self.crop + 1)
         return frames[:, top : top + self.crop, left : left + self.crop]
 
