@@ -67,7 +67,7 @@ def measure(stage: str, args: argparse.Namespace, extra: list[str]) -> tuple[flo
         command += ["--log_steps", "5", "--checkpointing_steps", str(steps), "--report_to", "none", *extra]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
         speeds = []
-        for line in process.stdout:
+        for line in process.stdout or ():
             found = re.match(r"step=(\d+) .*\(([\d.]+) samples/s\)", line)
             if found and int(found.group(1)) > args.warmup:
                 speeds.append(float(found.group(2)))

@@ -47,7 +47,9 @@ class Adversary:
     def __init__(self, trainer: Trainer, in_channels: int, channels: int, betas: tuple[float, ...], start: int):
         self.trainer, self.start = trainer, start
         self.bare = PatchDiscriminator(in_channels, channels)
-        optimizer = torch.optim.Adam(self.bare.parameters(), lr=trainer.options.learning_rate, betas=tuple(betas))
+        optimizer = torch.optim.Adam(
+            self.bare.parameters(), lr=trainer.options.learning_rate, betas=(betas[0], betas[1])
+        )
         self.schedule = trainer.schedule(optimizer)
         self.network, self.optimizer = trainer.accelerator.prepare(self.bare, optimizer)
         self.bare = trainer.accelerator.unwrap_model(self.network)

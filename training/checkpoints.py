@@ -17,12 +17,6 @@ from training.progress import Progress
 from training.run_log import write_text
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
 class Checkpoints:
     """The checkpoints of a run.
 
@@ -112,7 +106,9 @@ def lock_folder(folder: Path) -> TextIO | None:
     Raises:
         ValueError: if one is in it.
     """
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
         return None
     file = (folder / ".lock").open("w")
     try:

@@ -265,11 +265,11 @@ def parse_options(options_class: type, stage: str, argv: list[str] | None, descr
     parser.add_argument("--config", required=True, help="paper, compact, tiny, or the path of a YAML file")
     types = typing.get_type_hints(options_class)
     for name, field in fields.items():
-        # A switch may stand alone: `--compile` is `--compile true`.
-        extra = {"nargs": "?", "const": "true"} if types[name] is bool else {}
         text = "; ".join(filter(None, (field.metadata["help"], str(field.metadata["allowed"]))))
         text = f"{text} (default: {_shown(section.get(name, field.default))})"
-        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **extra)
+        argument = parser.add_argument(f"--{name}", help=text.replace("%", "%%"))
+        if types[name] is bool:  # a switch may stand alone: `--compile` is `--compile true`
+            argument.nargs, argument.const = "?", "true"
     flags = vars(parser.parse_args(argv))
 
     # 3. what they say together
@@ -373,8 +373,9 @@ def _check_values(options: RunOptions) -> None:
         raise ValueError(f"--window must be an odd number, so that a frame is half-way, but is {options.window}")
     if sum(options.gaps) == 0:
         raise ValueError(f"--gaps must be chances, not all of them zero, but is {_shown(options.gaps)}")
-    if options.lpips_net == "none" and getattr(options, "lpips_weight", 0) > 0:
-        raise ValueError(f"--lpips_weight must be 0 with --lpips_net none, but is {options.lpips_weight}")
+    weight = getattr(options, "lpips_weight", 0)
+    if options.lpips_net == "none" and weight > 0:
+        raise ValueError(f"--lpips_weight must be 0 with --lpips_net none, but is {weight}")
 
 
 def _as_type(value: Any, wanted: Any) -> Any:

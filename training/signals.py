@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +21,9 @@ class StopSignals:
 
     def __init__(self):
         self._number = 0
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = number

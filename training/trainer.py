@@ -358,7 +358,7 @@ class Trainer:
         self.micro_batches, self._sums = [], {}
         best = False
         if self._validation is not None and (last or self.progress.step % self.options.validation_steps == 0):
-            best = self._validate()
+            best = self._validate(*self._validation)
         told = self._signals.received(self.accelerator)
         stop = self.progress.step == self.options.stop_step and not last
         if last or best or told or stop or self.progress.step % self.options.checkpointing_steps == 0:
@@ -418,9 +418,8 @@ class Trainer:
             self.checkpoints.save(self.part, self._export)
 
     @torch.no_grad()
-    def _validate(self) -> bool:
+    def _validate(self, score: Validation, count: int, metric: str) -> bool:
         """Score every validation sample once, on one of the processes; whether the result is the best so far."""
-        score, count, metric = self._validation
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         results, pictures = [], []
         with self.averaged_weights():

@@ -33,6 +33,11 @@ def with_unreadable(sample: Sample, count: int = 0) -> Sample:
     return {**sample, "unreadable": torch.tensor(count)}
 
 
+def change(frames: np.ndarray) -> float:
+    """How much the last of frames `(T, H, W, 3)` uint8 differs from the first."""
+    return float(np.abs(frames[0].astype(np.int16) - frames[-1]).mean())
+
+
 class ClipDataset(Dataset):
     """Samples drawn at random from sources of clips; sample n is the same whenever it is asked for.
 
@@ -67,7 +72,8 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((self.options.seed, index))
-        unreadable, last = 0, "scene cuts only"
+        unreadable = 0
+        last: Unreadable | str = "scene cuts only"
         for _ in range(100):
             try:
                 return with_unreadable(self._draw(rng), unreadable)
@@ -87,15 +93,8 @@ class ClipDataset(Dataset):
             return self.transform.from_scene(
                 MovingScene(stills, self.options.resolution, self.options.resolution, rng), rng
             )
-        best, best_change = None, -1.0
-        for _ in range(self.options.candidates):
-            frames = self.augmentation.place(self._window(source, rng), rng)
-            if self.options.candidates == 1:
-                best = frames
-                break
-            change = float(np.abs(frames[0].astype(np.int16) - frames[-1]).mean())
-            if change > best_change:
-                best, best_change = frames, change
+        windows = [self.augmentation.place(self._window(source, rng), rng) for _ in range(self.options.candidates)]
+        best = max(windows, key=change) if len(windows) > 1 else windows[0]
         return self.transform(self.augmentation(best, rng), rng)
 
     def _clip(self, source: int, rng: np.random.Generator) -> int:
@@ -205,9 +204,9 @@ def build_dataset(
         )
     if streams:
         return StreamedDataset(streams[0], transform, options)
-    if recordings and not isinstance(transform, EventTransform):
-        raise ValueError("`data` in the format mvsec has events and grey pictures: it is for train_i2e alone.")
     if recordings:
+        if not isinstance(transform, EventTransform):
+            raise ValueError("`data` in the format mvsec has events and grey pictures: it is for train_i2e alone.")
         recorded = EventRecordings(recordings[0], transform.num_bins, options.resolution, options.gaps)
         return RecordedEventDataset(recorded, options.seed)
     return ClipDataset(

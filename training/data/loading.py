@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from training.data.datasets import StreamedDataset
 from training.data.sources import Unreadable
 from training.options import RunOptions
 from training.progress import Progress
@@ -32,26 +33,25 @@ def _load(
     dataset: Dataset, options: RunOptions, accelerator: Accelerator, progress: Progress
 ) -> Iterator[dict[str, torch.Tensor]]:
     world = accelerator.num_processes
-    settings = {
-        "batch_size": options.train_batch_size,
-        "num_workers": options.dataloader_num_workers,
-        "drop_last": True,
-        "worker_init_fn": leave_signals_to_the_parent,
-        # Otherwise a seed is drawn from torch's own state, which would differ after a resumption.
-        "generator": torch.Generator().manual_seed(options.seed),
-    }
-    if isinstance(dataset, IterableDataset):  # a stream shares itself among processes and finds its own place
+
+    def loader(samples: Dataset) -> DataLoader:
+        return DataLoader(
+            samples,
+            batch_size=options.train_batch_size,
+            num_workers=options.dataloader_num_workers,
+            drop_last=True,
+            worker_init_fn=leave_signals_to_the_parent,
+            # Otherwise a seed is drawn from torch's own state, which would differ after a resumption.
+            generator=torch.Generator().manual_seed(options.seed),
+        )
+
+    if isinstance(dataset, StreamedDataset):  # a stream shares itself among processes and finds its own place
         place = progress.samples // (options.train_batch_size * world)
         dataset.start(accelerator.process_index, world, options.train_batch_size, place)
-        for batch in DataLoader(dataset, **settings):
+        for batch in loader(dataset):
             yield send_to_device(batch, accelerator.device)
         return
+    steps = options.max_train_steps - progress.step
     first = progress.samples
-    last = (
-        first
-        + (options.max_train_steps - progress.step)
-        * options.train_batch_size
-        * options.gradient_accumulation_steps
-        * world
-    )
-    yield from accelerator.prepare_data_loader(DataLoader(Subset(dataset, range(first, last)), **settings))
+    last = first + steps * options.gradient_accumulation_steps * options.train_batch_size * world
+    yield from accelerator.prepare_data_loader(loader(Subset(dataset, range(first, last))))

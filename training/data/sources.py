@@ -66,7 +66,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def natural_order(path: Path) -> list:
     """Sorting key: frame2 comes before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -101,7 +101,7 @@ class VideoClips:
                 if size <= room:
                     frames = self._decode(path, 0, count, whole=True)
                     room -= frames.nbytes
-                    for scene in np.split(frames, find_cuts(frames)):
+                    for scene in np.split(frames, find_cuts(list(frames))):
                         self.scenes.append(scene)
                         lengths.append(len(scene))
                 else:
@@ -116,7 +116,7 @@ class VideoClips:
         if isinstance(scene, np.ndarray):
             return scene[times.start : times.stop : times.step]
         frames = self._decode(scene, times.start, times[-1] - times.start + 1)
-        if len(frames) <= times[-1] - times.start or find_cuts(frames):
+        if len(frames) <= times[-1] - times.start or find_cuts(list(frames)):
             raise NoWindow
         return frames[:: times.step]
 
@@ -151,8 +151,10 @@ def measure(path: Path) -> tuple[int, float]:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             count = stream.frames
-            if not count and (stream.duration or container.duration):
-                seconds = float(stream.duration * stream.time_base) if stream.duration else container.duration / 1e6
+            if not count:
+                seconds = (container.duration or 0) / 1e6
+                if stream.duration and stream.time_base:
+                    seconds = float(stream.duration * stream.time_base)
                 count = round(seconds * float(stream.average_rate or 25))
             count = count or sum(1 for _ in container.decode(stream))
             return count, float(count) * stream.width * stream.height * 3
@@ -171,7 +173,7 @@ def decode(path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO" if threads else "NONE"
             start, number = 0.0, 0
-            if first and stream.average_rate:
+            if first and stream.average_rate and stream.time_base:
                 start = first / float(stream.average_rate) - 0.5 / float(stream.average_rate)
                 offset = stream.start_time or 0
                 container.seek(int(start / stream.time_base) + offset, stream=stream)
@@ -277,7 +279,8 @@ def parse_sources(data: str) -> list[tuple[str, str, float]]:
     """
     sources = []
     for item in data.split(","):
-        name, path, weight = re.fullmatch(r"(?:([a-z-]+):)?(.*?)(?:@([^@/]*))?", item.strip(), re.DOTALL).groups()
+        found = re.fullmatch(r"(?:([a-z-]+):)?(.*?)(?:@([^@/]*))?", item.strip(), re.DOTALL)
+        name, path, weight = found.groups() if found else (None, "", None)
         if not path or (name or "videos") not in LAYOUTS:
             raise ValueError(f"`data` must be FORMAT:PATH with a format of {', '.join(LAYOUTS)}, but is {item!r}.")
         try:

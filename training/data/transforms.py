@@ -29,11 +29,11 @@ class Augmentation:
             frames = frames[::-1]
         if rng.random() < 0.5:
             frames = frames[:, :, ::-1]
-        frames = np.rot90(frames, rng.integers(4), axes=(1, 2))
+        frames = np.rot90(frames, int(rng.integers(4)), axes=(1, 2))
         if self.colour_jitter:
             brightness, contrast, saturation = 1 + rng.uniform(-self.colour_jitter, self.colour_jitter, 3)
-            values = frames.astype(np.float32)
-            grey = values @ np.float32([0.299, 0.587, 0.114])[:, None]
+            values: np.ndarray = frames.astype(np.float32)
+            grey = values @ np.array([0.299, 0.587, 0.114], np.float32)[:, None]
             values = grey + (values - grey) * np.float32(saturation)
             values = (values - grey.mean()) * np.float32(contrast) + grey.mean() * np.float32(brightness)
             frames = np.clip(values.round(), 0, 255).astype(np.uint8)
