@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from training.data import EventMaker, TripletMaker, build_samples
+from training.data.datasets import build_dataset
+from training.data.transforms import EventTransform, TripletTransform
 from training.options import one_line_errors, parse_options
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
@@ -39,9 +40,9 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def flags_of(stage: str, args: argparse.Namespace, output: str) -> list[str]:
-    flags = ["--config", args.config, "--data", args.data, "--output", output]
+    flags = ["--config", args.config, "--data", args.data, "--output_dir", output]
     if args.workers is not None:
-        flags += ["--workers", str(args.workers)]
+        flags += ["--dataloader_num_workers", str(args.workers)]
     if stage != "train_i2e":
         flags += ["--i2e", str(args.checkpoint / "i2e"), "--lpips_backbone", args.lpips_backbone]
     if stage == "train_vq_magan":  # every loss from the first step on, as in most of a run
@@ -55,11 +56,18 @@ def measure(stage: str, args: argparse.Namespace, extra: list[str]) -> tuple[flo
     """Samples per second and peak memory in GiB of a short run."""
     with tempfile.TemporaryDirectory() as folder:
         steps = args.warmup + args.steps
-        command = [sys.executable, "-m", f"training.{stage}", *flags_of(stage, args, folder), "--steps", str(steps)]
-        command += ["--log_every", "5", "--save_every", str(steps), "--tracker", "none", *extra]
+        command = [
+            sys.executable,
+            "-m",
+            f"training.{stage}",
+            *flags_of(stage, args, folder),
+            "--max_train_steps",
+            str(steps),
+        ]
+        command += ["--log_steps", "5", "--checkpointing_steps", str(steps), "--report_to", "none", *extra]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
         speeds = []
-        for line in process.stdout:
+        for line in process.stdout or ():
             found = re.match(r"step=(\d+) .*\(([\d.]+) samples/s\)", line)
             if found and int(found.group(1)) > args.warmup:
                 speeds.append(float(found.group(2)))
@@ -73,11 +81,17 @@ def measure(stage: str, args: argparse.Namespace, extra: list[str]) -> tuple[flo
 def loader_speed(stage: str, args: argparse.Namespace) -> float:
     """Samples per second of the loader alone."""
     options, config = parse_options(STAGES[stage], stage, flags_of(stage, args, "unused"), "")
-    maker = EventMaker(config["i2e"]["num_bins"], options.frames) if stage == "train_i2e" else TripletMaker()
-    samples = build_samples(options, maker)
-    count = options.batch_size * 40
+    transform = (
+        EventTransform(config["i2e"]["num_bins"], options.frames) if stage == "train_i2e" else TripletTransform()
+    )
+    samples = build_dataset(options, transform)
+    count = options.train_batch_size * 40
     batches = iter(
-        DataLoader(Subset(samples, range(count)), batch_size=options.batch_size, num_workers=options.workers)
+        DataLoader(
+            Subset(samples, range(count)),
+            batch_size=options.train_batch_size,
+            num_workers=options.dataloader_num_workers,
+        )
     )
     for _ in range(10):  # the workers' start and what they have made ahead
         next(batches)
@@ -114,15 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for stage in args.stages:
         options, _ = parse_options(STAGES[stage], stage, flags_of(stage, args, "unused"), "")
-        shape = f"batch {options.batch_size}, crop {options.crop}, {options.workers} loader process(es)"
+        shape = f"batch {options.train_batch_size}, crop {options.resolution}, {options.dataloader_num_workers} loader process(es)"
         results = {name: measure(stage, args, VARIANTS[name]) for name in args.variants}
         rows = [[name, f"{speed:.1f}", f"{memory:.2f}"] for name, (speed, memory) in results.items()]
         if rows:
             table(f"{stage}, {shape}", ["", "samples/s", "peak memory, GiB"], rows)
         rows = []
         for crop in args.crops:
-            batch = max(round(options.batch_size * (options.crop / crop) ** 2), 1)
-            speed, memory = measure(stage, args, ["--crop", str(crop), "--batch_size", str(batch)])
+            batch = max(round(options.train_batch_size * (options.resolution / crop) ** 2), 1)
+            speed, memory = measure(stage, args, ["--resolution", str(crop), "--train_batch_size", str(batch)])
             rows.append([str(crop), str(batch), f"{speed:.1f}", f"{speed * crop**2 / 1e6:.2f}", f"{memory:.2f}"])
         if rows:
             table(f"{stage}, crops", ["crop", "batch", "samples/s", "megapixels/s", "peak memory, GiB"], rows)

@@ -267,9 +267,9 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
         str(tmp_path / "toy.yaml"),
         "--data",
         str(clips),
-        "--steps",
+        "--max_train_steps",
         "5",
-        "--tracker",
+        "--report_to",
         "none",
         "--hint_source",
         toy,
@@ -280,8 +280,8 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
 
     for stage, flags in (
-        ("train_vq_magan", ["--output", str(tmp_path / "vqvae")]),
-        ("train_denoiser", ["--output", str(tmp_path / "unet"), "--vqvae", str(tmp_path / "vqvae" / "vqvae")]),
+        ("train_vq_magan", ["--output_dir", str(tmp_path / "vqvae")]),
+        ("train_denoiser", ["--output_dir", str(tmp_path / "unet"), "--vqvae", str(tmp_path / "vqvae" / "vqvae")]),
     ):
         done = train(stage, *flags)
         assert done.returncode == 0, done.stderr
@@ -315,7 +315,7 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
     assert done.returncode == 2 and "code that is not this package's" in done.stderr, done.stderr
     done = subprocess.run([*evaluate, "--trust-remote-code"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "| pipeline |" in done.stdout, done.stderr
-    done = train("train_vq_magan", "--output", str(tmp_path / "other"), "--hint_source", f"{toy}+flow")
+    done = train("train_vq_magan", "--output_dir", str(tmp_path / "other"), "--hint_source", f"{toy}+flow")
     assert (
         done.returncode == 2
         and "gives 4 channels, but the configuration's vqvae takes `hint_channels` 2" in done.stderr

@@ -20,7 +20,7 @@ from madiff_diffusers.evaluation.evaluate import QUESTIONS
 from madiff_diffusers.evaluation.metrics import METRICS
 from tests.conftest import REPOSITORY
 from tests.video_files import phone_clip, read
-from training.data import LAYOUTS
+from training.data.sources import LAYOUTS
 from training.options import RunOptions
 
 

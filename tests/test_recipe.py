@@ -42,14 +42,16 @@ def test_every_command_is_understood_and_has_its_table():
     assert list(found) == ["i2e", "vqvae_base", "vqvae_fine", "vqvae", "unet"]
     for name, (module, flags) in found.items():
         flags = [flag.replace("$recipe", str(RECIPE)) for flag in flags]
-        options, config = parse_options(OPTIONS[module], module, [*flags, "--data", "clips", "--output", "runs"], "")
+        options, config = parse_options(
+            OPTIONS[module], module, [*flags, "--data", "clips", "--output_dir", "runs"], ""
+        )
         check_config(config)
         last = table(name)[-1]
         assert (
-            int(last["step"]) <= options.steps
-            and int(last["step"]) > (options.stop_step or options.steps) - options.log_every
+            int(last["step"]) <= options.max_train_steps
+            and int(last["step"]) > (options.stop_step or options.max_train_steps) - options.log_steps
         )
-        assert int(last["samples"]) % (int(last["step"]) * options.batch_size) == 0
+        assert int(last["samples"]) % (int(last["step"]) * options.train_batch_size) == 0
 
 
 def test_the_configuration_is_that_of_the_shipped_networks():
@@ -83,9 +85,9 @@ def test_the_first_steps_are_those_of_the_tables(shared_data, tmp_path):
             *flags,
             "--data",
             str(shared_data / "train" / "open"),
-            "--output",
+            "--output_dir",
             str(tmp_path / name),
-            "--workers",
+            "--dataloader_num_workers",
             "1",
             "--stop_step",
             "50",

@@ -131,19 +131,19 @@ def config(tmp_path) -> Path:
     }
     config["unet"].update(blocks, in_channels=45, norm_num_groups=4)
     tiny = {
-        "steps": 6,
-        "batch_size": 3,
-        "crop": 32,
-        "warmup_steps": 1,
+        "max_train_steps": 6,
+        "train_batch_size": 3,
+        "resolution": 32,
+        "lr_warmup_steps": 1,
         "mixed_precision": "no",
-        "save_every": 2,
-        "log_every": 1,
+        "checkpointing_steps": 2,
+        "log_steps": 1,
     }
     tiny.update(
         scales=[1.0, 1.5],
         lpips_net="none",
         lpips_weight=0.0,
-        tracker="none",
+        report_to="none",
         two_steps_from=0.3,
         two_step_share=0.5,
         gaps=[1.0],
@@ -163,7 +163,7 @@ def command(config: Path, clips: Path, output: Path, *flags: str) -> list:
         str(config),
         "--data",
         str(clips),
-        "--output",
+        "--output_dir",
         str(output),
     ]
     return [*base, *flags]
@@ -194,7 +194,7 @@ def test_it_trains_validates_exports_and_resumes_exactly(config, clips, tmp_path
         "--validation_crop",
         "64",
     ]
-    flags += ["--validate_every", "6"]
+    flags += ["--validation_steps", "6"]
     done = train(config, clips, tmp_path / "whole", *flags)
     assert done.returncode == 0, done.stderr
     done = train(config, clips, tmp_path / "parts", *flags, "--stop_step", "4")
@@ -212,13 +212,30 @@ def test_it_trains_validates_exports_and_resumes_exactly(config, clips, tmp_path
     assert pipeline(frames, frames, output_type="pt").frames.shape == (1, 1, 3, 40, 40)
     assert (tmp_path / "whole" / "pipeline" / "README.md").is_file()
     done = train(
-        config, clips, tmp_path / "again", *flags[:2], "--init", str(tmp_path / "whole" / "pipeline"), "--steps", "1"
+        config,
+        clips,
+        tmp_path / "again",
+        *flags[:2],
+        "--init",
+        str(tmp_path / "whole" / "pipeline"),
+        "--max_train_steps",
+        "1",
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_time_limit_ends_it_with_its_schedule(config, clips, tmp_path):
-    done = train(config, clips, tmp_path / "run", "--steps", "100000", "--time_limit", "0.05", "--warmup_steps", "0")
+    done = train(
+        config,
+        clips,
+        tmp_path / "run",
+        "--max_train_steps",
+        "100000",
+        "--time_limit",
+        "0.05",
+        "--lr_warmup_steps",
+        "0",
+    )
     assert done.returncode == 0, done.stderr
     with (tmp_path / "run" / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -249,8 +266,8 @@ def test_hints_can_be_trained_first_and_alone(config, clips, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--crop", "40"], "`crop` must be a multiple of 16, but is 40."),
-        (["--workers", "3"], "`workers` is not used by this stage"),
+        (["--resolution", "40"], "`resolution` must be a multiple of 16, but is 40."),
+        (["--dataloader_num_workers", "3"], "`dataloader_num_workers` is not used by this stage"),
         (["--data", "stills:photos"], "`data` must be one folder of videos"),
         (["--latent_shares", "[1, 0]"], "--latent_shares must be 3 numbers"),
     ],
@@ -266,13 +283,13 @@ def test_the_loss_falls(config, clips, tmp_path):
         config,
         clips,
         tmp_path / "run",
-        "--steps",
+        "--max_train_steps",
         "400",
         "--learning_rate",
         "2e-3",
-        "--log_every",
+        "--log_steps",
         "20",
-        "--save_every",
+        "--checkpointing_steps",
         "400",
     )
     assert done.returncode == 0, done.stderr
@@ -284,7 +301,8 @@ def test_the_loss_falls(config, clips, tmp_path):
 @pytest.mark.slow
 def test_a_signal_saves(config, clips, tmp_path):
     process = subprocess.Popen(
-        command(config, clips, tmp_path / "run", "--steps", "100000", "--save_every", "100000"), cwd=REPOSITORY
+        command(config, clips, tmp_path / "run", "--max_train_steps", "100000", "--checkpointing_steps", "100000"),
+        cwd=REPOSITORY,
     )
     while not (tmp_path / "run" / "summary.csv").exists():
         time.sleep(0.5)

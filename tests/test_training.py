@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import REPOSITORY, load_config, moving_picture, two_processes
 from tests.local_hub import local_hub
-from training.losses import PatchDiscriminator, adaptive_weight, discriminator_hinge_loss
-from training.options import parse_options
-from training.run import _append, _take_back
+from training.adversary import PatchDiscriminator
+from training.losses import adaptive_weight, discriminator_hinge_loss
+from training.options import REMOVED, RENAMED, parse_options
+from training.run_log import append_row, take_back_rows
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions, start_from
@@ -43,7 +44,7 @@ def arguments(stage: str, clips: Path, runs: Path, *flags: str) -> list:
     needs = {"i2e": [], "vqvae": ["i2e"], "unet": ["i2e", "vqvae"]}[stage]
     folders = [part for name in needs for part in (f"--{name}", str(runs / name / name))]
     base = [f"training.{STAGES[stage]}", "--config", "tiny", "--data", str(clips)]
-    return [*base, "--output", str(runs / stage), *folders, *flags]
+    return [*base, "--output_dir", str(runs / stage), *folders, *flags]
 
 
 def command(stage: str, clips: Path, runs: Path, *flags: str) -> list:
@@ -137,7 +138,7 @@ def same(a, b) -> bool:
     return bool(np.array_equal(a, b))
 
 
-VALIDATION = ["--validation_samples", "5", "--validation_crop", "32", "--validate_every", "10", "--panels", "2"]
+VALIDATION = ["--validation_samples", "5", "--validation_crop", "32", "--validation_steps", "10", "--panels", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def trained(clips, tmp_path_factory) -> Path:
 def test_three_stages_make_a_pipeline(trained):
     for stage in STAGES:
         assert [int(row["step"]) for row in rows(trained / stage)] == list(range(1, 21))
-        assert yaml.safe_load((trained / stage / "args.yaml").read_text())["steps"] == 20
+        assert yaml.safe_load((trained / stage / "args.yaml").read_text())["max_train_steps"] == 20
         environment = yaml.safe_load((trained / stage / "environment.yaml").read_text())
         assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
         assert re.fullmatch("[0-9a-f]{40}|unknown", environment["git_revision"])
@@ -225,7 +226,13 @@ def test_loss_falls_on_one_fixed_batch(stage, trained, tmp_path):
     for i in range(3):
         writer.write(cv2.cvtColor(moving_picture(2 * i, 32, 32), cv2.COLOR_RGB2BGR))
     writer.release()
-    flags = ["--steps", "60", "--save_every", "100", *(["--disc_start", "1000"] if stage != "unet" else [])]
+    flags = [
+        "--max_train_steps",
+        "60",
+        "--checkpointing_steps",
+        "100",
+        *(["--disc_start", "1000"] if stage != "unet" else []),
+    ]
     runs = link(stage, trained, tmp_path / "runs")
     succeed(command(stage, fixed, runs, *flags))
     name = {"i2e": "l1", "vqvae": "l1", "unet": "loss"}[stage]
@@ -239,22 +246,22 @@ def test_speed_and_memory_options_keep_training_going(stage, clips, trained, tmp
     flags = [
         "--mixed_precision",
         "bf16",
-        "--accumulation",
+        "--gradient_accumulation_steps",
         "2",
         "--gradient_checkpointing",
         "--channels_last",
         "false",
     ]
-    motion = ["--random_motion_share", "0.5", "--colour_jitter", "0.1", "--steps", "6"]
-    succeed(command(stage, clips, runs, *flags, *motion, "--tracker", "none", "--workers", "1"))
+    motion = ["--random_motion_share", "0.5", "--colour_jitter", "0.1", "--max_train_steps", "6"]
+    succeed(command(stage, clips, runs, *flags, *motion, "--report_to", "none", "--dataloader_num_workers", "1"))
     assert [int(row["samples"]) for row in rows(runs / stage)] == list(range(4, 28, 4))
 
 
 def test_the_result_is_sent_to_the_hub_with_a_filled_card(clips, trained):
     with local_hub() as hub:
-        flags = ["--push_to_hub", "somebody/madiff-tiny", "--tracker", "none"]
+        flags = ["--push_to_hub", "somebody/madiff-tiny", "--report_to", "none"]
         # The run is finished: the same command with a destination trains nothing more.
-        succeed(command("unet", clips, trained, *flags, "--hub_private"))
+        succeed(command("unet", clips, trained, *flags, "--hub_private_repo"))
         sent = hub.repositories["somebody/madiff-tiny"]["main"]
         request = hub.created["somebody/madiff-tiny"]
         assert request.get("visibility") == "private" or request.get("private"), (
@@ -274,7 +281,7 @@ def test_the_result_is_sent_to_the_hub_with_a_filled_card(clips, trained):
         assert header["library_name"] == "diffusers"
         score = rows(trained / "unet", "validation.csv")[-1]["psnr"]
         assert f" {score} " in card and 'DiffusionPipeline.from_pretrained("somebody/madiff-tiny", trust' in card
-        assert "steps: 20" in card and torch.__version__.split("+")[0] in card
+        assert "max_train_steps: 20" in card and torch.__version__.split("+")[0] in card
 
         hub.refuses = True
         done = launch(command("i2e", clips, trained, *flags))
@@ -291,14 +298,14 @@ def compare_launches(stage, clips, trained, tmp_path, *flags) -> None:
     folders = []
     for name in ("two", "one"):
         runs = link(stage, trained, tmp_path / name)
-        options = ["--steps", "5", *flags, "--validation", f"videos:{clips}", *VALIDATION]
-        options += ["--validate_every", "5", *(["--disc_start", "1"] if stage != "unet" else [])]
+        options = ["--max_train_steps", "5", *flags, "--validation", f"videos:{clips}", *VALIDATION]
+        options += ["--validation_steps", "5", *(["--disc_start", "1"] if stage != "unet" else [])]
         if name == "two":
             succeed(two_processes(arguments(stage, clips, runs, *options)))
             environment = yaml.safe_load((runs / stage / "environment.yaml").read_text())
             assert environment["processes"] == 2 and environment["distribution"] == "MULTI_CPU"
         else:
-            succeed(command(stage, clips, runs, *options, "--accumulation", "2"))
+            succeed(command(stage, clips, runs, *options, "--gradient_accumulation_steps", "2"))
         folders.append(runs / stage)
     last = [folder / "checkpoints" / "step_00000005" for folder in folders]
     weights = [{path.name: load_file(path) for path in folder.glob("*.safetensors")} for folder in last]
@@ -327,7 +334,16 @@ def test_two_processes_equal_accumulation_in_the_other_stages(stage, clips, trai
 
 @pytest.mark.parametrize("stage", [pytest.param("i2e", marks=SLOW), pytest.param("vqvae", marks=SLOW), "unet"])
 def test_four_steps_are_two_a_kill_and_two_more(stage, clips, trained, tmp_path):
-    flags = ["--steps", "4", "--save_every", "2", "--keep", "2", "--tracker", "none"]
+    flags = [
+        "--max_train_steps",
+        "4",
+        "--checkpointing_steps",
+        "2",
+        "--checkpoints_total_limit",
+        "2",
+        "--report_to",
+        "none",
+    ]
     flags += {"i2e": ["--disc_start", "1"], "vqvae": ["--disc_start", "1", "--ema_decay", "0.9"], "unet": []}[stage]
     straight, broken = (link(stage, trained, tmp_path / name) for name in ("straight", "broken"))
     succeed(command(stage, clips, straight, *flags))
@@ -348,7 +364,18 @@ def test_four_steps_are_two_a_kill_and_two_more(stage, clips, trained, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_they_were_killed(clips, trained, tmp_path):
-    flags = ["--steps", "4", "--save_every", "2", "--revive_every", "3", "--disc_start", "1", "--tracker", "none"]
+    flags = [
+        "--max_train_steps",
+        "4",
+        "--checkpointing_steps",
+        "2",
+        "--revive_every",
+        "3",
+        "--disc_start",
+        "1",
+        "--report_to",
+        "none",
+    ]
     straight, broken = (link("vqvae", trained, tmp_path / name) for name in ("straight", "broken"))
     succeed(two_processes(arguments("vqvae", clips, straight, *flags)))
     process = start(two_processes(arguments("vqvae", clips, broken, *flags)))
@@ -369,7 +396,7 @@ def test_two_processes_go_on_where_they_were_killed(clips, trained, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)])
 def test_a_signal_saves_and_ends_the_run(number, code, clips, trained, tmp_path):
-    flags = ["--steps", "400", "--save_every", "1000", "--workers", "1"]
+    flags = ["--max_train_steps", "400", "--checkpointing_steps", "1000", "--dataloader_num_workers", "1"]
     process = start(command("i2e", clips, tmp_path, *flags))
     printed = stop_at(process, "step=3 ", number)
     assert process.returncode == code, printed
@@ -383,7 +410,7 @@ def test_a_signal_saves_and_ends_the_run(number, code, clips, trained, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_launcher_saves(processes, clips, tmp_path):
-    flags = ["--steps", "400", "--save_every", "1000"]
+    flags = ["--max_train_steps", "400", "--checkpointing_steps", "1000"]
     launcher = two_processes if processes == 2 else one_process
     process = start(launcher(arguments("i2e", clips, tmp_path, *flags)))
     printed = stop_at(process, "step=3 ", signal.SIGTERM)
@@ -398,7 +425,16 @@ def test_a_signal_to_the_launcher_saves(processes, clips, tmp_path):
 def test_killed_at_random_moments_a_run_always_goes_on(clips, trained, tmp_path):
     straight, broken = (link("vqvae", trained, tmp_path / name) for name in ("straight", "broken"))
     # A checkpoint at every step: most of the time goes into saving.
-    flags = ["--steps", "40", "--save_every", "1", "--keep", "2", "--tracker", "none"]
+    flags = [
+        "--max_train_steps",
+        "40",
+        "--checkpointing_steps",
+        "1",
+        "--checkpoints_total_limit",
+        "2",
+        "--report_to",
+        "none",
+    ]
     succeed(command("vqvae", clips, straight, *flags))
     rng = random.Random(0)
     reached, checkpoints = [], broken / "vqvae" / "checkpoints"
@@ -424,7 +460,7 @@ def test_killed_at_random_moments_a_run_always_goes_on(clips, trained, tmp_path)
 
 
 def test_a_batch_that_breaks_training_is_saved(clips, tmp_path):
-    done = launch(command("i2e", clips, tmp_path, "--learning_rate", "1e30", "--accumulation", "2"))
+    done = launch(command("i2e", clips, tmp_path, "--learning_rate", "1e30", "--gradient_accumulation_steps", "2"))
     assert done.returncode == 1
     match = re.search(
         r"error: The gradient's norm is (nan|inf) at step (\d+); the batches that caused it are in (\S+)\.\n",
@@ -444,33 +480,87 @@ def test_a_batch_that_breaks_training_is_saved(clips, tmp_path):
     "flags, message",
     [
         (["--config", "giant"], "--config must be one of compact, motion, paper, tiny"),
-        (["--steps", "5", "--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["--steps", "1e5x"], "--steps must be of type int"),
-        (["--steps", "0"], "--steps must be at least 1"),
-        (["--steps", "true"], "--steps must be of type int"),
+        (["--max_train_steps", "5", "--speed", "9"], "unrecognized arguments: --speed 9"),
+        (["--max_train_steps", "1e5x"], "--max_train_steps must be of type int"),
+        (["--max_train_steps", "0"], "--max_train_steps must be at least 1"),
+        (["--max_train_steps", "true"], "--max_train_steps must be of type int"),
         (["--gaps", "0.5,0.5"], "--gaps must be of type"),
         (["--gaps", "[0, 0]"], "--gaps must be chances"),
-        (["--validate_every", "0"], "--validate_every must be at least 1"),
+        (["--validation_steps", "0"], "--validation_steps must be at least 1"),
         (["--frames", "1"], "--frames must be at least 2"),
-        (["--crop", "[1"], "--crop must be of type int"),
-        (["--cro", "64"], "unrecognized arguments: --cro 64"),
+        (["--resolution", "[1"], "--resolution must be of type int"),
+        (["--resolutio", "64"], "unrecognized arguments: --resolutio 64"),
         (["--mixed_precision", "fp8"], "--mixed_precision must be one of (empty), no, bf16, fp16, but is 'fp8'"),
-        (["--output", ""], "--output is required"),
+        (["--output_dir", ""], "--output_dir is required"),
         (["--learning_rate", "true"], "--learning_rate must be of type float"),
         (["--squared_weight", ".nan"], "--squared_weight must be at least 0, but is nan"),
     ],
 )
 def test_wrong_options_are_named(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse_options(I2EOptions, "train_i2e", ["--config", "tiny", "--data", "x", "--output", "y", *flags], "")
+        parse_options(I2EOptions, "train_i2e", ["--config", "tiny", "--data", "x", "--output_dir", "y", *flags], "")
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", [*RENAMED, *REMOVED])
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_old_names_are_refused_with_the_new_ones(stage, old, tmp_path, tiny, capsys):
+    """Flags, with their value behind a space or `=`, and keys of a configuration, of any stage."""
+
+    def said(*flags: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            parse_options(OPTIONS[stage], stage, [*flags, "--data", "x", "--output_dir", "y"], "")
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    new = RENAMED.get(old)
+    assert old not in (fields := {field.name for field in dataclasses.fields(OPTIONS[stage])})
+    # The event generator has no weight decay.
+    assert new is None or new in fields or (stage, old) == ("train_i2e", "weight_decay")
+    for flags in ([f"--{old}", "1"], [f"--{old}=1"]):
+        wanted = f"--{old} is now --{new}" if new else f"--{old} is gone: {REMOVED[old]}"
+        assert f"error: {wanted}\n" in said("--config", "tiny", *flags)
+    tiny[stage][old] = 1
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny))
+    wanted = f"{old} is now {new}" if new else f"{old} is gone: {REMOVED[old]}"
+    assert f"error: mine.yaml: section {stage}: {wanted}\n" in said("--config", str(tmp_path / "mine.yaml"))
+
+
+def test_several_old_names_are_told_at_once(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(I2EOptions, "train_i2e", ["--config", "tiny", "--output", "y", "--crop", "9"], "")
+    assert "error: --crop is now --resolution; --output is now --output_dir\n" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_is_refused_with_the_new_names(clips, trained, tmp_path):
+    """Also a finished one, whose options would go into a model card."""
+    shutil.copytree(trained / "i2e", tmp_path / "i2e")
+    path = tmp_path / "i2e" / "args.yaml"
+    recorded = yaml.safe_load(path.read_text())
+    older = {old: recorded[new] for old, new in RENAMED.items() if new in recorded}
+    kept = {name: value for name, value in recorded.items() if name not in RENAMED.values()}
+    path.write_text(yaml.safe_dump({**kept, **older, "decoder": "av"}))
+    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    for steps in ("20", "22"):
+        done = launch(command("i2e", clips, tmp_path, "--max_train_steps", steps))
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert (
+            f"error: `output_dir`: the run began with an older version, in whose names {path} is written"
+            in done.stderr
+        )
+        for old in older:
+            assert f"{old} is now {RENAMED[old]}; " in done.stderr
+        assert "decoder is gone: PyAV decodes all videos. Change them there to go on." in done.stderr
+    assert before == {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    path.write_text(yaml.safe_dump(recorded))
+    assert "resumed at step 20" in succeed(command("i2e", clips, tmp_path))
 
 
 @pytest.mark.parametrize("stage", OPTIONS)
 def test_every_option_has_a_range_and_nothing_outside_of_it_is_taken(stage, capsys):
     free = {
         "data",
-        "output",
+        "output_dir",
         "columns",
         "validation",
         "lpips_backbone",
@@ -502,12 +592,14 @@ def test_every_option_has_a_range_and_nothing_outside_of_it_is_taken(stage, caps
                 parse_options(
                     OPTIONS[stage],
                     stage,
-                    ["--config", "tiny", "--data", "x", "--output", "y", f"--{field.name}={text}"],
+                    ["--config", "tiny", "--data", "x", "--output_dir", "y", f"--{field.name}={text}"],
                     "",
                 )
             assert f"error: --{field.name} must be {allowed}, but is " in capsys.readouterr().err, (field.name, value)
     with pytest.raises(SystemExit):
-        parse_options(OPTIONS[stage], stage, ["--config", "tiny", "--data", "x", "--output", "y", "--gaps", "[]"], "")
+        parse_options(
+            OPTIONS[stage], stage, ["--config", "tiny", "--data", "x", "--output_dir", "y", "--gaps", "[]"], ""
+        )
     assert "--gaps must be" in capsys.readouterr().err
 
 
@@ -517,7 +609,7 @@ def test_an_empty_section_is_one_without_keys(section, content, tmp_path, tiny, 
     tiny[section] = content
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(tiny))
-    given = ["--config", str(path), "--data", "x", "--output", "y"]
+    given = ["--config", str(path), "--data", "x", "--output_dir", "y"]
     if content is None and section != "scheduler":
         _, config = parse_options(I2EOptions, "train_i2e", given, "")
         assert config[section] == {}
@@ -548,7 +640,7 @@ def test_unknown_keys_of_a_configuration_are_named(section, key, message, tmp_pa
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(tiny))
     with pytest.raises(SystemExit):
-        parse_options(I2EOptions, "train_i2e", ["--config", str(path), "--data", "x", "--output", "y"], "")
+        parse_options(I2EOptions, "train_i2e", ["--config", str(path), "--data", "x", "--output_dir", "y"], "")
     assert message in capsys.readouterr().err
 
 
@@ -558,21 +650,21 @@ def test_flags_go_before_the_file_and_the_file_before_defaults():
         "tiny",
         "--data",
         "x",
-        "--output",
+        "--output_dir",
         "y",
-        "--crop",
+        "--resolution",
         "64",
         "--compile",
         "--adam_betas",
         "[0.8, 0.95]",
     ]
     options, config = parse_options(VQMAGANOptions, "train_vq_magan", flags, "")
-    assert (options.crop, options.compile, options.adam_betas) == (64, True, (0.8, 0.95))
-    assert options.batch_size == 2 and options.weight_decay == 0.0 and config["vqvae"]["stem_stride"] == 2
+    assert (options.resolution, options.compile, options.adam_betas) == (64, True, (0.8, 0.95))
+    assert options.train_batch_size == 2 and options.adam_weight_decay == 0.0 and config["vqvae"]["stem_stride"] == 2
 
 
 def test_bad_input_is_one_message_without_a_traceback(clips, tmp_path):
-    done = launch(command("i2e", clips, tmp_path, "--data", "/nowhere", "--tracker", "none"))
+    done = launch(command("i2e", clips, tmp_path, "--data", "/nowhere", "--report_to", "none"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: `data`: '/nowhere' is not of the format videos: there is no such folder.")
 
@@ -587,7 +679,7 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
     assert rows(runs / "i2e") == before and sorted((runs / "i2e" / "log").rglob("*")) == logs, (
         "a start that logs nothing leaves nothing"
     )
-    done = launch(command("i2e", clips, runs, "--steps", "22", "--learning_rate", "1e-4"))
+    done = launch(command("i2e", clips, runs, "--max_train_steps", "22", "--learning_rate", "1e-4"))
     assert done.returncode == 0 and len(rows(runs / "i2e")) == 22
     assert "changed since the last start: learning_rate was 0.002, is 0.0001" in done.stderr
 
@@ -595,16 +687,16 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
 def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tmp_path):
     path = tmp_path / "summary.csv"
     for step in range(1, 4):
-        _append(path, {"step": step, "loss": step / 2})
+        append_row(path, {"step": step, "loss": step / 2})
     written = path.stat()
-    _append(path, {"step": 4, "loss": 2.0})
+    append_row(path, {"step": 4, "loss": 2.0})
     assert path.stat().st_ino == written.st_ino, "the same file, longer"
-    _append(path, {"step": 5, "loss": 2.5, "unreadable": 1})
+    append_row(path, {"step": 5, "loss": 2.5, "unreadable": 1})
     assert [row["unreadable"] for row in rows(tmp_path)] == ["", "", "", "", "1"]
     with path.open("a") as file:
         file.write("6,3.")  # killed while it wrote
-    _take_back(path, 4)
-    _append(path, {"step": 5, "loss": 9.0})
+    take_back_rows(path, 4)
+    append_row(path, {"step": 5, "loss": 9.0})
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
         ("1", "0.5"),
         ("2", "1.0"),
@@ -612,14 +704,25 @@ def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tm
         ("4", "2.0"),
         ("5", "9.0"),
     ]
-    _take_back(path, 0)
-    _take_back(path, 0)
+    take_back_rows(path, 0)
+    take_back_rows(path, 0)
     assert list(tmp_path.iterdir()) == [], "nothing is left of a run that has no checkpoint yet"
 
 
 def test_a_run_stops_where_it_is_told_to(clips, trained, tmp_path):
     runs = link("vqvae", trained, tmp_path / "runs")
-    part = command("vqvae", clips, runs, "--steps", "9", "--save_every", "9", "--keep", "1", "--stop_step")
+    part = command(
+        "vqvae",
+        clips,
+        runs,
+        "--max_train_steps",
+        "9",
+        "--checkpointing_steps",
+        "9",
+        "--checkpoints_total_limit",
+        "1",
+        "--stop_step",
+    )
     for _ in range(2):  # the same command again changes nothing
         printed = succeed([*part, "2"])
         assert "stopped at step 2 of 9, which is saved" in printed
@@ -650,7 +753,7 @@ def test_wider_layers_start_where_the_narrow_ones_ended(tiny):
 
 
 def test_two_runs_do_not_share_a_folder(clips, tmp_path):
-    process = start(command("i2e", clips, tmp_path, "--steps", "100000"))
+    process = start(command("i2e", clips, tmp_path, "--max_train_steps", "100000"))
     for line in process.stdout:
         if line.startswith("step=2 "):
             break
@@ -683,7 +786,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(clips, trained, tmp_p
     assert len(names) >= 2, "by default, one is left when the newest is damaged"
     newest = runs / "unet" / "checkpoints" / names[-1]
     (newest / "model.safetensors").write_bytes(b"damaged")
-    again = command("unet", clips, runs, "--steps", "21", "--tracker", "none")
+    again = command("unet", clips, runs, "--max_train_steps", "21", "--report_to", "none")
     done = launch(again)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{newest}, cannot be loaded; once it is moved away, the run goes on from {names[-2]}." in done.stderr
@@ -739,7 +842,7 @@ def test_every_stage_can_be_told_the_instant(clips, tmp_path):
         "1",
         "--window",
         "5",
-        "--steps",
+        "--max_train_steps",
         "2",
         "--validation",
         "",
@@ -753,7 +856,7 @@ def test_every_stage_can_be_told_the_instant(clips, tmp_path):
                 f"training.{STAGES[stage]}",
                 "--data",
                 str(clips),
-                "--output",
+                "--output_dir",
                 str(tmp_path / stage),
                 *given,
                 *instants,

@@ -12,9 +12,10 @@ import json
 import torch
 
 from madiff_diffusers.eventgan import EventGANModel
-from training.data import EventMaker, build_samples
+from training.data.datasets import build_dataset
+from training.data.transforms import EventTransform
 from training.event_simulation import LOG_EPS
-from training.options import RunOptions, one_line_errors
+from training.options import RunOptions, check_flags, one_line_errors
 
 
 def spread_evenly(
@@ -35,14 +36,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--i2e", required=True, help="folder of a trained EventGANModel")
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--crop", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--frames", type=int, default=3, help="pairs are 1 to FRAMES - 1 source frames apart")
     parser.add_argument("--seed", type=int, default=0)
+    check_flags(argv)
     args = parser.parse_args(argv)
     model = EventGANModel.from_pretrained(args.i2e).eval()
     num_bins = model.config.num_bins
-    options = RunOptions(data=args.data, crop=args.crop, gaps=(1.0,), candidates=1, seed=args.seed)
-    data = build_samples(options, EventMaker(num_bins, args.frames))
+    options = RunOptions(data=args.data, resolution=args.resolution, gaps=(1.0,), candidates=1, seed=args.seed)
+    data = build_dataset(options, EventTransform(num_bins, args.frames))
     errors = {"model": 0.0, "zeros": 0.0, "spread_evenly": 0.0}
     for i in range(args.samples):
         sample = data[i]

@@ -53,7 +53,7 @@ class EventRecordings:
                     raise ValueError(f"`data`: {file_path} has no {', '.join(missing)}. Expected:\n    {expected}")
                 if min(file[IMAGES].shape[1:3]) < crop:
                     raise ValueError(
-                        f"`crop` {crop} is larger than the pictures of {file_path}, {file[IMAGES].shape[1:3]}."
+                        f"`resolution` {crop} is larger than the pictures of {file_path}, {file[IMAGES].shape[1:3]}."
                     )
                 self.paths.append(file_path)
                 self.lengths.append(len(file[TIMES]))

@@ -287,11 +287,11 @@ def composed(
     mid, opacity, local = render(time)
 
     # 3. flow of the layer on top
-    flows = []
+    ways = []
     for instant in (zero, one):
         matrix, shift = place(instant)
-        flows.append(local @ matrix.transpose(1, 2) + shift[:, None] - grid)
-    flows = torch.cat(flows, dim=-1).view(count, layers + 1, size, size, 4)
+        ways.append(local @ matrix.transpose(1, 2) + shift[:, None] - grid)
+    flows = torch.cat(ways, dim=-1).view(count, layers + 1, size, size, 4)
     covered = opacity.view(count, layers + 1, size, size, 1) > 0.5
     flow = flows[:, 0]
     for number in range(1, layers + 1):

@@ -8,14 +8,14 @@ import yaml
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from madiff_diffusers.hub_repository import upload_repository
 from madiff_diffusers.model_cards import model_card
-from training.data import parse_sources
+from training.data.sources import parse_sources
 from training.options import RunOptions
 
 
 CLASSES = {"i2e": EventGANModel, "vqvae": VQMAGANModel, "unet": MADiffPipeline, "pipeline": MADiffPipeline}
 
 # Options that say where things are on this machine or on the Hub, not how the result came about.
-_PLACES = ("output", "push_to_hub", "hub_private", "hub_revision", "hub_message")
+_PLACES = ("output_dir", "push_to_hub", "hub_private_repo", "hub_revision", "hub_message")
 
 
 def run_sections(run_folder: Path) -> list[str]:
@@ -69,7 +69,7 @@ def push(run_folder: Path, part: str, options: RunOptions) -> None:
         address = upload_repository(
             folder,
             options.push_to_hub,
-            private=options.hub_private or None,
+            private=options.hub_private_repo or None,
             revision=options.hub_revision or None,
             commit_message=options.hub_message or None,
         )

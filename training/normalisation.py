@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from madiff_diffusers.eventgan import EventGANModel
-from training.run import Run
+from training.trainer import Trainer
 
 
 class StepwiseNormalisation:
@@ -56,15 +56,15 @@ class StepwiseNormalisation:
             norm.eval()
 
     @torch.no_grad()
-    def end_pass(self, run: Run) -> None:
+    def end_pass(self, trainer: Trainer) -> None:
         for (mean, var), norm in zip(self._sums, self.batch_norms):
-            mean += norm.running_mean / run.options.accumulation
-            var += norm.running_var / run.options.accumulation
-        if not run.ends_step:
+            mean += norm.running_mean / trainer.options.gradient_accumulation_steps
+            var += norm.running_var / trainer.options.gradient_accumulation_steps
+        if not trainer.sync_gradients:
             return
         for norm, momentum, kept, sums in zip(self.batch_norms, self.momentums, self._kept, self._sums):
             for running, old, new in zip((norm.running_mean, norm.running_var), kept, sums):
-                running.copy_(torch.lerp(old, run.accelerator.reduce(new, "mean"), momentum))
+                running.copy_(torch.lerp(old, trainer.accelerator.reduce(new, "mean"), momentum))
         for norm, steps in zip(self.batch_norms, self._steps):
             norm.num_batches_tracked.copy_(steps + 1)
 

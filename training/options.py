@@ -8,7 +8,7 @@ import math
 import sys
 import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,27 @@ MODEL_SECTIONS = {
     "pipeline": MADiffPipeline,
 }
 STAGES = ("train_i2e", "train_vq_magan", "train_denoiser", "train_sampler")
+
+# Old names of options, which now have those of Diffusers' training scripts.
+RENAMED = {
+    "accumulation": "gradient_accumulation_steps",
+    "batch_size": "train_batch_size",
+    "crop": "resolution",
+    "hub_private": "hub_private_repo",
+    "keep": "checkpoints_total_limit",
+    "log_every": "log_steps",
+    "lr_schedule": "lr_scheduler",
+    "output": "output_dir",
+    "save_every": "checkpointing_steps",
+    "steps": "max_train_steps",
+    "tracker": "report_to",
+    "validate_every": "validation_steps",
+    "warmup_steps": "lr_warmup_steps",
+    "weight_decay": "adam_weight_decay",
+    "workers": "dataloader_num_workers",
+}
+# Options that are gone, and why.
+REMOVED = {"decoder": "PyAV decodes all videos"}
 
 # Of diffusers.optimization, those that need no arguments of their own.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
@@ -105,9 +126,9 @@ class RunOptions:
     """Options that every stage has; each stage adds its own."""
 
     data: str = option("", "training data: FORMAT:PATH[@WEIGHT], several joined by commas; see training/README.md")
-    output: str = option("", "folder of the run")
+    output_dir: str = option("", "folder of the run")
     # data
-    crop: int = option(128, "side of the training crops, pixels", least=1)
+    resolution: int = option(128, "side of the training crops, pixels", least=1)
     gaps: tuple[float, ...] = option(
         (0.5, 0.3, 0.2), "chances of 1, 2, 3 … source frames between two frames of a sample", least=0
     )
@@ -120,14 +141,13 @@ class RunOptions:
     window: int = option(
         3, "frames of clips that a sample spans, an odd number; more give more instants, and wider motion", least=3
     )
-    candidates: int = option(2, "crops drawn per sample, of which the one that changes most is kept", least=1)
+    candidates: int = option(2, "crops drawn per sample; the one that changes most is kept", least=1)
     colour_jitter: float = option(
-        0.0, "largest relative change of brightness, contrast and saturation, one for a sample", least=0, most=1
+        0.0, "largest relative change of brightness, contrast and saturation, drawn once per sample", least=0, most=1
     )
     random_motion_share: float = option(
         0.0, "share of samples composed of frames of the data in random, known motion", least=0, most=1
     )
-    decoder: str = option("av", "what decodes video files; av is PyAV", choices=("av", "opencv"))
     cache_gib: float = option(
         8.0,
         "decoded clips that a process keeps in memory, GiB for each folder of videos; others are decoded when drawn",
@@ -139,61 +159,96 @@ class RunOptions:
         "a file that cannot be read stops the run (error) or is reported and left out (skip)",
         choices=("error", "skip"),
     )
-    workers: int = option(1, "loader processes per training process", least=0)
+    dataloader_num_workers: int = option(1, "loader processes per training process", least=0)
     # optimisation
-    seed: int = option(0, "of everything that is drawn", least=0, less_than=2**32)
-    steps: int = option(1000, "optimiser steps", least=1)
+    seed: int = option(0, "seed of everything that is drawn", least=0, less_than=2**32)
+    max_train_steps: int = option(1000, "optimiser steps", least=1)
     stop_step: int = option(
         0, "end at this step, with a checkpoint; the same command with another value goes on. 0: at the last", least=0
     )
-    batch_size: int = option(16, "samples per process and forward pass", least=1)
-    accumulation: int = option(1, "forward passes per optimiser step", least=1)
+    train_batch_size: int = option(16, "samples per process and forward pass", least=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", least=1)
     learning_rate: float = option(1e-4, "highest learning rate", more_than=0)
-    warmup_steps: int = option(200, "steps in which the learning rate rises", least=0)
-    lr_schedule: str = option("cosine", "of diffusers.optimization.get_scheduler", choices=LR_SCHEDULES)
+    lr_warmup_steps: int = option(200, "steps in which the learning rate rises", least=0)
+    lr_scheduler: str = option(
+        "cosine", "learning-rate schedule, by its name in diffusers.optimization.get_scheduler", choices=LR_SCHEDULES
+    )
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", more_than=0)
     ema_decay: float = option(
-        0.0, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1
+        0.0, "decay of the moving average of the weights, which is exported; 0: no average", least=0, less_than=1
     )
     # speed and memory
-    mixed_precision: str = option("", "of networks; empty: what the launch says", choices=("", "no", "bf16", "fp16"))
+    mixed_precision: str = option(
+        "", "precision of the networks; empty: that of the launch", choices=("", "no", "bf16", "fp16")
+    )
     channels_last: bool = option(True, "weights in channels-last layout")
     compile: bool = option(False, "torch.compile the network")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     # what a run leaves
-    save_every: int = option(500, "steps between checkpoints", least=1)
-    keep: int = option(
+    checkpointing_steps: int = option(500, "steps between checkpoints", least=1)
+    checkpoints_total_limit: int = option(
         2,
-        "checkpoints kept, newest first; the best is kept beside them. With 1, nothing is left if a disk damages it",
+        "number of newest checkpoints that are kept, beside the best; with 1, nothing is left if a disk damages it",
         least=1,
     )
-    log_every: int = option(50, "steps between rows of summary.csv", least=1)
-    tracker: str = option("tensorboard", "what the log is sent to", choices=("tensorboard", "wandb", "none"))
+    log_steps: int = option(50, "steps between rows of summary.csv", least=1)
+    report_to: str = option("tensorboard", "tracker that the log is sent to", choices=("tensorboard", "wandb", "none"))
     validation: str = option("", "data of the validation, as in --data; empty: none")
     validation_samples: int = option(64, "samples of a validation", least=1)
     validation_crop: int = option(256, "side of its centre crops, pixels", least=1)
-    validate_every: int = option(1000, "steps between validations", least=1)
+    validation_steps: int = option(1000, "steps between validations", least=1)
     panels: int = option(4, "validation samples shown as pictures", least=0)
     lpips_net: str = option(
         "vgg", "features of LPIPS; none: no LPIPS, neither as a loss nor as a score", choices=("alex", "vgg", "none")
     )
     lpips_backbone: str = option("", "safetensors file with their weights; downloaded by torchvision if empty")
     push_to_hub: str = option("", "repository (user/name) that the result is uploaded to")
-    hub_private: bool = option(False, "make that repository private, if it is new")
+    hub_private_repo: bool = option(False, "make that repository private, if it is new")
     hub_revision: str = option("", "branch of it to commit to, made if there is none; empty: the main one")
     hub_message: str = option("", "message of the commit; empty: a general one")
+
+
+def check_names(names: Iterable[str], prefix: str = "") -> None:
+    """Refuse old names of options.
+
+    Args:
+        names: of options, old ones and others.
+        prefix: stands before names in the message.
+
+    Raises:
+        ValueError: naming each old one with its new name.
+    """
+    names = set(names)
+    told = [f"{prefix}{old} is now {prefix}{new}" for old, new in RENAMED.items() if old in names]
+    told += [f"{prefix}{old} is gone: {reason}" for old, reason in REMOVED.items() if old in names]
+    if told:
+        raise ValueError("; ".join(told))
+
+
+def check_flags(argv: Sequence[str] | None) -> None:
+    """Refuse old names of options among the arguments of a command, by default those of this process.
+
+    Raises:
+        ValueError: as `check_names`.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    check_names((each[2:].partition("=")[0] for each in given if each.startswith("--")), prefix="--")
 
 
 def parse_options(options_class: type, stage: str, argv: list[str] | None, description: str) -> tuple[Any, dict]:
     """Options of a stage, and the whole configuration, in which empty sections are empty mappings.
 
     Raises:
-        SystemExit: on an unknown flag, an unknown section, an unknown key in this stage's or a network's section, a value
-            of the wrong type or out of its range, or a missing `--data` or `--output`.
+        SystemExit: on an old or unknown flag, an unknown section, an old key in a stage's section, an unknown one in this stage's or a network's,
+            a value of the wrong type or out of its range, or a missing `--data` or `--output_dir`.
     """
     # 1. the configuration, whose values are the defaults that `--help` shows
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--config")
+    try:
+        check_flags(argv)
+    except ValueError as error:
+        named.error(str(error))
     name = named.parse_known_args(argv)[0].config
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     config, section = ({}, {}) if name is None else _read_config(name, stage, fields, named)
@@ -210,11 +265,11 @@ def parse_options(options_class: type, stage: str, argv: list[str] | None, descr
     parser.add_argument("--config", required=True, help="paper, compact, tiny, or the path of a YAML file")
     types = typing.get_type_hints(options_class)
     for name, field in fields.items():
-        # A switch may stand alone: `--compile` is `--compile true`.
-        extra = {"nargs": "?", "const": "true"} if types[name] is bool else {}
         text = "; ".join(filter(None, (field.metadata["help"], str(field.metadata["allowed"]))))
         text = f"{text} (default: {_shown(section.get(name, field.default))})"
-        parser.add_argument(f"--{name}", help=text.replace("%", "%%"), **extra)
+        argument = parser.add_argument(f"--{name}", help=text.replace("%", "%%"))
+        if types[name] is bool:  # a switch may stand alone: `--compile` is `--compile true`
+            argument.nargs, argument.const = "?", "true"
     flags = vars(parser.parse_args(argv))
 
     # 3. what they say together
@@ -232,7 +287,7 @@ def parse_options(options_class: type, stage: str, argv: list[str] | None, descr
             parser.error(
                 f"--{name} must be of type {wanted}, such as {_shown(fields[name].default)}, but is {value!r}"
             )
-    for name in ("data", "output"):
+    for name in ("data", "output_dir"):
         if not section.get(name):
             parser.error(f"--{name} is required")
     options = options_class(**section)
@@ -268,10 +323,10 @@ def _read_config(name: str, stage: str, fields: dict, parser: argparse.ArgumentP
 
 
 def check_config(config: Any) -> None:
-    """Refuse a configuration with a section or a key that nothing reads.
+    """Refuse a configuration with a section or a key that nothing reads, or a stage's key with an old name.
 
     Raises:
-        ValueError: naming the key and what is known.
+        ValueError: naming the key, and what is known or its new name.
     """
     if not isinstance(config, dict):
         raise ValueError("a configuration is a mapping of sections")
@@ -285,6 +340,11 @@ def check_config(config: Any) -> None:
     for section in {*MODEL_SECTIONS, *STAGES, "scheduler"} & set(config):
         if not isinstance(config[section], dict):
             raise ValueError(f"section {section} must be a mapping of keys to values, but is {config[section]!r}")
+    for stage in STAGES:
+        try:
+            check_names(config.get(stage, {}))
+        except ValueError as error:
+            raise ValueError(f"section {stage}: {error}") from None
     hint_parts(config["hint_source"])
     classes = dict(MODEL_SECTIONS)
     name = config["scheduler"].get("class")
@@ -313,8 +373,9 @@ def _check_values(options: RunOptions) -> None:
         raise ValueError(f"--window must be an odd number, so that a frame is half-way, but is {options.window}")
     if sum(options.gaps) == 0:
         raise ValueError(f"--gaps must be chances, not all of them zero, but is {_shown(options.gaps)}")
-    if options.lpips_net == "none" and getattr(options, "lpips_weight", 0) > 0:
-        raise ValueError(f"--lpips_weight must be 0 with --lpips_net none, but is {options.lpips_weight}")
+    weight = getattr(options, "lpips_weight", 0)
+    if options.lpips_net == "none" and weight > 0:
+        raise ValueError(f"--lpips_weight must be 0 with --lpips_net none, but is {weight}")
 
 
 def _as_type(value: Any, wanted: Any) -> Any:
@@ -335,8 +396,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         calls = traceback.extract_tb(error.__traceback__)
-        ours = Path(calls[-1].filename).parent in (Path(__file__).parent, Path(madiff_diffusers.__file__).parent)
-        training = any(call.name in ("batches", "finish_pass", "finish") for call in calls)
+        folders = {Path(__file__).parent, Path(madiff_diffusers.__file__).parent}
+        ours = not folders.isdisjoint(Path(calls[-1].filename).parents)
+        training = any(call.name in ("batches", "finish_micro_batch", "finish") for call in calls)
         if not ours and (training or not isinstance(error, OSError)):
             raise  # no bad input: where it happened is worth knowing
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Stage 3: train the denoiser on the latents of a trained VQ-MAGAN.
 
     accelerate launch -m training.train_denoiser --config compact --data CLIPS --i2e runs/i2e/i2e \\
-        --vqvae runs/vqvae/vqvae --output runs/denoiser
+        --vqvae runs/vqvae/vqvae --output_dir runs/denoiser
 
 Loss: ‖target − ε_θ(z_t, t, z_prev, z_next, m_prev, m_next)‖², the target being what the scheduler's `prediction_type`
 says. Motion hints come from the true middle frame and are dropped for start hints with a probability of
@@ -21,11 +21,12 @@ from diffusers import UNet2DModel
 
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
-from training.data import TripletMaker, build_samples
+from training.data.datasets import build_dataset
+from training.data.transforms import TripletTransform
 from training.hints import draw_hints, load_hint_source, refine_as_sampling
 from training.losses import lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
-from training.run import Run
+from training.trainer import Trainer
 from training.validation import decoded_panel, image_scores, to_frames, validation_windows
 
 
@@ -37,10 +38,10 @@ class DenoiserOptions(RunOptions):
         "", "where motion hints come from, such as MODULE:CLASS, see docs/hint-sources.md; empty: the configuration's"
     )
     init: str = option("", "folder of a trained UNet2DModel to start from")
-    adam_betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW", least=0, less_than=1, count=2)
-    weight_decay: float = option(0.01, "of AdamW", least=0)
+    adam_betas: tuple[float, ...] = option((0.9, 0.999), "betas of AdamW", least=0, less_than=1, count=2)
+    adam_weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
     ema_decay: float = option(
-        0.9999, "decay of the moving average of the weights, which is what is exported; 0: none", least=0, less_than=1
+        0.9999, "decay of the moving average of the weights, which is exported; 0: no average", least=0, less_than=1
     )
     lpips_net: str = option(
         "alex",
@@ -69,8 +70,8 @@ def load_unet(folder: str) -> UNet2DModel:
 
 def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(DenoiserOptions, "train_denoiser", argv, __doc__)
-    run = Run(options, "unet")
-    device = run.accelerator.device
+    trainer = Trainer(options, "unet")
+    device = trainer.accelerator.device
 
     # 1. models; only the U-Net is trained
     if not options.vqvae:
@@ -81,9 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     scheduler_config = dict(config["scheduler"])
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
     optimizer = torch.optim.AdamW(
-        bare_unet.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
+        bare_unet.parameters(),
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        weight_decay=options.adam_weight_decay,
     )
-    unet, optimizer = run.prepare(bare_unet.train(), optimizer)
+    unet, optimizer = trainer.prepare(bare_unet.train(), optimizer)
 
     def build_pipeline(network: UNet2DModel) -> MADiffPipeline:
         parts = {"vqvae": vqvae, "unet": network, "i2e": i2e, "scheduler": scheduler}
@@ -92,16 +96,16 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = build_pipeline(bare_unet)  # what does not fit together shows before training, not after it
 
     # 2. data, validation, export
-    data = build_samples(options, TripletMaker(options.window, options.any_time))
+    data = build_dataset(options, TripletTransform(options.window, options.any_time))
 
     def export(folder: Path) -> None:
-        state = run.weights()
-        if run.accelerator.is_main_process:
+        state = trainer.weights()
+        if trainer.accelerator.is_main_process:
             exported = UNet2DModel.from_config(bare_unet.config).eval()
             exported.load_state_dict(state)
             exported.save_pretrained(folder)
 
-    run.exports(export)
+    trainer.set_export(export)
     if options.validation:
         windows = validation_windows(options, frames=3, multiple=vqvae.downsample_factor)
         lpips = lpips_loss(options, device)
@@ -121,13 +125,13 @@ def main(argv: list[str] | None = None) -> None:
             seen = (hints, config["hint_source"], source, decoded.offsets[-1], decoded.gates[-1])
             return scores, decoded_panel(frames, result, *seen)
 
-        run.validates(score, len(windows), "l1" if lpips is None else "lpips")
-    run.resume()
+        trainer.set_validation(score, len(windows), "l1" if lpips is None else "lpips")
+    trainer.resume()
 
     # 3. loop
     damped = config["pipeline"].get("default_hint_policy") == "damped"
-    for batch in run.batches(data):
-        generator = run.generator()
+    for batch in trainer.batches(data):
+        generator = trainer.generator()
         with torch.no_grad():
             # 3.1 latents and conditions
             frames = torch.cat([batch["frame_mid"], batch["frame_prev"], batch["frame_next"]])
@@ -148,17 +152,17 @@ def main(argv: list[str] | None = None) -> None:
                 "v_prediction": lambda: scheduler.get_velocity(mid, noise, timesteps),
             }[scheduler.config.prediction_type]()
 
-        with run.accumulate(unet):
+        with trainer.accumulate(unet):
             inputs = torch.cat([noisy, prev, next_, *hints], dim=1).to(bare_unet.dtype)
             told = {"class_labels": 1000 * batch["time"]} if bare_unet.config.class_embed_type == "timestep" else {}
             prediction = unet(inputs, timesteps, return_dict=False, **told)[0]
             loss = F.mse_loss(prediction.float(), target.float())
-            run.backward(loss)
-            run.update(unet, optimizer)
+            trainer.backward(loss)
+            trainer.optimizer_step(unet, optimizer)
 
         # 3.3 count, log, save
-        run.finish_pass({"loss": loss})
-    run.finish(
+        trainer.finish_micro_batch({"loss": loss})
+    trainer.finish(
         lambda folder: build_pipeline(UNet2DModel.from_pretrained(folder / "unet")).save_pretrained(
             folder / "pipeline"
         )

@@ -1,6 +1,6 @@
 """Stage 1: train the image-to-event generator on events simulated from video clips.
 
-    accelerate launch -m training.train_i2e --config compact --data CLIPS --output runs/i2e
+    accelerate launch -m training.train_i2e --config compact --data CLIPS --output_dir runs/i2e
 
 The model is written to OUTPUT/i2e at the end. To resume, run the same command again.
 """
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 
 from madiff_diffusers.evaluation.visualization import events_image
 from madiff_diffusers.eventgan import EventGANModel
-from training.data import EventMaker, build_samples
-from training.losses import Adversary
+from training.adversary import Adversary
+from training.data.datasets import build_dataset
+from training.data.transforms import EventTransform
 from training.normalisation import StepwiseNormalisation
 from training.options import RunOptions, one_line_errors, option, parse_options
-from training.run import Run
+from training.trainer import Trainer
 from training.validation import panel, validation_windows
 
 
@@ -30,13 +31,13 @@ class I2EOptions(RunOptions):
         4, "frames of a clip that events are simulated from, at most; a pair is 1 to frames - 1 apart", least=2
     )
     spectral_norm: bool = option(
-        True, "as EventGAN, on residual blocks and decoders; folded into the exported weights"
+        True, "spectral norm on residual blocks and decoders, as in EventGAN; it is folded into the exported weights"
     )
     squared_weight: float = option(
-        1.0, "of the squared error at the start; falls linearly to 0 at squared_until", least=0
+        1.0, "weight of the squared error at the start; it falls linearly to 0 at squared_until", least=0
     )
     squared_until: float = option(0.7, "share of the steps after which the squared error is gone", more_than=0, most=1)
-    adversarial_weight: float = option(0.01, "of the adversarial loss; 0: none", least=0)
+    adversarial_weight: float = option(0.01, "weight of the adversarial loss; 0: none", least=0)
     disc_start: int = option(0, "step at which the discriminator starts", least=0)
     disc_channels: int = option(32, "channels of the discriminator's first layer", least=1)
 
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"`ema_decay` must be 0 here, but is {options.ema_decay}: BatchNorm's statistics are not those of averaged weights."
         )
-    run = Run(options, "i2e")
-    device = run.accelerator.device
+    trainer = Trainer(options, "i2e")
+    device = trainer.accelerator.device
 
     # 1. models
     def build() -> tuple[EventGANModel, StepwiseNormalisation]:
@@ -66,31 +67,31 @@ def main(argv: list[str] | None = None) -> None:
 
     bare_model, normalisation = build()
     optimizer = torch.optim.Adam(bare_model.parameters(), lr=options.learning_rate, betas=(0.5, 0.999))
-    model, optimizer = run.prepare(bare_model.train(), optimizer)
+    model, optimizer = trainer.prepare(bare_model.train(), optimizer)
     adversary = None
     if options.adversarial_weight > 0:
         # It judges the volume of both polarities beside the two grey frames.
         channels = 2 * bare_model.config.num_bins + 2
-        adversary = Adversary(run, channels, options.disc_channels, betas=(0.5, 0.999), start=options.disc_start)
+        adversary = Adversary(trainer, channels, options.disc_channels, betas=(0.5, 0.999), start=options.disc_start)
 
     # 2. data, validation, export
-    maker = EventMaker(num_bins=bare_model.config.num_bins, frames=options.frames)
-    data = build_samples(options, maker)
+    transform = EventTransform(num_bins=bare_model.config.num_bins, frames=options.frames)
+    data = build_dataset(options, transform)
 
     def export(folder: Path) -> None:
-        state = run.weights()
-        if run.accelerator.is_main_process:
+        state = trainer.weights()
+        if trainer.accelerator.is_main_process:
             exported, norms = build()
             exported.load_state_dict(state)
             norms.fold()
             exported.eval().save_pretrained(folder)
 
-    run.exports(export)
+    trainer.set_export(export)
     if options.validation:
         windows = validation_windows(options, frames=2, multiple=2**bare_model.config.num_encoders)
 
         def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
-            sample = maker(windows[index], np.random.default_rng(index))
+            sample = transform(windows[index], np.random.default_rng(index))
             frames = [sample[name][None].to(device) for name in ("frame_first", "frame_second")]
             bare_model.eval()
             events = bare_model(*frames).events[0].cpu()
@@ -104,27 +105,27 @@ def main(argv: list[str] | None = None) -> None:
             pictures = (*frames, events_image(truth), events_image(events))
             return scores, panel(list(zip(("first", "second", "truth", "result"), pictures)))
 
-        run.validates(score, len(windows), "l1")
-    run.resume()
+        trainer.set_validation(score, len(windows), "l1")
+    trainer.resume()
 
     # 3. loop
-    for batch in run.batches(data):
+    for batch in trainer.batches(data):
         frames = torch.cat([batch["frame_first"], batch["frame_second"]], dim=1)  # [B,2,H,W]
         truth = batch["events"]  # [B,18,H,W]
         adversarial = adversary is not None and adversary.active
-        with run.accumulate(model, *([adversary.network] if adversary else [])):
+        with trainer.accumulate(model, *([adversary.network] if adversary else [])):
             # 3.1 generator
-            normalisation.begin_pass(first=len(run.passes) == 1)
+            normalisation.begin_pass(first=len(trainer.micro_batches) == 1)
             events = model(batch["frame_first"], batch["frame_second"]).events
-            progress = run.progress.step / options.steps
+            progress = trainer.progress.step / options.max_train_steps
             squared_weight = options.squared_weight * max(1 - progress / options.squared_until, 0)
             loss, gan = volume_loss(events, truth, squared_weight), torch.zeros((), device=device)
             if adversarial:
                 gan = adversary.loss(torch.cat([frames, events], dim=1))
                 loss = loss + options.adversarial_weight * gan
-            run.backward(loss)
-            normalisation.end_pass(run)
-            run.update(model, optimizer)
+            trainer.backward(loss)
+            normalisation.end_pass(trainer)
+            trainer.optimizer_step(model, optimizer)
 
             # 3.2 discriminator
             disc_loss = torch.zeros_like(gan)
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
                 disc_loss = adversary.update(torch.cat([frames, truth], dim=1), torch.cat([frames, events], dim=1))
 
         # 3.3 count, log, save
-        run.finish_pass(
+        trainer.finish_micro_batch(
             {
                 "l1": F.l1_loss(events, truth),
                 "l1_of_zeros": truth.abs().mean(),
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 "disc": disc_loss,
             }
         )
-    run.finish()
+    trainer.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a checkpoint of motion news as a whole: hints, autoencoder and denoiser together, through the pipeline's own steps.
 
-    accelerate launch -m training.train_sampler --config motion --data CLIPS --output runs/motion --teacher runs/rife
+    accelerate launch -m training.train_sampler --config motion --data CLIPS --output_dir runs/motion --teacher runs/rife
 
 Every sample goes the way that the pipeline goes: hints of the instant from the two neighbours, evidence, a denoising step from pure
 noise, decoding. A share of the batches takes a second step, with hints that were extracted from the first step's guess at half size.
@@ -27,11 +27,11 @@ from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 from madiff_diffusers.warping import warp
-from training.data import parse_sources
+from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
-from training.run import Run
+from training.trainer import Trainer
 from training.validation import image_scores, panel, to_frames, to_image, validation_windows
 
 
@@ -40,12 +40,11 @@ UNUSED = (
     "window",
     "colour_jitter",
     "random_motion_share",
-    "decoder",
     "cache_gib",
     "columns",
     "on_unreadable",
-    "workers",
-    "accumulation",
+    "dataloader_num_workers",
+    "gradient_accumulation_steps",
     "gradient_checkpointing",
     "ema_decay",
 )
@@ -60,7 +59,7 @@ class SamplerOptions(RunOptions):
         "", "folder of a RIFEFlowModel, see `madiff convert-rife`; empty: flow is supervised in composed scenes alone"
     )
     adam_betas: tuple[float, ...] = option((0.9, 0.99), "of AdamW", least=0, less_than=1, count=2)
-    weight_decay: float = option(1e-4, "of AdamW", least=0)
+    adam_weight_decay: float = option(1e-4, "of AdamW", least=0)
     composed_share: float = option(
         0.4, "share of samples composed of pieces of frames, with exact flow", least=0, most=1
     )
@@ -306,11 +305,11 @@ def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel, VQM
     return MotionHintModel(**config["hint_model"]), VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
 
 
-def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
+def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
     """Score held-out windows: the pipeline's frame; the frame of latents that are zero, and the mean of the warped neighbours; and how much of
     the true latents the denoiser tells, R² = 1 - mse / mean square, at the first step."""
-    device = run.accelerator.device
-    windows = validation_windows(run.options, frames=3, multiple=2 * network.hint_model.multiple)
+    device = trainer.accelerator.device
+    windows = validation_windows(trainer.options, frames=3, multiple=2 * network.hint_model.multiple)
 
     def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
         prev, mid, next_ = to_frames(windows[index], device)
@@ -349,15 +348,15 @@ def validate(run: Run, pipeline: MADiffPipeline, network: SamplerNetwork, lpips:
         )
         return scores, panel([(name, to_image(frame)) for name, frame in named]) if shown else None
 
-    run.validates(score, len(windows), "l1" if lpips is None else "lpips")
+    trainer.set_validation(score, len(windows), "l1" if lpips is None else "lpips")
 
 
 def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(SamplerOptions, "train_sampler", argv, __doc__)
     folder = check_unused(options)
-    run = Run(options, "pipeline")
-    device = run.accelerator.device
-    if options.hints_until and run.accelerator.num_processes > 1:
+    trainer = Trainer(options, "pipeline")
+    device = trainer.accelerator.device
+    if options.hints_until and trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
         )
@@ -372,11 +371,11 @@ def main(argv: list[str] | None = None) -> None:
         bare.parameters(),
         lr=options.learning_rate,
         betas=options.adam_betas,
-        weight_decay=options.weight_decay,
+        weight_decay=options.adam_weight_decay,
         fused=device.type == "cuda",
     )
     compiled, options.compile = options.compile, False  # a part at a time
-    network, optimizer = run.prepare(bare, optimizer)
+    network, optimizer = trainer.prepare(bare, optimizer)
     lpips = lpips_loss(options, device)
     teacher = Teacher(options.teacher, device, compiled) if options.teacher else None
     if compiled:
@@ -389,53 +388,53 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
 
     def export(folder: Path) -> None:
-        if run.accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
             pipeline.save_pretrained(folder)
 
-    run.exports(export)
+    trainer.set_export(export)
     if options.validation:
-        validate(run, pipeline, bare, lpips)
-    run.resume()
+        validate(trainer, pipeline, bare, lpips)
+    trainer.resume()
 
     # 2. data; frames at half size, too, must be what the hint model's scales divide
     multiple = 2 * bare.hint_model.multiple
-    if options.crop % multiple:
-        raise ValueError(f"`crop` must be a multiple of {multiple}, but is {options.crop}.")
-    sizes = [max(round(options.crop * scale / 8) * 8, 8) for scale in options.scales]
-    bank = FrameBank(folder, device, max(max(sizes), options.crop))
-    latent_size = options.crop // bare.vqvae.downsample_factor
-    count = options.batch_size
+    if options.resolution % multiple:
+        raise ValueError(f"`resolution` must be a multiple of {multiple}, but is {options.resolution}.")
+    sizes = [max(round(options.resolution * scale / 8) * 8, 8) for scale in options.scales]
+    bank = FrameBank(folder, device, max(max(sizes), options.resolution))
+    latent_size = options.resolution // bare.vqvae.downsample_factor
+    count = options.train_batch_size
     made = round(options.composed_share * count)
     codebook = bare.vqvae.quantize.embedding.weight
     used = torch.zeros(len(codebook), dtype=torch.bool, device=device)
 
     # 3. loop
-    for passed in run.steps(options.time_limit):
-        generator = torch.Generator(device).manual_seed(int(run.generator().initial_seed() % 2**63))
-        size = sizes[int(torch.randint(len(sizes), (1,), generator=run.generator()))]
+    for passed in trainer.steps(options.time_limit):
+        generator = torch.Generator(device).manual_seed(int(trainer.generator().initial_seed() % 2**63))
+        size = sizes[int(torch.randint(len(sizes), (1,), generator=trainer.generator()))]
         hints_only = passed < options.hints_until
         two_steps = (
             not hints_only
             and passed >= options.two_steps_from
-            and run.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
+            and trainer.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
         )
 
         # 3.1 a batch, and flow from its true middle frames
         with torch.no_grad():
             batch = augment(
                 bank.triplets(count - made, size, options.gaps, options.any_time, options.candidates, generator),
-                options.crop,
+                options.resolution,
                 generator,
             )
             batch, flow = (
                 {name: each.contiguous() for name, each in batch.items()},
-                batch["time"].new_zeros(count - made, 4, options.crop, options.crop),
+                batch["time"].new_zeros(count - made, 4, options.resolution, options.resolution),
             )
             if teacher is not None:
-                with run.accelerator.autocast():
+                with trainer.accelerator.autocast():
                     flow = teacher(batch["frame_prev"], batch["frame_mid"], batch["frame_next"])
             if made:
-                scenes, exact = composed(bank, made, options.crop, options.layers, generator)
+                scenes, exact = composed(bank, made, options.resolution, options.layers, generator)
                 batch = {name: torch.cat([each, scenes[name]]) for name, each in batch.items()}
                 flow = torch.cat([flow, exact])
             layout = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -480,9 +479,9 @@ def main(argv: list[str] | None = None) -> None:
             of_prev, of_next = found["estimates"][-1].split(2, dim=1)
             warps = (warp(batch["frame_prev"], of_prev) + warp(batch["frame_next"], of_next)) / 2
             losses["warps"] = charbonnier(warps, batch["frame_mid"])
-            run.backward(losses["warps"] + flow_weight * losses["flow"])
-            run.update(network, optimizer)
-            run.finish_pass(losses)
+            trainer.backward(losses["warps"] + flow_weight * losses["flow"])
+            trainer.update(network, optimizer)
+            trainer.finish_pass(losses)
             continue
         seen = (choice != 2).float().view(-1, 1, 1, 1)
         offset_losses = [
@@ -501,23 +500,23 @@ def main(argv: list[str] | None = None) -> None:
         if "guess" in found:
             loss = loss + 0.3 * found["guess"]
         if lpips is not None and passed >= options.lpips_from:
-            with run.accelerator.autocast():
+            with trainer.accelerator.autocast():
                 losses["lpips"] = lpips(found["sample"].clamp(-1.1, 1.1), batch["frame_mid"]).float().mean()
             loss = loss + options.lpips_weight * losses["lpips"]
-        run.backward(loss)
-        run.update(network, optimizer)
+        trainer.backward(loss)
+        trainer.optimizer_step(network, optimizer)
 
         # 3.4 codes, log, save
         with torch.no_grad():
             used[found["codes"].view(-1)] = True
-            if options.revive_every and run.progress.step % options.revive_every == 0:
+            if options.revive_every and trainer.progress.step % options.revive_every == 0:
                 flat = found["news"].permute(0, 2, 3, 1).reshape(-1, codebook.shape[1]).float()
                 drawn = flat[torch.randint(len(flat), (len(codebook),), generator=generator, device=device)]
                 codebook.copy_(torch.where(used[:, None], codebook, drawn))
                 losses["codes_used"] = used.float().mean()
                 used.zero_()
-        run.finish_pass(losses)
-    run.finish()
+        trainer.finish_micro_batch(losses)
+    trainer.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Stage 2: train the motion-aware autoencoder (VQ-MAGAN).
 
-    accelerate launch -m training.train_vq_magan --config compact --data CLIPS --i2e runs/i2e/i2e --output runs/vqvae
+    accelerate launch -m training.train_vq_magan --config compact --data CLIPS --i2e runs/i2e/i2e --output_dir runs/vqvae
 
 Loss: L1 + LPIPS + vector quantisation + λ · hinge patch-GAN, λ balanced at the last layer (Esser et al., 2021). Motion
 hints come from the true middle frame and are given with a probability of `hint_probability`; otherwise the decoder gets
@@ -20,11 +20,13 @@ from torch.utils.data import Dataset, IterableDataset
 
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.vq_magan import VQMAGANModel
-from training.data import TripletMaker, build_samples
+from training.adversary import Adversary
+from training.data.datasets import build_dataset
+from training.data.transforms import TripletTransform
 from training.hints import draw_hints, latent_noise, load_hint_source, refine_as_sampling
-from training.losses import Adversary, adaptive_weight, lpips_loss
+from training.losses import adaptive_weight, lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
-from training.run import Run
+from training.trainer import Trainer
 from training.validation import decoded_panel, image_scores, to_frames, validation_windows
 
 
@@ -38,18 +40,20 @@ class VQMAGANOptions(RunOptions):
         "",
         "folder of a trained VQMAGANModel to start from; where the configuration's takes in more channels, they begin at 0",
     )
-    adam_betas: tuple[float, ...] = option((0.5, 0.9), "of AdamW", least=0, less_than=1, count=2)
-    weight_decay: float = option(0.0, "of AdamW", least=0)
+    adam_betas: tuple[float, ...] = option((0.5, 0.9), "betas of AdamW", least=0, less_than=1, count=2)
+    adam_weight_decay: float = option(0.0, "weight decay of AdamW", least=0)
     l1_epsilon: float = option(0.0, "softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss", least=0)
-    lpips_weight: float = option(1.0, "of LPIPS; 0: none", least=0)
+    lpips_weight: float = option(1.0, "weight of LPIPS; 0: none", least=0)
     lpips_start: int = option(0, "step at which LPIPS starts", least=0)
-    vq_weight: float = option(1.0, "of the quantisation loss (codebook + 0.25 · commitment)", least=0)
-    anchor_weight: float = option(0.0, "of the latents' squared distance to the mean colours of their cells", least=0)
+    vq_weight: float = option(1.0, "weight of the quantisation loss (codebook + 0.25 · commitment)", least=0)
+    anchor_weight: float = option(
+        0.0, "weight of the latents' squared distance to the mean colours of their cells", least=0
+    )
     revive_every: int = option(
         0, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0
     )
     disc_start: int = option(10000, "step at which the discriminator starts", least=0)
-    disc_weight: float = option(0.8, "of the balanced adversarial loss; 0: none", least=0)
+    disc_weight: float = option(0.8, "weight of the balanced adversarial loss; 0: none", least=0)
     disc_channels: int = option(64, "channels of the discriminator's first layer", least=1)
     hint_probability: float = option(
         0.5, "share of samples with refined hints; the others get start hints", least=0, most=1
@@ -62,7 +66,7 @@ class VQMAGANOptions(RunOptions):
         0.0, "noise on the latents, uniform up to this many of their standard deviations per sample", least=0
     )
     flow_weight: float = option(
-        0.0, "supervision of the offsets by flow from the true middle frame, at the start …", least=0
+        0.0, "weight of the offsets' distance to flow from the true middle frame, at the start …", least=0
     )
     flow_weight_end: float = option(0.0, "… and at the end, linear in between", least=0)
 
@@ -133,17 +137,17 @@ class CodeUsage:
         revives: whether codes that no process used are moved to latents of the step.
     """
 
-    def __init__(self, run: Run, model: VQMAGANModel, every: int, revives: bool):
-        self.run, self.every, self.revives = run, every, revives
+    def __init__(self, trainer: Trainer, model: VQMAGANModel, every: int, revives: bool):
+        self.trainer, self.every, self.revives = trainer, every, revives
         self.codebook = model.quantize.embedding.weight
-        self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=run.accelerator.device)
+        self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=trainer.accelerator.device)
         # Of the last period: share of the codes that were in use, and number of those that were revived at its end.
         self.share, self.revived = 0.0, 0.0
         self._next = (0.0, 0.0)
         self.latents: list[torch.Tensor] = []  # of the passes of a step that ends with a revival
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        used = self.run.accelerator.reduce(self.used.float(), "sum") > 0
+        used = self.trainer.accelerator.reduce(self.used.float(), "sum") > 0
         return {"used": used, "reported": torch.tensor([self.share, self.revived, *self._next])}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -156,11 +160,11 @@ class CodeUsage:
         """Take down the codes of a pass. A period ends with every step whose number is a multiple of `every`."""
         self.share, self.revived = self._next  # the same in all passes of a step
         self.used[indices] = True
-        if self.run.progress.step % self.every:
+        if self.trainer.progress.step % self.every:
             return
         self.latents.append(rearrange(latents.detach().float(), "b c h w -> (b h w) c"))
-        if self.run.ends_step:
-            alive = self.run.accelerator.reduce(self.used.float(), "sum") > 0
+        if self.trainer.sync_gradients:
+            alive = self.trainer.accelerator.reduce(self.used.float(), "sum") > 0
             if self.revives:
                 self._revive(alive)
             self._next = (alive.float().mean().item(), float((~alive).sum()) * self.revives)
@@ -169,15 +173,15 @@ class CodeUsage:
 
     def _revive(self, alive: torch.Tensor) -> None:
         """Move the codes that are not alive to latents of this step."""
-        accelerator = self.run.accelerator
+        accelerator = self.trainer.accelerator
         latents = accelerator.gather(torch.stack(self.latents))  # [processes * passes, n, c]
         # In the order that the passes of one process would have.
         latents = rearrange(latents, "(w p) n c -> (p w n) c", w=accelerator.num_processes)
-        generator = torch.Generator().manual_seed(self.run.progress.step)  # every process draws the same
+        generator = torch.Generator().manual_seed(self.trainer.progress.step)  # every process draws the same
         index = torch.randint(len(latents), (int((~alive).sum()),), generator=generator)
         jitter = torch.randn(len(index), latents.shape[1], generator=generator).to(latents.device)
         self.codebook[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
-        self.run.jumped(self.codebook, ~alive)
+        self.trainer.reset_average(self.codebook, ~alive)
 
 
 def first_frames(data: Dataset, count: int = 96) -> torch.Tensor:
@@ -196,8 +200,8 @@ def measure_scaling_factor(model: VQMAGANModel, frames: torch.Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(VQMAGANOptions, "train_vq_magan", argv, __doc__)
-    run = Run(options, "vqvae")
-    device = run.accelerator.device
+    trainer = Trainer(options, "vqvae")
+    device = trainer.accelerator.device
 
     # 1. models
     bare_model = VQMAGANModel(**config["vqvae"])
@@ -212,30 +216,33 @@ def main(argv: list[str] | None = None) -> None:
     flow_source = FlowHints(fine="fine_flow" in config["hint_source"].split("+"))
     lpips = lpips_loss(options, device)
     optimizer = torch.optim.AdamW(
-        bare_model.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay
+        bare_model.parameters(),
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        weight_decay=options.adam_weight_decay,
     )
-    model, optimizer = run.prepare(bare_model.train(), optimizer)
+    model, optimizer = trainer.prepare(bare_model.train(), optimizer)
     adversary = None
     if options.disc_weight > 0:
         channels = bare_model.config.out_channels
-        adversary = Adversary(run, channels, options.disc_channels, options.adam_betas, options.disc_start)
-    codes = CodeUsage(run, bare_model, options.revive_every or options.log_every, revives=options.revive_every > 0)
-    run.register(codes)
+        adversary = Adversary(trainer, channels, options.disc_channels, options.adam_betas, options.disc_start)
+    codes = CodeUsage(trainer, bare_model, options.revive_every or options.log_steps, revives=options.revive_every > 0)
+    trainer.register(codes)
 
     # 2. data, validation, export
-    data = build_samples(options, TripletMaker(options.window, options.any_time))
-    measured = first_frames(data) if run.accelerator.is_main_process else None
+    data = build_dataset(options, TripletTransform(options.window, options.any_time))
+    measured = first_frames(data) if trainer.accelerator.is_main_process else None
 
     def export(folder: Path) -> None:
-        state = run.weights()
-        if run.accelerator.is_main_process:
+        state = trainer.weights()
+        if trainer.accelerator.is_main_process:
             exported = VQMAGANModel.from_config(bare_model.config).eval()
             exported.load_state_dict(state)
             exported.to(device)
             exported.register_to_config(scaling_factor=measure_scaling_factor(exported, measured))
             exported.save_pretrained(folder)
 
-    run.exports(export)
+    trainer.set_export(export)
     if options.validation:
         windows = validation_windows(options, frames=3, multiple=bare_model.downsample_factor)
 
@@ -250,13 +257,13 @@ def main(argv: list[str] | None = None) -> None:
             seen = (hints, config["hint_source"], source, decoded.offsets[-1], decoded.gates[-1])
             return scores, decoded_panel(frames, decoded.sample, *seen)
 
-        run.validates(score, len(windows), "l1" if lpips is None else "lpips")
-    run.resume()
+        trainer.set_validation(score, len(windows), "l1" if lpips is None else "lpips")
+    trainer.resume()
 
     # 3. loop
     damped = config["pipeline"].get("default_hint_policy") == "damped"
-    for batch in run.batches(data):
-        step, generator = run.progress.step, run.generator()
+    for batch in trainer.batches(data):
+        step, generator = trainer.progress.step, trainer.generator()
         # Networks run fastest where frames and hints come in the layout of their weights.
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         batch = {
@@ -270,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
             noise = latent_noise(bare_model, truth, options.latent_noise, generator)
         adversarial = adversary is not None and adversary.active
 
-        with run.accumulate(model, *([adversary.network] if adversary else [])):
+        with trainer.accumulate(model, *([adversary.network] if adversary else [])):
             # 3.1 autoencoder
             decoded = model(truth, prev, next_, *hints, noise, time=batch["time"])
             zero = torch.zeros((), device=device)
@@ -281,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             reconstruction = l1 + options.lpips_weight * perceptual
             vq = decoded.commit_loss.mean()
             anchor = anchor_loss(decoded.latents, truth) if options.anchor_weight > 0 else zero
-            flow, progress = zero, step / options.steps
+            flow, progress = zero, step / options.max_train_steps
             flow_weight = (1 - progress) * options.flow_weight + progress * options.flow_weight_end
             if flow_weight > 0:
                 flow = offset_loss(decoded.offsets, flow_source.from_guess(prev, truth, next_))
@@ -291,15 +298,15 @@ def main(argv: list[str] | None = None) -> None:
                 gan = adversary.loss(decoded.sample)
                 weight = adaptive_weight(reconstruction, gan, bare_model.last_layer)
                 loss = loss + options.disc_weight * weight * gan
-            run.backward(loss)
-            run.update(model, optimizer)
+            trainer.backward(loss)
+            trainer.optimizer_step(model, optimizer)
             codes.note(decoded.code_indices, decoded.latents)
 
             # 3.2 discriminator
             disc_loss = adversary.update(truth, decoded.sample) if adversarial else zero
 
         # 3.3 count, log, save
-        run.finish_pass(
+        trainer.finish_micro_batch(
             {
                 "l1": l1,
                 "lpips": perceptual,
@@ -312,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
                 "codes_revived": codes.revived,
             }
         )
-    run.finish()
+    trainer.finish()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from madiff_diffusers.evaluation.metrics import psnr, ssim
 from madiff_diffusers.evaluation.visualization import gate_image, hints_images, offsets_image
 from madiff_diffusers.motion_hints import HintSource
-from training.data import Clips, NoWindow, parse_sources, read_source
+from training.data.sources import Clips, NoWindow, parse_sources, read_source
 from training.options import RunOptions
 
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Four nodes of eight GPUs; the arguments are the module and its options:
 #
-#     sbatch training/accelerate/slurm.sh training.train_vq_magan --config paper --data … --i2e … --output …
+#     sbatch training/accelerate/slurm.sh training.train_vq_magan --config paper --data … --i2e … --output_dir …
 #
 # Two minutes before its time is over, and when it is preempted, the job gets SIGTERM and saves, for which its launchers leave it
 # 30 seconds; it is then queued again, and the same command resumes.
