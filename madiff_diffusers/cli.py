@@ -490,7 +490,8 @@ def run_video(args: argparse.Namespace) -> None:
     from .outputs import check_outputs
     from .processes import own_device, this_process
     from .video.batches import video_batch
-    from .video.jobs import check_output, check_places, interpolate_video, make_video, outputs_of
+    from .video.destinations import check_output, check_places, outputs_of
+    from .video.jobs import interpolate_video, make_video
     from .video.options import VideoOptions
 
     # What is not given has its default there.
@@ -579,7 +580,7 @@ def run_video(args: argparse.Namespace) -> None:
 
 def what_is_kept(output: Path) -> str:
     """Of a video that could not be finished, for the end of a message."""
-    from .video.jobs import partial_path, parts_folder
+    from .video.destinations import partial_path, parts_folder
 
     folder, partial = parts_folder(output), partial_path(output)
     kept = f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""
