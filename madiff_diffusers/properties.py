@@ -1,30 +1,30 @@
-"""What sources have besides plain pixels: one table of all that FFmpeg and Pillow know of, and of what becomes of it."""
+"""Properties that sources have besides plain pixels: one table of all that FFmpeg and Pillow know, and of what becomes of them."""
 
 from collections.abc import Collection
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 
-# What is written: kinds of video files by FFmpeg's names, GIF among them; folders of PNG files; single images.
+# Kinds of outputs: video files by FFmpeg's names, GIF among them; folders of PNG files; single images.
 OUTPUTS = ("mp4", "mov", "matroska", "webm", "avi", "gif", "yuv4mpegpipe", "folder", "image")
 VIDEOS = OUTPUTS[:-1]
-# Those that are assembled stream by stream, where a note for each tells why it is left out.
+# Outputs that are muxed stream by stream, with a note for each stream that is left out.
 STREAMED = ("mp4", "mov", "matroska", "webm", "avi", "yuv4mpegpipe")
 
 
 class Property(NamedTuple):
     """
-    Something that a source can have. Where it is neither kept nor converted, a note says that it is lost.
+    A property that a source can have. If it is neither kept nor converted, a note says that it is lost.
 
     Args:
-        name: for notes, and for the table in README.
-        kept: outputs that have it as the source does; and codecs, of video or images, with which any output does.
+        name: its name in notes, and in the table of `docs/properties.md`.
+        kept: outputs that have it as the source does; and codecs, of video or images, with which any output has it.
         converted: outputs in which pixels or packets are changed so that nothing is missing.
         meaningless: outputs that have no use for it.
-        told: outputs of which other notes say in particular what is lost.
-        side_data: FFmpeg's numbers of it, of its AVFrameSideDataType.
+        told: outputs for which more particular notes say what is lost.
+        side_data: FFmpeg's numbers of its side data, of its AVFrameSideDataType.
         info: Pillow's names of it, in `Image.info`.
     """
 
@@ -37,11 +37,12 @@ class Property(NamedTuple):
     info: tuple[str, ...] = ()
 
     def fate(self, output: str, codec: str | None = None) -> str:
-        """What becomes of it: "kept", "converted", "noted", or "" where it has no meaning.
+        """
+        What becomes of the property: "kept", "converted", "noted", or "" where it has no meaning.
 
         Args:
             output: one of `OUTPUTS`.
-            codec: that is written: a name in `writing.CODECS`, or Pillow's of a format of images.
+            codec: the codec that is written: a name in `formats.CODECS`, or Pillow's name of a format of images.
         """
         if output in self.meaningless:
             return ""
@@ -118,10 +119,10 @@ PROPERTIES = {
     ),
 }
 
-# Side data of sound; and of how pictures were encoded: motion vectors, regions, encoders' names, grain that is in the pixels already.
+# Side data of sound, and of how pictures were encoded: motion vectors, regions, encoders' names, grain that is in the pixels already.
 IRRELEVANT_SIDE_DATA = (3, 4, 5, 8, 9, 10, 18, 19, 20, 21, 22, 27)
 
-# How a file was written; and how an animation plays, of which "pages" tells.
+# Pillow's names of how a file was written, and of how an animation plays, which is the property "pages".
 IRRELEVANT_INFO = (
     "adobe",
     "adobe_transform",
@@ -148,16 +149,16 @@ IRRELEVANT_INFO = (
     "version",
 )
 
-# Tags of how pixels lie in a TIFF file, which Pillow gives as EXIF; and of its resolution and profile, which have rows of their own.
+# Tags of how pixels lie in a TIFF file, which Pillow gives as EXIF, and of resolution and profile, which are properties of their own.
 _TIFF_LAYOUT = {*range(254, 260), 262, 266, 273, *range(277, 285), 296, 317, 320, *range(322, 326), 338, 339, 34675}
 
 
 def lost(found: Collection[str], output: str, codec: str | None = None) -> list[str]:
     """
-    Notes on what a source has and its result has not.
+    Notes on properties that a source has and its result does not have.
 
     Args:
-        found: keys of `PROPERTIES`.
+        found: the source's properties, as keys of `PROPERTIES`.
         output, codec: see `Property.fate`.
     """
     gone = [
@@ -168,13 +169,17 @@ def lost(found: Collection[str], output: str, codec: str | None = None) -> list[
     return [f"not kept: {each.name}" for each in gone]
 
 
-def found_in_image(image: Image.Image) -> set[str]:
-    """What an image has that Pillow has opened and not yet loaded, as keys of `PROPERTIES`; but for transparency, which only pixels
-    tell."""
+def found_in_image(image: ImageFile.ImageFile) -> set[str]:
+    """
+    Find the properties of an image that Pillow has opened and not yet loaded, but for transparency, which only pixels tell.
+
+    Returns:
+        keys of `PROPERTIES`.
+    """
     keys = {name: key for key, each in PROPERTIES.items() for name in each.info}
     names = {name for name, value in image.info.items() if value and name not in IRRELEVANT_INFO}
-    # Whatever else there is is text, by keywords of its own.
-    found = {keys.get(name, "comments") for name in names} - {"pixel aspect", "transparency", "EXIF"}
+    # All other entries are text, by keywords of its own.
+    found = {keys.get(str(name), "comments") for name in names} - {"pixel aspect", "transparency", "EXIF"}
     if "profile" in found and not is_for_rgb(image.info["icc_profile"]):
         found.symmetric_difference_update({"profile", "other profile"})
     tags = exif_tags(image)
@@ -192,20 +197,20 @@ def found_in_image(image: Image.Image) -> set[str]:
 
 
 def exif_tags(image: Image.Image) -> dict[int, Any]:
-    """An image's EXIF metadata by their numbers; none if they cannot be read."""
+    """An image's EXIF tags by their numbers; none if they cannot be read."""
     try:
         return dict(image.getexif())
-    except Exception:  # what wrote them may have got anything wrong; the picture is none the worse
+    except Exception:  # Faulty tags of any kind leave the picture as good as it is.
         return {}
 
 
 def is_for_rgb(profile: bytes) -> bool:
-    """Whether a colour profile is one of RGB, not of grey or CMYK, as its header tells."""
+    """Whether the header of a colour profile tells that it is for RGB, not for grey or CMYK."""
     return profile[16:20] == b"RGB "
 
 
 def pixel_aspect(image: Image.Image) -> Fraction | None:
-    """The width of a pixel by its height, as far as an image tells that it is not 1: the more of them to the inch, the smaller."""
+    """The width of a pixel by its height, told by the numbers of pixels to the inch; None if it is 1 or not told."""
     across, down = image.info.get("dpi") or image.info.get("aspect") or image.info.get("jfif_density") or (1, 1)
     if not (0 < across < 1e6 and 0 < down < 1e6):
         return None
