@@ -19,14 +19,13 @@ from madiff_diffusers.image_io import read_image, write_image
 from madiff_diffusers.precision import best_device
 from madiff_diffusers.video.formats import CODECS
 from tests.conftest import moving_picture
+from tests.processes import run_module
 from tests.test_eventgan import original_state
 from tests.video_files import drifting, write_video
 
 
 def madiff(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "madiff_diffusers", *map(str, arguments)], capture_output=True, text=True
-    )
+    return run_module([sys.executable, "-m", "madiff_diffusers", *arguments])
 
 
 @pytest.fixture

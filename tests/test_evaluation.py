@@ -36,6 +36,7 @@ from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
 from madiff_diffusers.image_io import read_image
 from tests.conftest import moving_picture, two_processes
+from tests.processes import run_module
 from tests.test_metrics import load_scorer, random_backbone_file
 
 
@@ -97,8 +98,8 @@ def peer(tmp_path) -> Path:
 
 
 def madiff(*arguments, cwd=None, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "madiff_diffusers", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**ENVIRONMENT, **environment})
+    command = [sys.executable, "-m", "madiff_diffusers", *arguments]
+    return run_module(command, cwd=cwd, env={**ENVIRONMENT, **environment})
 
 
 def scorer() -> Scorer:

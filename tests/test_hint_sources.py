@@ -25,6 +25,7 @@ from madiff_diffusers import (
 from madiff_diffusers.motion_hints import _SOURCES, TRAVELLING, NullHints
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import local_hub
+from tests.processes import run_module
 
 
 TOY = '''
@@ -277,7 +278,7 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
 
     def train(stage: str, *flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", f"training.{stage}", *shared, *flags]
-        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+        return run_module(command, cwd=REPOSITORY, env=environment)
 
     for stage, flags in (
         ("train_vq_magan", ["--output_dir", str(tmp_path / "vqvae")]),
@@ -311,9 +312,9 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
         "--checkpoint",
         str(tmp_path / "unet" / "pipeline"),
     ]
-    done = subprocess.run(evaluate, capture_output=True, text=True, cwd=tmp_path)
+    done = run_module(evaluate, cwd=tmp_path)
     assert done.returncode == 2 and "code that is not this package's" in done.stderr, done.stderr
-    done = subprocess.run([*evaluate, "--trust-remote-code"], capture_output=True, text=True, cwd=tmp_path)
+    done = run_module([*evaluate, "--trust-remote-code"], cwd=tmp_path)
     assert done.returncode == 0 and "| pipeline |" in done.stdout, done.stderr
     done = train("train_vq_magan", "--output_dir", str(tmp_path / "other"), "--hint_source", f"{toy}+flow")
     assert (

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import REPOSITORY, load_config, moving_picture, two_processes
 from tests.local_hub import local_hub
+from tests.processes import run_module
 from training.adversary import PatchDiscriminator
 from training.losses import adaptive_weight, discriminator_hinge_loss
 from training.options import REMOVED, RENAMED, parse_options
@@ -69,7 +70,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true
 
 def launch(arguments: list, **environment: str) -> subprocess.CompletedProcess:
     environment = {**ENVIRONMENT, **environment}
-    return subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    return run_module(arguments, cwd=REPOSITORY, env=environment)
 
 
 def succeed(arguments: list, **environment: str) -> str:
