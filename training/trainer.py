@@ -170,7 +170,7 @@ class Trainer:
         self.accelerator.register_for_checkpointing(state)
 
     def reset_average(self, parameter: torch.nn.Parameter, rows: torch.Tensor) -> None:
-        """Tell that rows of a parameter were set anew: their average starts there."""
+        """Start the moving average of rows of a parameter anew, from their present values."""
         if self.ema is not None:
             number = next(i for i, each in enumerate(self._model.parameters()) if each is parameter)
             self.ema.shadow_params[number][rows] = parameter.detach()[rows]
@@ -195,11 +195,11 @@ class Trainer:
             return {name: value.detach().cpu().clone() for name, value in (state or {}).items()}
 
     def set_export(self, export: Callable[[Path], None]) -> None:
-        """How the part is written, called on every process with the folder to write to."""
+        """Set how the part is written: `export` is called on every process with the folder to write to."""
         self._export = export
 
     def set_validation(self, score: Validation, count: int, metric: str) -> None:
-        """How validation samples 0 … count - 1 are scored; the least `metric` marks the best checkpoint."""
+        """Set how validation samples 0 … count - 1 are scored; the checkpoint with the least `metric` is the best."""
         self._validation = (score, count, metric)
 
     # ---- the loop ----

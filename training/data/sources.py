@@ -28,7 +28,7 @@ class NoWindow(Exception):
 
 
 def report(error: Unreadable, on_unreadable: str) -> None:
-    """What happens with a file that cannot be read: stop ("error"), or say so and go on ("skip")."""
+    """Deal with a file that cannot be read: stop ("error"), or say so and go on ("skip")."""
     if on_unreadable == "error":
         raise error
     print(f"left out: {error}", file=sys.stderr, flush=True)
@@ -89,8 +89,8 @@ class ImageClips:
 
 
 class VideoClips:
-    """Scenes of video files. As many files as fit into `cache_gib` are decoded once and kept; of others, what is drawn
-    is decoded when it is drawn, and given up where it goes across a cut."""
+    """Scenes of video files. Files are decoded once and kept as long as `cache_gib` has room; of the others, a window is
+    decoded when it is drawn, and refused where it goes across a cut."""
 
     def __init__(self, paths: Sequence[Path], cache_gib: float, on_unreadable: str):
         self.scenes: list[np.ndarray | Path] = []
@@ -121,7 +121,7 @@ class VideoClips:
         return frames[:: times.step]
 
     def _decode(self, path: Path, first: int, count: int, whole: bool = False) -> np.ndarray:
-        """Frames in one array; of a `whole` file as many as there are, whatever `count` its header told."""
+        """Frames as one array; a `whole` file gives all that it has, whatever `count` its header told."""
         frames, found = None, 0
         for frame in decode(path, first, threads=whole):  # loaders, which read parts, are parallel already
             if frames is None:
@@ -294,7 +294,7 @@ def parse_sources(data: str) -> list[tuple[str, str, float]]:
 
 
 def read_source(name: str, path: str, options: RunOptions, split: str = "train") -> Clips:
-    """The clips of a folder in one of the formats in `LAYOUTS`; of Vimeo-90K those of the list of a `split`, train or test.
+    """The clips of a folder in one of the formats of `LAYOUTS`; `split`, train or test, chooses the list of Vimeo-90K.
 
     Raises:
         ValueError: if the folder does not have that layout, showing the one that it should have.
