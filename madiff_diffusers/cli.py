@@ -796,7 +796,7 @@ def checkpoint_folder(checkpoint: str, with_code: bool = False) -> Path:
         CommandError: if there is none.
     """
     from .hub_repository import download_repository
-    from .pipeline_madiff import CHECKPOINT_FOLDER, bundled_checkpoints
+    from .pipeline_files import CHECKPOINT_FOLDER, bundled_checkpoints
 
     if (Path(checkpoint) / "model_index.json").is_file():
         return Path(checkpoint)

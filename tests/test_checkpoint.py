@@ -15,7 +15,7 @@ from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.evaluation.evaluate import evaluate
 from madiff_diffusers.evaluation.methods import MADiffMethod, checkpoint_digest
 from madiff_diffusers.evaluation.metrics import Scorer, psnr
-from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
+from madiff_diffusers.pipeline_files import CHECKPOINT_FOLDER
 from madiff_diffusers.precision import fastest_dtype
 from tests.conftest import REPOSITORY, moving_picture
 

@@ -28,7 +28,7 @@ from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from madiff_diffusers.cli import main
 from madiff_diffusers.components import standalone_code
 from madiff_diffusers.hub_repository import upload_repository
-from madiff_diffusers.pipeline_madiff import CHECKPOINT_FOLDER
+from madiff_diffusers.pipeline_files import CHECKPOINT_FOLDER
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import ADDRESS, local_hub
 

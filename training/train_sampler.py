@@ -172,14 +172,14 @@ class SamplerNetwork(nn.Module):
 
         # 2. what the true frame tells beside them
         both = vqvae.encode(torch.cat([prev, next_])).features
-        of_prev, of_next = ([feature.chunk(2)[side] for feature in both] for side in (0, 1))
+        of_prev, of_next = (both.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
         news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
         quantised, found["vq"], (_, _, found["codes"]) = vqvae.quantize(news.float())
         found["news"] = news
 
         # 3. a step of denoising
         def denoise(noisy: torch.Tensor, timesteps: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
-            condition = vqvae.condition(of_prev, of_next, *hints.split(2, dim=1))
+            condition = vqvae.condition(of_prev.pyramid[-1], of_next.pyramid[-1], *hints.split(2, dim=1))
             seen = torch.cat([noisy.to(condition.dtype), condition], dim=1)
             return self.unet(seen, timesteps, class_labels=1000 * time, return_dict=False)[0].float()
 
@@ -192,7 +192,7 @@ class SamplerNetwork(nn.Module):
             # The guess at half size, hints from it, and the second step from where the scheduler goes on.
             with torch.no_grad():
                 coarse = vqvae.encode(torch.cat(small[:2])).features
-            coarse_prev, coarse_next = ([feature.chunk(2)[side] for feature in coarse] for side in (0, 1))
+            coarse_prev, coarse_next = (coarse.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
             code = self._quantised(F.avg_pool2d(clean, 2) / 2)
             known = (F.avg_pool2d(hints.detach(), 2) / 2).split(2, dim=1)
             guess = vqvae.decode(code, coarse_prev, coarse_next, *known, force_not_quantize=True, time=time).sample

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.data import Dataset, IterableDataset
 
+from madiff_diffusers.hint_registry import hint_parts
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.vq_magan import VQMAGANModel
 from training.data import TripletMaker, build_samples
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             f"`hint_source` {config['hint_source']} gives {source.hint_channels} channels, but the configuration's vqvae takes "
             f"`hint_channels` {bare_model.config.hint_channels}."
         )
-    flow_source = FlowHints(fine="fine_flow" in config["hint_source"].split("+"))
+    flow_source = FlowHints(fine="fine_flow" in hint_parts(config["hint_source"]))
     lpips = lpips_loss(options, device)
     optimizer = torch.optim.AdamW(
         bare_model.parameters(), lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay

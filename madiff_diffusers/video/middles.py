@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..frame_coding import EncodedFrames
 from ..image_processor import OUTPUT_TYPES
-from ..pipeline_madiff import EncodedFrames, MADiffPipeline
+from ..pipeline_madiff import MADiffPipeline
 from ..scene_cuts import LEAST_CHANGE, RATIO, REACH, change, cuts_of_changes, thumbnail
 
 
