@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
@@ -41,7 +41,10 @@ def check_safetensors(use_safetensors: bool | None, indexes: Iterable[Path] = ()
             raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
 
 
-class CheckpointComponent:
+_Base = ModelMixin if TYPE_CHECKING else object  # what this is mixed into
+
+
+class CheckpointComponent(_Base):
     """Mixin for a [`~diffusers.ModelMixin`], before it in the order of bases. A class's file may import from files beside it that
     import nothing of this package themselves."""
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -31,6 +31,8 @@ CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
 
 PipelineT = TypeVar("PipelineT", bound="CheckpointPipeline")
 
+_Base = DiffusionPipeline if TYPE_CHECKING else object  # what this is mixed into
+
 logger = logging.get_logger(__name__)
 
 
@@ -39,7 +41,7 @@ def bundled_checkpoints() -> list[str]:
     return sorted(path.parent.name for path in CHECKPOINT_FOLDER.glob("*/model_index.json"))
 
 
-class CheckpointPipeline:
+class CheckpointPipeline(_Base):
     """Mixin for a [`~diffusers.DiffusionPipeline`], before it in the order of bases; what is saved of any subclass is the class of
     `PIPELINE_FILE`. The files that this one imports are imported by `PIPELINE_FILE` too: of a pipeline in a folder, Diffusers
     copies that file and what it imports itself."""
@@ -241,7 +243,8 @@ class CheckpointPipeline:
         mark = "\n\n# What this checkpoint's hints come from.\n"
         pipeline_code = saved / PIPELINE_FILE.name
         code = pipeline_code.read_text(encoding="utf-8").partition(mark)[0]
-        lines, files = ["from .hint_registry import register_hint_source  # noqa: E402\n"], {}
+        lines = ["from .hint_registry import register_hint_source  # noqa: E402\n"]
+        files: dict[str, bytes] = {}
         for kind in self._describe_hints()[2]:
             file = Path(inspect.getfile(kind))
             if files.setdefault(file.name, file.read_bytes()) != file.read_bytes():
@@ -285,13 +288,14 @@ class CheckpointPipeline:
         if card.exists() and (variant is not None or not self._tells_scores(card)):
             return
         source, repository = self._source or (None, None)
-        same = source is not None and (source / "README.md").is_file() and self._equals(source)
+        if source is not None and not ((source / "README.md").is_file() and self._equals(source)):
+            source = None
         if card.exists():
-            if same:
+            if source is not None:
                 return
             os.replace(card, card.with_name(".README.previous.md"))
             logger.warning(f"{card} tells scores of other weights; it is {card.with_name('.README.previous.md')} now.")
-        if same:
+        if source is not None:
             text = (source / "README.md").read_text(encoding="utf-8")
             text = text.replace(f'from_pretrained("{repository}"', f'from_pretrained("{PLACEHOLDER}"')
             (saved / "README.md").write_text(text, encoding="utf-8")

@@ -157,8 +157,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         if self._hints is not None:
             return self._hints
         config = self.config
-        parts = (config.hint_source, self.i2e, self.tiling, config.hint_settings, self.vqvae.config.hint_channels)
-        parts += (config.event_scale, self.hint_model)
+        channels, scale = self.vqvae.config.hint_channels, config.event_scale
+        parts = (config.hint_source, self.i2e, self.tiling, config.hint_settings, channels, scale, self.hint_model)
         if self._built_hints is None or any(old is not new for old, new in zip(self._built_hints[0], parts)):
             self._built_hints = parts, build_hint_source(*parts)
         return self._built_hints[1]
