@@ -228,9 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "question",
         metavar="QUESTION",
-        choices=("hints", "source", "interval", "steps", "scheduler", "quantised", "latents"),
+        choices=("hints", "source", "interval", "steps", "scheduler", "quantized", "latents"),
         help="hints: where motion hints come from (none, neighbours, start, sampling, damped); source: events, flow or both; interval: steps "
-        "between re-extractions (8 steps unless told); steps: sampling steps; scheduler: which; quantised: latents moved to "
+        "between re-extractions (8 steps unless told); steps: sampling steps; scheduler: which; quantized: latents moved to "
         "their nearest codes or not; latents: what is decoded (denoised, zero, noise, mirrored: denoised of the pair mirrored, true: of the true frame)",
     )
     ablate.add_argument(
@@ -238,7 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="V",
         help="what to compare, instead of: all hints; all sources; intervals 1 2 4 8; steps "
-        "1 2 5 10 25 50; six schedulers; quantised yes no; all latents",
+        "1 2 5 10 25 50; six schedulers; quantized yes no; all latents",
     )
     ablate.set_defaults(run=run_ablate)
     for command in (evaluate, ablate):
@@ -611,7 +611,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
         "--scheduler", metavar="CLASS", help="a scheduler class of Diffusers (default: the checkpoint's own)"
     )
     command.add_argument(
-        "--no-quantise", action="store_true", help="decode latents as they are, not as their nearest codes"
+        "--no-quantize", action="store_true", help="decode latents as they are, not as their nearest codes"
     )
     command.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every item (default: 0)"
@@ -669,9 +669,9 @@ class EvaluationCommand:
         self.dtype = chosen_dtype(args)
         if self.state.is_main_process:
             say_where(self.device, self.dtype)
-        quantised = False if args.no_quantise else None
+        quantized = False if args.no_quantize else None
         self.settings = Settings(
-            args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantised
+            args.steps, args.hint_policy, args.hint_interval, args.hint_source, args.scheduler, quantized
         )
         self.scorer = Scorer(
             args.metrics,
@@ -783,9 +783,9 @@ def parse_setting(name: str, text: str) -> "Union[int, bool, str]":  # noqa: F82
     try:
         if name in ("steps", "hint_interval"):
             return int(text)
-        return {"yes": True, "no": False}[text] if name == "quantised" else text
+        return {"yes": True, "no": False}[text] if name == "quantized" else text
     except (KeyError, ValueError) as error:
-        kind = "yes or no" if name == "quantised" else "integers"
+        kind = "yes or no" if name == "quantized" else "integers"
         raise CommandError(f"--values must be {kind}, but has {text!r}") from error
 
 

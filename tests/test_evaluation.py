@@ -397,11 +397,11 @@ def test_settings_change_what_they_name_and_nothing_else(pipeline, root):
         {"hint_source": "events"},
         {"hint_source": "flow"},
         {"scheduler": "LCMScheduler", "steps": 3},
-        {"quantised": False},
+        {"quantized": False},
     ):
         assert not np.array_equal(result(**settings), own), settings
         assert pipeline.scheduler is scheduler and np.array_equal(result(), own), f"{settings} are gone afterwards"
-    assert np.array_equal(result(hint_source=source, quantised=True, hint_policy="sampling"), own)
+    assert np.array_equal(result(hint_source=source, quantized=True, hint_policy="sampling"), own)
     for settings, message in (
         ({"steps": 0}, "`steps` must be a positive integer"),
         ({"hint_interval": -1}, "`hint_interval`"),
@@ -648,7 +648,7 @@ def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
         ("interval", ["1", "2"], ["steps=8 hint_interval=1", "steps=8 hint_interval=2"]),
         ("steps", ["1", "3", "12"], ["steps=1", "steps=3", "steps=12"]),
         ("scheduler", ["DDIMScheduler", "LCMScheduler"], ["scheduler=DDIMScheduler", "scheduler=LCMScheduler"]),
-        ("quantised", [], ["quantised=no", "quantised=yes"]),
+        ("quantized", [], ["quantized=no", "quantized=yes"]),
         ("latents", [], [f"latents={kind}" for kind in ("denoised", "mirrored", "noise", "true", "zero")]),
     ):
         options[-1] = tmp_path / question
@@ -661,7 +661,7 @@ def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
         assert (tmp_path / question / "chart-ucf101.svg").read_text().count("<svg") == 1
     assert main(["ablate", "steps", *map(str, options), "--values", "some"]) == 2
     assert "--values must be integers, but has 'some'" in capsys.readouterr().err
-    assert main(["ablate", "quantised", *map(str, options), "--values", "perhaps"]) == 2
+    assert main(["ablate", "quantized", *map(str, options), "--values", "perhaps"]) == 2
     assert "--values must be yes or no" in capsys.readouterr().err
 
 
@@ -672,7 +672,7 @@ def test_latents_take_the_place_of_what_was_denoised(pipeline):
     pipeline.vqvae.requires_grad_(False)
 
     def frame(kind: str, truth: list) -> np.ndarray:
-        method = MADiffMethod(pipeline, "tiny", "0", Settings(latents=kind, quantised=False))
+        method = MADiffMethod(pipeline, "tiny", "0", Settings(latents=kind, quantized=False))
         return method([pair], truths=truth)[0].astype(int)
 
     frames = {kind: [frame(kind, truth) for truth in truths] for kind in LATENTS}

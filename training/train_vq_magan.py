@@ -2,7 +2,7 @@
 
     accelerate launch -m training.train_vq_magan --config compact --data CLIPS --i2e runs/i2e/i2e --output runs/vqvae
 
-Loss: L1 + LPIPS + vector quantisation + λ · hinge patch-GAN, λ balanced at the last layer (Esser et al., 2021). Motion
+Loss: L1 + LPIPS + vector quantization + λ · hinge patch-GAN, λ balanced at the last layer (Esser et al., 2021). Motion
 hints come from the true middle frame and are given with a probability of `hint_probability`; otherwise the decoder gets
 start hints, as the first sampling step does. Of the hints given, a share of `guess_share` comes from a guess that the
 network itself decoded, as in MA-Sampling. The model is written to OUTPUT/vqvae at the end, its `scaling_factor`
@@ -44,7 +44,7 @@ class VQMAGANOptions(RunOptions):
     l1_epsilon: float = option(0.0, "softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss", least=0)
     lpips_weight: float = option(1.0, "of LPIPS; 0: none", least=0)
     lpips_start: int = option(0, "step at which LPIPS starts", least=0)
-    vq_weight: float = option(1.0, "of the quantisation loss (codebook + 0.25 · commitment)", least=0)
+    vq_weight: float = option(1.0, "of the quantization loss (codebook + 0.25 · commitment)", least=0)
     anchor_weight: float = option(0.0, "of the latents' squared distance to the mean colours of their cells", least=0)
     revive_every: int = option(
         0, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0

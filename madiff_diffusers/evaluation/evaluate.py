@@ -34,7 +34,7 @@ QUESTIONS: dict[str, Any] = {
             "UniPCMultistepScheduler",
         ),
     ),
-    "quantised": ("quantised", (True, False)),
+    "quantized": ("quantized", (True, False)),
     "latents": ("latents", LATENTS),
 }
 

@@ -164,7 +164,7 @@ class Settings(NamedTuple):
         hint_interval: see there.
         hint_source: one part of the checkpoint's: the others' hints are replaced by zeros.
         scheduler: name of a Diffusers scheduler class, configured as the checkpoint's own.
-        quantised: whether latents are moved to their nearest codes before they are decoded.
+        quantized: whether latents are moved to their nearest codes before they are decoded.
         latents: one of `LATENTS`; what takes the place of the latents after the last step.
     """
 
@@ -173,7 +173,7 @@ class Settings(NamedTuple):
     hint_interval: int | None = None
     hint_source: str | None = None
     scheduler: str | None = None
-    quantised: bool | None = None
+    quantized: bool | None = None
     latents: str | None = None
 
     def label(self) -> str:
@@ -247,7 +247,7 @@ class MADiffMethod:
             "hint_interval": settings.hint_interval or config.default_hint_interval,
             "hint_source": hint_source,
             "scheduler": type(self.scheduler).__name__,
-            "quantised": settings.quantised is not False,
+            "quantized": settings.quantized is not False,
         }
         if settings.latents not in (None, *LATENTS):
             raise ValueError(f"`latents` must be one of {', '.join(LATENTS)}, but is {settings.latents!r}.")
@@ -374,7 +374,7 @@ class MADiffMethod:
                 num_inference_steps=settings.steps,
                 hint_policy=self.hint_policy,
                 hint_interval=settings.hint_interval,
-                force_not_quantize=settings.quantised is False,
+                force_not_quantize=settings.quantized is False,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],
                 times=[time],
                 **arguments,
