@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 
 EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22", "torch-fidelity>=0.4.0", "matplotlib>=3.9", "Jinja2>=3.1"]
+# MADiff itself does not import transformers: its design card names the package, and Diffusers' training helpers look for it.
 TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
 # What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
 TRAIN += ["numpy>=2.0", "opencv-python-headless>=4.10", "scikit-image>=0.24"]

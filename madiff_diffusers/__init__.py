@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives; loaded on first use, so that importing the package stays quick.
 _LOCATIONS = {
-    "EncodedFrames": "pipeline_madiff",
+    "EncodedFrames": "frame_coding",
     "EventGANModel": "eventgan",
     "EventGANOutput": "eventgan",
     "EventHints": "motion_hints",
@@ -16,7 +16,7 @@ _LOCATIONS = {
     "FrameProcessor": "image_processor",
     "HintSource": "motion_hints",
     "MADiffPipeline": "pipeline_madiff",
-    "MADiffPipelineOutput": "pipeline_madiff",
+    "MADiffPipelineOutput": "pipeline_output",
     "ModelHints": "motion_hints",
     "MotionHintModel": "motion_flow",
     "RIFEFlowModel": "motion_flow",
@@ -27,12 +27,12 @@ _LOCATIONS = {
     "VideoError": "video.errors",
     "VideoOptions": "video.options",
     "VideoResult": "video.jobs",
-    "build_hint_source": "motion_hints",
+    "build_hint_source": "hint_registry",
     "convert_eventgan_checkpoint": "convert_eventgan",
     "convert_rife_checkpoint": "convert_rife",
     "interpolate_frames": "video.streaming",
     "interpolate_video": "video.jobs",
-    "register_hint_source": "motion_hints",
+    "register_hint_source": "hint_registry",
 }
 
 __all__ = sorted(_LOCATIONS)
@@ -41,18 +41,13 @@ if TYPE_CHECKING:
     from .convert_eventgan import convert_eventgan_checkpoint
     from .convert_rife import convert_rife_checkpoint
     from .eventgan import EventGANModel, EventGANOutput
+    from .frame_coding import EncodedFrames
+    from .hint_registry import build_hint_source, register_hint_source
     from .image_processor import FrameProcessor
     from .motion_flow import MotionHintModel, RIFEFlowModel
-    from .motion_hints import (
-        EventHints,
-        FlowHints,
-        HintSource,
-        ModelHints,
-        StackedHints,
-        build_hint_source,
-        register_hint_source,
-    )
-    from .pipeline_madiff import EncodedFrames, MADiffPipeline, MADiffPipelineOutput
+    from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, StackedHints
+    from .pipeline_madiff import MADiffPipeline
+    from .pipeline_output import MADiffPipelineOutput
     from .video.errors import VideoError
     from .video.jobs import VideoResult, interpolate_video
     from .video.options import VideoOptions

@@ -5,18 +5,18 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 
 
 def standalone_code(path: Path) -> str:
-    """A module's code with that of the modules beside it, `from .name import …` in one line, in the place of their imports: of a
-    component, Diffusers downloads one file."""
+    """A module's code in one file, which is all that Diffusers downloads of a component: the code of the modules beside it takes the
+    place of their imports, each of which is one line, `from .name import …`."""
 
     def code_of(match: re.Match) -> str:
         return path.with_name(f"{match[1]}.py").read_text(encoding="utf-8") + "\n"
@@ -24,7 +24,27 @@ def standalone_code(path: Path) -> str:
     return re.sub(r"^from \.(\w+) import .+\n", code_of, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-class CheckpointComponent:
+def check_safetensors(use_safetensors: bool | None, indexes: Iterable[Path] = ()) -> None:
+    """
+    Args:
+        use_safetensors: what a caller says.
+        indexes: files that name the shards of weights.
+
+    Raises:
+        ValueError: for False, or an index that names other files than safetensors.
+    """
+    if use_safetensors is False:
+        raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
+    for index in indexes:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all(str(shard).endswith(".safetensors") for shard in shards):
+            raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
+
+
+_Base = ModelMixin if TYPE_CHECKING else object  # what this is mixed into
+
+
+class CheckpointComponent(_Base):
     """Mixin for a [`~diffusers.ModelMixin`], before it in the order of bases. A class's file may import from files beside it that
     import nothing of this package themselves."""
 
@@ -43,17 +63,13 @@ class CheckpointComponent:
         Raises:
             ValueError: for `use_safetensors=False`, an index that names other files, or a folder that lacks weights of this class.
         """
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
+        check_safetensors(kwargs.pop("use_safetensors", None))
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             names = ("cache_dir", "local_files_only", "revision", "token")
             hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns="*.index*.json", **hub))
-        for index in (folder / (kwargs.get("subfolder") or "")).glob("*.index*.json"):
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            if not all(str(shard).endswith(".safetensors") for shard in shards):
-                raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
+        check_safetensors(None, (folder / (kwargs.get("subfolder") or "")).glob("*.index*.json"))
         asked = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs

@@ -20,7 +20,7 @@ class FrameProcessor:
     """Converts between what users hold and the pipeline's tensors.
 
     Args:
-        multiple (`int`): height and width are padded to multiples of this.
+        multiple (`int`): heights and widths are padded to multiples of this.
     """
 
     def __init__(self, multiple: int):
@@ -98,7 +98,7 @@ class FrameProcessor:
         self, frames: torch.Tensor, output_type: str
     ) -> torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]:
         """Frames `(B, F, 3, H, W)` in [-1, 1] as `"pt"` `(B, F, 3, H, W)` or `"np"` `(B, F, H, W, 3)`, both float32 in
-        [0, 1], or `"pil"`, a list of F images for each of B."""
+        [0, 1], or as `"pil"`, a list of F images for each of B."""
         frames = (frames.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return frames
@@ -148,7 +148,14 @@ def rgba_of_transparent(image: PIL.Image.Image) -> PIL.Image.Image | None:
 
 
 def check_same_size(prev: Sequence[int], next_: Sequence[int], names: Sequence[str]) -> None:
-    """Raise a ValueError unless two batches of frames, `(B, H, W)` each, have as many frames, of one size."""
+    """
+    Args:
+        prev, next_: number, height and width `(B, H, W)` of two batches of frames.
+        names: what the errors call them.
+
+    Raises:
+        ValueError: if the batches hold different numbers of frames, or frames of different sizes.
+    """
     if prev[0] != next_[0]:
         raise ValueError(f"`{names[0]}` and `{names[1]}` must hold as many frames, but hold {prev[0]} and {next_[0]}.")
     if tuple(prev[1:]) != tuple(next_[1:]):

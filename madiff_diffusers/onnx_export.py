@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 from diffusers import SchedulerMixin, UNet2DModel
 
+from .decoder_inputs import FrameFeatures
 from .motion_flow import MotionHintModel
 from .vq_magan import VQMAGANModel
 
@@ -57,7 +58,7 @@ class EncodeGraph(Graph):
     def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         encoded = self.vqvae.encode(tensors["frames"])
         latents = [] if encoded.latents is None else [encoded.latents * self.vqvae.config.scaling_factor]
-        return (*latents, *encoded.features[1:])
+        return (*latents, *encoded.features.pyramid)
 
 
 class HintGraph(Graph):
@@ -97,7 +98,7 @@ class DenoiseGraph(Graph):
             *([tensors[name] for name in _of_both(each)] for each in (self.seen, "hints")),
         )
         if self.vqvae.config.news_latents:
-            seen = [latents, self.vqvae.condition((prev,), (next_,), *hints)]
+            seen = [latents, self.vqvae.condition(prev, next_, *hints)]
         else:
             seen = [latents, prev, next_, *(self.vqvae.resize_hints(each, latents.shape[-2:]) for each in hints)]
         labels = 1000 * tensors["time"] if self.timed else None
@@ -120,7 +121,10 @@ class DecodeGraph(Graph):
         self.outputs = ["frame"]
 
     def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
-        prev, next_ = ([tensors[pair[side]] for pair in (_of_both("frame"), *self.features)] for side in (0, 1))
+        prev, next_ = (
+            FrameFeatures(tensors[_of_both("frame")[side]], tuple(tensors[pair[side]] for pair in self.features))
+            for side in (0, 1)
+        )
         latents = tensors["latents"] / self.vqvae.config.scaling_factor
         sample = self.vqvae.decode(
             latents, prev, next_, tensors["hints_prev"], tensors["hints_next"], time=tensors.get("time", 0.5)

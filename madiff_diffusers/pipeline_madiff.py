@@ -1,136 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
 """MA-Sampling: latent diffusion that re-reads the motion from its own guess at every step (MADiff, arXiv 2404.13534)."""
 
-import importlib
 import importlib.util
 import inspect
 import itertools
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput, logging
-from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 
 # This file travels with checkpoints, to where nobody installed what it needs.
-_REQUIREMENTS = {"accelerate": "accelerate", "einops": "einops"}
-_missing = [package for module, package in _REQUIREMENTS.items() if importlib.util.find_spec(module) is None]
-if _missing:
+if _missing := [name for name in ("accelerate", "einops") if importlib.util.find_spec(name) is None]:
     raise ImportError(f"MADiffPipeline needs packages that are not installed: pip install {' '.join(_missing)}")
 
-from .hub_repository import download_repository, local_checkpoint, replaced_weights, upload_repository  # noqa: E402
-from .image_processor import OUTPUT_TYPES, FrameInput, FrameProcessor, check_same_size  # noqa: E402
-from .model_cards import PLACEHOLDER, model_card  # noqa: E402
-from .motion_hints import (  # noqa: E402
-    HintPair,
-    HintSource,
-    ModelHints,
-    build_hint_source,
-    check_hint_source,
-    damp_hints,
-    describe_hint_source,
-    hint_parts,
-    is_registered,
-    load_hint_code,
-    register_hint_source,  # noqa: F401, for the lines that a saved copy of this file ends with
+# Of a pipeline in a folder, Diffusers copies the files that are imported here, and none that only those import: what is
+# imported under its own name is for them.
+from .components import check_safetensors as check_safetensors
+from .decoder_inputs import HintLayout as HintLayout
+from .frame_coding import EncodedFrames, FrameCoder, repeated
+from .hint_registry import build_hint_source, check_hint_source
+from .hub_repository import upload_repository as upload_repository
+from .image_processor import FrameInput, FrameProcessor, check_same_size
+from .motion_hints import HintSource, ModelHints, damp_hints
+from .optical_flow import dis_flow as dis_flow
+from .pipeline_files import CheckpointPipeline
+from .pipeline_inputs import (
+    CALLBACK_TENSORS,
+    Sampling,
+    check_inputs,
+    check_latents,
+    check_scheduler,
+    check_settings,
+    neighbours_of,
 )
-from .precision import fastest_dtype  # noqa: E402
-from .tiling import Tiling  # noqa: E402
+from .pipeline_output import MADiffPipelineOutput
+from .precision import fastest_dtype as fastest_dtype
+from .sampling_steps import call_back, clean_latents
+from .tiling import Tiling
 
 
-HINT_POLICIES = ("sampling", "damped", "start", "neighbours", "none")
+EXAMPLE_DOC_STRING = """
+        Examples:
+            ```py
+            >>> from diffusers.utils import load_image
+            >>> from madiff_diffusers import MADiffPipeline
 
-# Files with the code of components, by their stems.
-_COMPONENT_MODULES = ("eventgan", "motion_flow", "vq_magan")
-
-logger = logging.get_logger(__name__)
-
-
-def _check_count(value: Any, name: str) -> None:
-    """NumPy's integers count, too."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, but is {value!r}.")
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    needed = ("scale_model_input", "init_noise_sigma", "alphas_cumprod")
-    if not all(hasattr(scheduler, name) for name in needed) or "prediction_type" not in scheduler.config:
-        raise ValueError(
-            "`scheduler` must be one of Diffusers' with a noise schedule in `alphas_cumprod` and a `prediction_type`, such as DDIMScheduler, "
-            f"but is {type(scheduler).__name__}; flow matching needs a network trained for it."
-        )
+            >>> pipe = MADiffPipeline.from_pretrained("madiff-compact")
+            >>> middle = pipe(load_image("prev.png"), load_image("next.png")).frames[0][0]
+            >>> middle.save("middle.png")
+            ```
+"""
 
 
-@dataclass
-class MADiffPipelineOutput(BaseOutput):
-    """
-    Args:
-        frames: the frames between the neighbours, in the order of time. For `output_type="pil"` a list of PIL images
-            for each pair; for `"np"` an array `(B, F, H, W, 3)` and for `"pt"` a tensor `(B, F, 3, H, W)`, float32 in
-            [0, 1]; for `"latent"` a tensor `(B, F, C, h, w)`.
-    """
-
-    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
-
-
-@dataclass
-class EncodedFrames:
-    """
-    Frames as neighbours, with what the networks make of each on its own, once for all that it is next to. Made by
-    [`MADiffPipeline.encode_frames`].
-
-    Args:
-        frames (`torch.Tensor` of shape `(B, 3, H', W')`): padded, in [-1, 1].
-        size (`tuple` of `int`): height and width before padding.
-        latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): before quantisation, times the scaling factor; None where
-            the autoencoder's latents are news, which a frame alone has not.
-        features (`tuple` of `torch.Tensor`, *optional*): see [`VQMAGANEncoderOutput`].
-        coarse ([`EncodedFrames`], *optional*): the same frames at the size of guesses, where that is another.
-    """
-
-    frames: torch.Tensor
-    size: tuple[int, int]
-    latents: torch.Tensor | None = None
-    features: tuple[torch.Tensor, ...] | None = None
-    coarse: Optional["EncodedFrames"] = None
-
-
-def _neighbours_of(times: list[Fraction], recursive: bool) -> dict[Fraction, tuple[Fraction, Fraction]]:
-    """Between which two frames each instant's is made, in an order in which these are there; 0 and 1 are given."""
-    plan: dict[Fraction, tuple[Fraction, Fraction]] = {}
-
-    def add(time: Fraction) -> None:
-        if time in plan or time in (0, 1):
-            return
-        between = (Fraction(0), Fraction(1))
-        if recursive and time.denominator in (4, 8):
-            step = Fraction(1, time.denominator)
-            between = (time - step, time + step)
-        for neighbour in between:
-            add(neighbour)
-        plan[time] = between
-
-    for time in times:
-        add(time)
-    return plan
-
-
-class MADiffPipeline(DiffusionPipeline):
+class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
     r"""
     Pipeline for video frame interpolation: frames at any instants between two neighbouring frames.
 
@@ -163,9 +92,7 @@ class MADiffPipeline(DiffusionPipeline):
     _optional_components = ["i2e", "hint_model"]
     # The codebook's weight is read without a forward pass of its own, which sequential offloading waits for.
     _exclude_from_cpu_offload = ["vqvae"]
-    _callback_tensor_inputs = ["latents", "hints_prev", "hints_next"]
-    # The folder that this was loaded from, and the repository if it is one's.
-    _source: tuple[Path, str | None] | None = None
+    _callback_tensor_inputs = [*CALLBACK_TENSORS]
 
     def __init__(
         self,
@@ -184,19 +111,10 @@ class MADiffPipeline(DiffusionPipeline):
         hint_model: ModelMixin | None = None,
     ):
         super().__init__()
-        for name, scale in (("guess_scale", guess_scale), ("event_scale", event_scale)):
-            if scale not in (1, 2, 4, 8):
-                raise ValueError(f"`{name}` must be 1, 2, 4 or 8, but is {scale!r}.")
-        for name, value in (
-            ("default_num_inference_steps", default_num_inference_steps),
-            ("default_hint_interval", default_hint_interval),
-        ):
-            _check_count(value, name)
-        if default_hint_policy not in HINT_POLICIES:
-            raise ValueError(
-                f"`default_hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {default_hint_policy!r}."
-            )
-        _check_scheduler(scheduler)
+        check_settings(
+            guess_scale, event_scale, default_num_inference_steps, default_hint_interval, default_hint_policy
+        )
+        check_scheduler(scheduler)
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, i2e=i2e, hint_model=hint_model)
         self.register_to_config(
             hint_source=hint_source,
@@ -216,7 +134,6 @@ class MADiffPipeline(DiffusionPipeline):
         # Set by `enable_tiling`.
         self.tiling: Tiling | None = None
         latent_channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
-        self._tells_news = bool(getattr(vqvae.config, "news_latents", False))
         expected = latent_channels + vqvae.condition_channels
         if vqvae.config.hint_channels != self.hints.hint_channels or unet.config.in_channels != expected:
             raise ValueError(
@@ -227,290 +144,6 @@ class MADiffPipeline(DiffusionPipeline):
         # The U-Net halves the latents' size between its blocks; frames are padded so that it always can.
         unet_factor = 2 ** (len(unet.config.block_out_channels) - 1)
         self.frame_processor = FrameProcessor(vqvae.downsample_factor * max(unet_factor, guess_scale))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MADiffPipeline":
-        """
-        As [`~DiffusionPipeline.from_pretrained`], from safetensors alone. The names of the package's own checkpoints load without a
-        network, unless a folder has that name. Code that lies beside the weights is not run: this package's takes its place.
-
-        `dtype="auto"` loads the weights in the dtype that is fastest where they will run (`fastest_dtype`): on a CUDA GPU
-        if there is one, else on the CPU.
-
-        Raises:
-            ValueError: for `use_safetensors=False`, an index that names other files, or, without `trust_remote_code=True`, code that
-                is not this package's.
-            OSError: if there is no such checkpoint.
-        """
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("`use_safetensors` must not be False: pickled weights are not read.")
-        for name in ("torch_dtype", "dtype"):
-            if kwargs.get(name) == "auto":
-                kwargs[name] = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
-        if kwargs.get("i2e", False) is None:
-            logger.warning("`i2e` is None: event hints are zeros.")
-        name, repository = str(pretrained_model_name_or_path), None
-        folder = local_checkpoint(pretrained_model_name_or_path)
-        if folder is None:
-            folder, repository = Path(cls.download(name, **kwargs)), name
-        elif folder != Path(name) and kwargs.get("variant") == "fp16":
-            del kwargs["variant"]  # a checkpoint that comes with the package has one set of weights, which is that
-        if __package__ == "madiff_diffusers":
-            # Diffusers loads components only from modules imported before.
-            for module in _COMPONENT_MODULES:
-                importlib.import_module(f".{module}", __package__)
-            if "hint_source" not in kwargs:
-                cls._take_hint_code(folder, repository, **kwargs)
-        for index in folder.glob("*/*.index*.json"):
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            if not all(str(shard).endswith(".safetensors") for shard in shards):
-                raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
-        pipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
-        pipeline._source = folder.resolve(), repository
-        pipeline.register_to_config(_name_or_path=name)
-        return pipeline
-
-    @classmethod
-    def _take_hint_code(cls, folder: Path, repository: str | None, trust_remote_code: bool = False, **kwargs) -> None:
-        """Make the hint sources known whose code lies beside a checkpoint's weights.
-
-        Raises:
-            ValueError: if there are any, and they are neither registered nor trusted.
-        """
-        path = folder / cls.config_name
-        name = json.loads(path.read_text(encoding="utf-8")).get("hint_source") if path.is_file() else None
-        if not isinstance(name, str) or ":" not in name or is_registered(name):
-            return
-        if not trust_remote_code:
-            raise ValueError(
-                f"The checkpoint's hint source is {name!r}, code that is not this package's. `trust_remote_code=True` runs what lies "
-                "beside the weights; `register_hint_source` takes a class of yours in its place."
-            )
-        parts = [part for part in name.split("+") if not is_registered(part)]
-        if repository is not None:
-            folder = Path(cls.download(repository, code=[f"{part.partition(':')[0]}.py" for part in parts], **kwargs))
-        for part in parts:
-            load_hint_code(folder, part)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MADiffPipeline":
-        """As [`~DiffusionPipeline.from_pipe`]."""
-        # Diffusers hands on only parts of the very class that a constructor names; ours must take them wherever their code lies.
-        parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_keys(cls)[0]}
-        made = super().from_pipe(pipeline, **{**parts, **kwargs})
-        made._hints = getattr(pipeline, "_hints", None)
-        return made
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
-        """A saved pipeline's index. Where this is the package's own code, what it says of code beside the weights is read as the
-        package's modules."""
-        index = super()._dict_from_json_file(json_file)
-        if __package__ == "madiff_diffusers":
-            if index.get("_class_name") == [Path(__file__).stem, "MADiffPipeline"]:
-                index["_class_name"] = cls.__name__
-            for name, entry in index.items():
-                if isinstance(entry, list) and entry[0] in _COMPONENT_MODULES:
-                    index[name] = [f"{__package__}.{entry[0]}", *entry[1:]]
-        return index
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str | Path:
-        """As [`~DiffusionPipeline.download`]; where this is the package's own code, without a repository's code."""
-        if __package__ != "madiff_diffusers":
-            return super().download(pretrained_model_name, **kwargs)
-        names = ("variant", "cache_dir", "force_download", "local_files_only", "token", "revision")
-        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        return download_repository(pretrained_model_name, code=kwargs.get("code", ()), **given)
-
-    def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Write `model_index.json`, which names code by the files that `save_pretrained` puts beside the weights."""
-        super().save_config(save_directory, **kwargs)
-        path = Path(save_directory) / self.config_name
-        index = json.loads(path.read_text(encoding="utf-8"))
-        index["_class_name"] = [Path(__file__).stem, "MADiffPipeline"]
-        index.pop("_name_or_path", None)  # a place on this machine
-        index["hint_source"], settings, _ = self._describe_hints()
-        index["hint_settings"] = settings or None
-        for name, entry in index.items():
-            if name in self.components and entry[0] is not None:
-                origin, _, module = entry[0].rpartition(".")
-                if module in _COMPONENT_MODULES and origin.split(".")[0] in ("madiff_diffusers", "diffusers_modules"):
-                    index[name] = [module, *entry[1:]]
-                elif entry[0].split(".")[0] not in ("diffusers", "transformers"):
-                    logger.warning(f"`{name}` loads only where {entry[0]} was imported: its code is not saved.")
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        repo_id: str | None = None,
-        **hub,
-    ) -> None:
-        """
-        Save a folder that is a whole repository of the Hub. Beside weights and configurations, it holds the code: the pipeline's at
-        its root, each component's in the component's folder. `DiffusionPipeline.from_pretrained` loads it, with
-        `trust_remote_code=True`, where nothing but Diffusers and what the code imports is installed; what is saved of a subclass
-        is a `MADiffPipeline` there.
-
-        A licence for the code and a model card are added where the folder has none: the card of the checkpoint that this one was
-        loaded from if it is still the same, else one that claims nothing. A card whose header has scores gives way to the latter if
-        the weights are others now, and becomes `.README.previous.md`.
-
-        Args:
-            save_directory: folder to write into; made if there is none. What is there stays until all is written, variants of other
-                names and other files beyond that.
-            safe_serialization: True; weights are written as safetensors alone.
-            variant: name of this precision or kind of weights, such as `"fp16"`, in their files' names.
-            max_shard_size: bytes (or a text like `"5GB"`) above which a component's weights become several files.
-            push_to_hub: upload the folder afterwards.
-            use_flashpack: False; see `safe_serialization`.
-            repo_id: repository for that; the folder's name if not given.
-            hub: further arguments of `push_to_hub`.
-
-        Raises:
-            ValueError: for `safe_serialization=False`, or a source on `hints` that could not be built again.
-            OSError: if the folder cannot be written, or the upload fails.
-        """
-        if not safe_serialization or use_flashpack:
-            raise ValueError(
-                "`safe_serialization` must be True and `use_flashpack` False: weights are written as safetensors alone."
-            )
-        self._describe_hints()
-        if hub and not push_to_hub:
-            raise TypeError(f"`save_pretrained` takes {', '.join(hub)} with `push_to_hub=True` alone.")
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            saved = Path(temporary)
-            super().save_pretrained(saved, variant=variant, max_shard_size=max_shard_size)
-            for path in saved.glob("*/config.json"):
-                config = json.loads(path.read_text(encoding="utf-8"))
-                if config.pop("_name_or_path", None):  # a place on this machine
-                    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for code in (__file__, *get_relative_import_files(__file__)):
-                shutil.copyfile(code, saved / Path(code).name)
-            self._add_hint_code(saved)
-            licence = Path(__file__).with_name("LICENSE")
-            if licence.is_file() and not (folder / "LICENSE").exists():
-                shutil.copyfile(licence, saved / "LICENSE")
-            self._write_card(saved, folder / "README.md", variant)
-
-            names = [path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()]
-            before = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if saved not in path.parents]
-            for name in names:
-                (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(saved / name, folder / name)
-            for name in replaced_weights(before, names):
-                (folder / name).unlink()
-        if push_to_hub:
-            upload_repository(folder, repo_id or folder.resolve().name, **hub)
-
-    def _describe_hints(self) -> tuple[str, dict[str, dict[str, Any]], list[type]]:
-        known = None
-        if self._hints is None:
-            settings = self.config.hint_settings or {}
-            known = [settings.get(part, {}) for part in hint_parts(self.config.hint_source)]
-        return describe_hint_source(self.hints, self.i2e, known, self.hint_model)
-
-    def _add_hint_code(self, saved: Path) -> None:
-        """Put the files of hint sources that are not this package's beside the pipeline's, which imports them there."""
-        mark = "\n\n# What this checkpoint's hints come from.\n"
-        pipeline_code = saved / Path(__file__).name
-        code = pipeline_code.read_text(encoding="utf-8").partition(mark)[0]
-        lines, files = [], {}
-        for kind in self._describe_hints()[2]:
-            file = Path(inspect.getfile(kind))
-            if files.setdefault(file.name, file.read_bytes()) != file.read_bytes():
-                raise ValueError(
-                    f"A checkpoint cannot hold two hint sources from different files of the name {file.name}."
-                )
-            (saved / file.name).write_bytes(files[file.name])
-            lines.append(f"from .{file.stem} import {kind.__name__}  # noqa: E402\n")
-            lines.append(f'register_hint_source("{file.stem}:{kind.__name__}", {kind.__name__})\n')
-        pipeline_code.write_text(code + (mark + "".join(lines) if lines else ""), encoding="utf-8")
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        variant: str | None = None,
-        safe_serialization: bool = True,
-        max_shard_size: int | str | None = None,
-        **hub,
-    ) -> str:
-        """
-        Save into a temporary folder and upload it in one commit. A model card that the repository has stays.
-
-        Args:
-            repo_id: `user/name`; made if there is no such repository.
-            variant, safe_serialization, max_shard_size: see `save_pretrained`.
-            hub: `private`, `revision` (a branch), `commit_message`, `create_pr` and `token`.
-
-        Returns:
-            address of the commit, or of the pull request.
-
-        Raises:
-            OSError: if the Hub cannot be reached or refuses; the pipeline is as it was.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
-            return upload_repository(folder, repo_id, keep_card=True, **hub)
-
-    def _write_card(self, saved: Path, card: Path, variant: str | None) -> None:
-        """Write the card for a folder, in place of what is there if that tells scores of other weights."""
-        # A variant is of the weights beside it.
-        if card.exists() and (variant is not None or not self._tells_scores(card)):
-            return
-        source, repository = self._source or (None, None)
-        same = source is not None and (source / "README.md").is_file() and self._equals(source)
-        if card.exists():
-            if same:
-                return
-            os.replace(card, card.with_name(".README.previous.md"))
-            logger.warning(f"{card} tells scores of other weights; it is {card.with_name('.README.previous.md')} now.")
-        if same:
-            text = (source / "README.md").read_text(encoding="utf-8")
-            text = text.replace(f'from_pretrained("{repository}"', f'from_pretrained("{PLACEHOLDER}"')
-            (saved / "README.md").write_text(text, encoding="utf-8")
-            for picture in source.glob("examples/*.png"):  # which the card shows
-                (saved / "examples").mkdir(exist_ok=True)
-                shutil.copyfile(picture, saved / "examples" / picture.name)
-        else:
-            alone = variant if not any(card.parent.glob("*/diffusion_pytorch_model*.safetensors")) else None
-            model_card(self, variant=alone, base_model=repository).save(saved / "README.md")
-
-    @staticmethod
-    def _tells_scores(card: Path) -> bool:
-        return "\nmodel-index:" in card.read_text(encoding="utf-8").partition("\n---")[0]
-
-    def _equals(self, checkpoint: Path) -> bool:
-        """Whether this is, value by value, what a folder holds."""
-        if __package__ != "madiff_diffusers" or type(self) is not MADiffPipeline or self._hints is not None:
-            return False
-        try:
-            other = MADiffPipeline.from_pretrained(checkpoint)
-        except Exception:  # of whatever kind: it is not known to be the same
-            return False
-
-        def settings(config: dict[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in config.items() if not key.startswith("_")}
-
-        def equal(part: Any, twin: Any) -> bool:
-            if type(part) is not type(twin) or part is not None and settings(part.config) != settings(twin.config):
-                return False
-            if not isinstance(part, torch.nn.Module):
-                return True
-            pairs = zip(part.state_dict().values(), twin.state_dict().values())
-            return all(torch.equal(mine.cpu().float(), theirs.float()) for mine, theirs in pairs)
-
-        return settings(self.config) == settings(other.config) and all(
-            equal(part, getattr(other, name)) for name, part in self.components.items()
-        )
 
     @property
     def hints(self) -> HintSource:
@@ -523,10 +156,11 @@ class MADiffPipeline(DiffusionPipeline):
         """
         if self._hints is not None:
             return self._hints
-        parts = (self.config.hint_source, self.i2e, self.tiling, self.config.event_scale, self.hint_model)
+        config = self.config
+        channels, scale = self.vqvae.config.hint_channels, config.event_scale
+        parts = (config.hint_source, self.i2e, self.tiling, config.hint_settings, channels, scale, self.hint_model)
         if self._built_hints is None or any(old is not new for old, new in zip(self._built_hints[0], parts)):
-            channels = self.vqvae.config.hint_channels
-            self._built_hints = parts, build_hint_source(*parts[:3], self.config.hint_settings, channels, *parts[3:])
+            self._built_hints = parts, build_hint_source(*parts)
         return self._built_hints[1]
 
     @hints.setter
@@ -569,55 +203,8 @@ class MADiffPipeline(DiffusionPipeline):
         those not begun yet are decoded from noise."""
         return self._interrupt
 
-    def check_inputs(
-        self,
-        num_inference_steps: Any,
-        num_frames: Any,
-        times: Any,
-        frames_per_batch: Any,
-        hint_policy: str,
-        hint_interval: Any,
-        output_type: str,
-        generator: Any,
-        batch_size: int,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-    ) -> None:
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("hint_interval", hint_interval),
-            ("num_frames", num_frames),
-            ("frames_per_batch", frames_per_batch),
-        ):
-            _check_count(value, name)
-        if times is not None:
-            if num_frames != 1:
-                raise ValueError(
-                    f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}."
-                )
-            given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
-            if not given or not all(isinstance(time, Real) and 0 < time < 1 for time in given):  # NaN fails, too
-                raise ValueError(
-                    f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}."
-                )
-            if len(set(map(float, given))) < len(given):
-                raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
-        if hint_policy not in HINT_POLICIES:
-            raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {hint_policy!r}.")
-        if output_type not in (*OUTPUT_TYPES, "latent"):
-            raise ValueError(
-                f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, latent, but is {output_type!r}."
-            )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` as a list must hold one generator per pair ({batch_size}), but holds {len(generator)}."
-            )
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}."
-            )
-
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         image_prev: FrameInput | EncodedFrames,
@@ -650,8 +237,7 @@ class MADiffPipeline(DiffusionPipeline):
             hint_policy (`str`, *optional*): where motion hints come from; the checkpoint's default if not given.
                 `"sampling"`: start hints at the first step, then re-extracted from the current guess of the middle frame
                 (MA-Sampling). `"damped"`: the same, but each further extraction moves the hints less, so that
-                their errors do not add up over many steps (`damp_hints`). For ablations: `"start"`, start hints all along; `"neighbours"`, what the
-                two neighbours tell without a guess; `"none"`, zeros.
+                their errors do not add up over many steps (`damp_hints`). `"start"`: start hints all along.
             hint_interval (`int`, *optional*): with `"sampling"` and `"damped"`, re-extract the hints after the first step and every
                 `hint_interval` steps from there; the checkpoint's default if not given.
             generator (`torch.Generator` or one per pair, *optional*): makes the result repeatable.
@@ -661,7 +247,7 @@ class MADiffPipeline(DiffusionPipeline):
             force_not_quantize (`bool`, defaults to `False`): decode latents as they are, not moved to their nearest codes;
                 for ablations.
             output_type (`str`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the final latents `(B, F, C, h, w)` of the padded frames,
-                before quantisation and times the autoencoder's `scaling_factor`; the last decoding is left out then.
+                before quantization and times the autoencoder's `scaling_factor`; the last decoding is left out then.
             return_dict (`bool`): whether to return a [`MADiffPipelineOutput`] or a plain tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
                 step of each frame; returns a dict whose tensors replace the pipeline's, or None.
@@ -674,6 +260,8 @@ class MADiffPipeline(DiffusionPipeline):
                 half-way between their neighbours made first, as networks do best that were trained half-way alone; the
                 checkpoint's default if not given.
 
+        Examples:
+
         Returns:
             [`MADiffPipelineOutput`], or a tuple of its `frames`.
 
@@ -681,46 +269,35 @@ class MADiffPipeline(DiffusionPipeline):
             ValueError, TypeError: for an argument out of its range; the message names it.
         """
         # 0. Resolve defaults from the checkpoint.
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
-        if hint_interval is None:
-            hint_interval = self.config.default_hint_interval
-        if hint_policy is None:
-            hint_policy = self.config.default_hint_policy
-        if recursive is None:
-            recursive = self.config.default_recursive
-
+        config = self.config
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        sampling = Sampling(
+            config.default_num_inference_steps if num_inference_steps is None else num_inference_steps,
+            config.default_hint_policy if hint_policy is None else hint_policy,
+            config.default_hint_interval if hint_interval is None else hint_interval,
+            generator,
+            force_not_quantize,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
 
         # 1. Check inputs.
-        _check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler)
         prev = self._as_neighbours(image_prev, "image_prev")
         next_ = self._as_neighbours(image_next, "image_next")
         batch_size = len(prev.frames)
         check_same_size((batch_size, *prev.size), (len(next_.frames), *next_.size), ("image_prev", "image_next"))
-        self.check_inputs(
-            num_inference_steps,
-            num_frames,
-            times,
-            frames_per_batch,
-            hint_policy,
-            hint_interval,
-            output_type,
-            generator,
-            batch_size,
-            callback_on_step_end_tensor_inputs,
-        )
-        num_inference_steps, num_frames = int(num_inference_steps), int(num_frames)
+        check_inputs(sampling, num_frames, times, frames_per_batch, output_type, batch_size)
         if times is None:
-            times = [Fraction(number, num_frames + 1) for number in range(1, num_frames + 1)]
+            times = [Fraction(number, int(num_frames) + 1) for number in range(1, int(num_frames) + 1)]
         times = [Fraction(time) for time in times]
-        noise = self._check_latents(latents, len(times), prev.frames)  # [B,F,C,h,w] or None
-        plan = _neighbours_of(times, recursive)
+        noise = check_latents(latents, len(times), prev.frames, self.vqvae)  # [B,F,C,h,w] or None
+        plan = neighbours_of(times, config.default_recursive if recursive is None else recursive)
 
         # 2. Make the frames, some of those between the same two at once.
         self._interrupt = False
-        self.scheduler.set_timesteps(num_inference_steps, device=prev.frames.device)
+        self.scheduler.set_timesteps(int(sampling.num_inference_steps), device=prev.frames.device)
         # Some schedulers (Heun's) call the network more than once a step.
         self._num_timesteps = len(self.scheduler.timesteps) * len(plan)
         frames: dict[Fraction, EncodedFrames] = {Fraction(0): prev, Fraction(1): next_}
@@ -737,14 +314,8 @@ class MADiffPipeline(DiffusionPipeline):
                         frames[low],
                         frames[high],
                         [float((time - low) / (high - low)) for time in chosen],
-                        num_inference_steps,
-                        hint_policy,
-                        hint_interval,
-                        generator,
                         given,
-                        force_not_quantize,
-                        callback_on_step_end,
-                        callback_on_step_end_tensor_inputs,
+                        sampling,
                         progress_bar,
                         with_frames=output_type != "latent"
                         or any(time in pair for time in chosen for pair in plan.values()),
@@ -781,7 +352,7 @@ class MADiffPipeline(DiffusionPipeline):
             ValueError, TypeError: as the pipeline for `image_prev`.
         """
         neighbours = self._as_neighbours(images, "images")
-        self._encode(neighbours)
+        FrameCoder(self.vqvae, self.tiling).encode(neighbours)
         return neighbours
 
     def _as_neighbours(self, images: FrameInput | EncodedFrames, name: str) -> EncodedFrames:
@@ -791,124 +362,45 @@ class MADiffPipeline(DiffusionPipeline):
         frames = self.frame_processor.to_tensor(images, name)  # [B,3,H,W]
         return EncodedFrames(self.frame_processor.pad(frames).to(self._execution_device), tuple(frames.shape[-2:]))
 
-    def _encode(self, *neighbours: EncodedFrames) -> None:
-        """Encode those that are not encoded yet, together."""
-        left = [each for each in neighbours if each.features is None]
-        if left:
-            frames = torch.cat([each.frames for each in left])
-
-            def encode(frames: torch.Tensor) -> list[torch.Tensor]:
-                encoded = self.vqvae.encode(frames)
-                return [*encoded.features, *([] if encoded.latents is None else [encoded.latents])]
-
-            made = encode(frames) if self.tiling is None else self.tiling(encode, [frames], *frames.shape[-2:])
-            if not self._tells_news:
-                latents = (made.pop() * self.vqvae.config.scaling_factor).chunk(len(left))
-                for each, own in zip(left, latents):
-                    each.latents = own
-            for each, own in zip(left, zip(*(feature.chunk(len(left)) for feature in made))):
-                each.features = own
-
-    def _coarse(self, each: EncodedFrames, scale: int) -> EncodedFrames:
-        """The same frames, `scale` times smaller; made once."""
-        if scale == 1:
-            return each
-        if each.coarse is None:
-            each.coarse = EncodedFrames(
-                F.avg_pool2d(each.frames, scale), (each.size[0] // scale, each.size[1] // scale)
-            )
-        return each.coarse
-
     def _interpolate(
         self,
         prev: EncodedFrames,
         next_: EncodedFrames,
         times: list[float],
-        num_inference_steps: int,
-        hint_policy: str,
-        hint_interval: int,
-        generator: torch.Generator | list[torch.Generator] | None,
         noise: list[torch.Tensor | None],
-        force_not_quantize: bool,
-        callback: Callable | None,
-        callback_inputs: Sequence[str],
+        sampling: Sampling,
         progress_bar: Any,
         with_frames: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """MA-Sampling of frames at some instants between each of B pairs: their latents `(T * B, C, h, w)`, instant by instant, and where
         `with_frames` they themselves, `(T * B, 3, H, W)` in [-1, 1]."""
-        batch_size, device, dtype = prev.frames.shape[0], prev.frames.device, self.vqvae.dtype
-        hint_source, count = self.hints, len(times)
+        batch_size, device, count = len(prev.frames), prev.frames.device, len(times)
+        coder, hint_source = FrameCoder(self.vqvae, self.tiling, sampling.force_not_quantize), self.hints
         instants = torch.tensor(times, dtype=torch.float32).repeat_interleave(batch_size).to(device)  # [TB]
         # What the hints are extracted from: guesses at this scale.
-        extracts = hint_policy in ("sampling", "damped")
-        coarse_prev, coarse_next = (
-            self._coarse(each, self.config.guess_scale if extracts else 1) for each in (prev, next_)
-        )
-
-        def for_each_instant(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor if count == 1 else tensor.repeat(count, 1, 1, 1)  # [B,…] to [TB,…]
+        extracts = sampling.hint_policy in ("sampling", "damped")
+        scale = self.config.guess_scale if extracts else 1
+        coarse_prev, coarse_next = coder.coarse(prev, scale), coder.coarse(next_, scale)
 
         # 1. Encode the neighbours, once for all steps.
-        self._encode(prev, next_)
-        scaling_factor = self.vqvae.config.scaling_factor
-        features_prev, features_next = ([for_each_instant(each) for each in side.features] for side in (prev, next_))
-
-        def condition(hints: HintPair) -> torch.Tensor:
-            """What the denoiser sees beside the noisy latents, `(TB, …, h, w)`."""
-            if self._tells_news:
-                return self.vqvae.condition(features_prev, features_next, *hints)
-            small = [
-                self.vqvae.resize_hints(each, prev.latents.shape[-2:]).to(dtype) for each in hints
-            ]  # [TB,K,h,w] twice
-            return torch.cat([for_each_instant(torch.cat([prev.latents, next_.latents], dim=1)), *small], dim=1)
-
-        def decode(prev: EncodedFrames, next_: EncodedFrames, latents: torch.Tensor, hints: HintPair) -> torch.Tensor:
-            self._encode(prev, next_)
-            features = [for_each_instant(each) for each in (*prev.features, *next_.features)]
-            images = [(latents / scaling_factor).to(dtype), *hints, *features]
-
-            def decode_images(latents, hints_prev, hints_next, *features):
-                features_prev, features_next = features[: len(prev.features)], features[len(prev.features) :]
-                neighbours = (features_prev, features_next, hints_prev, hints_next)
-                return [self.vqvae.decode(latents, *neighbours, force_not_quantize, time=instants).sample]
-
-            size = prev.frames.shape[-2:]
-            if self.tiling is None:
-                (decoded,) = decode_images(*images)
-            else:
-                # Warps reach as far as the hints tell.
-                scale = size[0] / hints[0].shape[-2]
-                reach = (
-                    max(each[:, -2:].abs().max().item() for each in hints) * scale
-                    if self.vqvae.config.offset_hints
-                    else 0.0
-                )
-                (decoded,) = self.tiling(decode_images, images, *size, reach)
-            return decoded.float().clamp(-1, 1)
+        coder.encode(prev, next_)
 
         # 2. Hints to begin with: nothing is known of the frames yet. News are about hints of full size.
-        frames_prev, frames_next = (
-            (prev.frames, next_.frames) if self._tells_news else (coarse_prev.frames, coarse_next.frames)
-        )
-        if hint_policy == "neighbours":
-            hints = tuple(for_each_instant(each) for each in hint_source.from_neighbours(frames_prev, frames_next))
-        else:
-            starts = [hint_source.start(frames_prev, frames_next, time) for time in times]
-            hints = starts[0] if count == 1 else tuple(torch.cat(each) for each in zip(*starts))  # [TB,K,H,W] twice
-        if hint_policy == "none":
-            hints = tuple(torch.zeros_like(each) for each in hints)
-        frames_prev, frames_next = for_each_instant(coarse_prev.frames), for_each_instant(coarse_next.frames)
+        sides = (prev, next_) if coder.tells_news else (coarse_prev, coarse_next)
+        starts = [hint_source.start(sides[0].frames, sides[1].frames, time) for time in times]
+        hints = starts[0] if count == 1 else tuple(torch.cat(each) for each in zip(*starts))  # [TB,K,H,W] twice
+        frames_prev, frames_next = repeated(coarse_prev.frames, count), repeated(coarse_next.frames, count)
 
         # 3. Noise, at the end of the schedule.
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        shape = (batch_size, self.unet.config.out_channels, *features_prev[-1].shape[-2:])
+        generator = sampling.generator
+        self.scheduler.set_timesteps(int(sampling.num_inference_steps), device=device)
+        shape = (batch_size, self.unet.config.out_channels, *prev.features.pyramid[-1].shape[-2:])
         drawn = [
             randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if given is None else given
             for given in noise
         ]
-        clean_latents = noise = torch.cat(drawn)
-        latents = noise * self.scheduler.init_noise_sigma  # [TB,C,h,w]
+        clean = torch.cat(drawn)
+        latents = clean * self.scheduler.init_noise_sigma  # [TB,C,h,w]
         step_kwargs, unet_kwargs = {}, {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator * count if isinstance(generator, list) else generator
@@ -921,80 +413,37 @@ class MADiffPipeline(DiffusionPipeline):
                 continue
             # 4.1 one step of the scheduler
             model_input = self.scheduler.scale_model_input(latents, t)
-            unet_input = torch.cat([model_input.to(dtype), condition(hints)], dim=1)
+            unet_input = torch.cat([model_input.to(self.vqvae.dtype), coder.condition(prev, next_, hints)], dim=1)
             model_output = self.unet(unet_input.to(self.unet.dtype), t, return_dict=False, **unet_kwargs)[0].float()
             step = self.scheduler.step(model_output, t, latents, **step_kwargs)
-            clean_latents = self._clean_latents(step, model_output, model_input, t)  # ẑ_0, [TB,C,h,w]
+            clean = clean_latents(self.scheduler, step, model_output, model_input, t)  # ẑ_0, [TB,C,h,w]
             latents = step.prev_sample
 
             # 4.2 hints from the frames that these latents stand for; after the last step, news would be about other hints
-            if (
-                extracts
-                and i % hint_interval == 0
-                and not (self._tells_news and i == len(self.scheduler.timesteps) - 1)
-            ):
+            last = i == len(self.scheduler.timesteps) - 1
+            if extracts and i % sampling.hint_interval == 0 and not (coder.tells_news and last):
                 scale = prev.frames.shape[-1] // frames_prev.shape[-1]
                 known = tuple(self.vqvae.resize_hints(each, frames_prev.shape[-2:]) for each in hints)
-                coarse_latents = F.avg_pool2d(clean_latents, scale)
-                if self._tells_news:  # which are as much smaller, too
+                coarse_latents = F.avg_pool2d(clean, scale)
+                if coder.tells_news:  # which are as much smaller, too
                     coarse_latents = coarse_latents / scale
-                guess = decode(coarse_prev, coarse_next, coarse_latents, known)
+                guess = coder.decode(coarse_prev, coarse_next, coarse_latents, known, instants)
                 continued = (known,) if isinstance(hint_source, ModelHints) else ()
                 refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
                 refined = tuple(self.vqvae.resize_hints(each, hints[0].shape[-2:]) for each in refined)
-                hints = damp_hints(hints, refined, 1 + i // hint_interval) if hint_policy == "damped" else refined
+                if sampling.hint_policy == "damped":
+                    refined = damp_hints(hints, refined, 1 + i // sampling.hint_interval)
+                hints = refined
 
             # 4.3 the caller's turn, frame by frame
-            if callback is not None:
-                available = {"latents": latents, "hints_prev": hints[0], "hints_next": hints[1]}
-                parts = {name: list(tensor.split(batch_size)) for name, tensor in available.items()}
-                replaced = set()
-                for number in range(count):
-                    returned = callback(self, i, t, {name: parts[name][number] for name in callback_inputs})
-                    if not isinstance(returned, (dict, type(None))):
-                        raise TypeError(
-                            f"`callback_on_step_end` must return a dict of tensors, or None, but gave a {type(returned).__name__}."
-                        )
-                    for name, tensor in (returned or {}).items():
-                        if name in parts and tensor is not parts[name][number]:
-                            parts[name][number] = tensor
-                            replaced.add(name)
-                available.update({name: torch.cat(parts[name]) for name in replaced})
-                latents, hints = available["latents"], (available["hints_prev"], available["hints_next"])
-                if "latents" in replaced and i == len(self.scheduler.timesteps) - 1:
-                    clean_latents = latents
+            if sampling.callback is not None:
+                tensors = {"latents": latents, "hints_prev": hints[0], "hints_next": hints[1]}
+                replaced = call_back(self, sampling, i, t, tensors, batch_size)
+                hints = (replaced.get("hints_prev", hints[0]), replaced.get("hints_next", hints[1]))
+                if "latents" in replaced:
+                    latents = replaced["latents"]
+                    clean = latents if last else clean
             progress_bar.update(count)
 
         # 5. The frames.
-        return clean_latents, decode(prev, next_, clean_latents, hints) if with_frames else None
-
-    def _clean_latents(
-        self, step: BaseOutput, model_output: torch.Tensor, model_input: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
-        """ẑ_0 of a step: the scheduler's own where it gives one, else ẑ_0 = (z_t − √(1−ᾱ_t)·ε̂) / √ᾱ_t."""
-        for name in ("denoised", "pred_original_sample"):
-            if getattr(step, name, None) is not None:
-                return getattr(step, name)
-        # Schedulers that work on scaled latents (Euler's family) still hand the network variance-preserving ones.
-        alpha_bar = self.scheduler.alphas_cumprod.to(model_input.device)[t.long()].float()
-        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        prediction_type = self.scheduler.config.prediction_type
-        if prediction_type == "epsilon":
-            return (model_input - sigma * model_output) / signal
-        if prediction_type == "v_prediction":
-            return signal * model_input - sigma * model_output
-        return model_output
-
-    def _check_latents(
-        self, latents: torch.Tensor | None, num_frames: int, frames: torch.Tensor
-    ) -> torch.Tensor | None:
-        if latents is None:
-            return None
-        f = self.vqvae.downsample_factor
-        channels = self.vqvae.config.vq_embed_dim or self.vqvae.config.latent_channels
-        shape = (frames.shape[0], num_frames, channels, frames.shape[-2] // f, frames.shape[-1] // f)
-        if num_frames == 1 and latents.ndim == 4:
-            latents = latents[:, None]
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
-        return latents.to(device=frames.device, dtype=torch.float32)
+        return clean, coder.decode(prev, next_, clean, hints, instants) if with_frames else None

@@ -15,16 +15,16 @@ class Tiling:
     Calls functions of images tile by tile.
 
     Args:
-        pixels (`int`): that a tile has at most, but no tile is smaller than four times `multiple` in either direction.
-        multiple (`int`): of which tiles begin and are large, in pixels of the frame; frames are padded to it.
+        pixels (`int`): most pixels of a tile; no tile is smaller than four times `multiple` in either direction, however few they are.
+        multiple (`int`): tile origins and sizes are multiples of this many pixels, and frames are padded to such sizes.
     """
 
     def __init__(self, pixels: int, multiple: int):
         self.pixels, self.multiple = pixels, multiple
 
     def tiles(self, height: int, width: int, margin: int = 0) -> tuple[list[Span], list[Span]]:
-        """Rows and columns, from and to, of tiles that overlap by a quarter of their side and, with a margin all around, have as many
-        pixels as they may."""
+        """First and last rows and columns of tiles. Tiles overlap by a quarter of their side, and with a margin all around they have as
+        many pixels as they may."""
         side = self._side(int(self.pixels**0.5) - 2 * margin)
         rows = self._spans(height, side)
         # What the height leaves over goes to the width.
@@ -35,7 +35,7 @@ class Tiling:
         return max(4 * self.multiple, pixels // self.multiple * self.multiple)
 
     def _spans(self, length: int, side: int) -> list[Span]:
-        """As few as cover a length, as short as they can be."""
+        """The fewest spans of at most `side` that cover a length, as short as they can be."""
         if length <= side:
             return [(0, length)]
         overlap = max(1, side // 4 // self.multiple) * self.multiple
@@ -56,11 +56,11 @@ class Tiling:
         What a function makes of images, tile by tile.
 
         Args:
-            function: takes as many `(B, C, h, w)` as there are `images`, and returns tensors of this kind; each of a size by which
-                the frame's is divided, down to one in `multiple`.
-            images: of the whole frame.
-            height, width: of the frame, multiples of `multiple`.
-            reach: pixels from which a tile's own need to be seen; the function is given as much more all around.
+            function: takes as many `(B, C, h, w)` as there are `images`, and returns tensors of this kind, each of the frame's size
+                divided by a whole number, at most `multiple`.
+            images: tensors of the whole frame.
+            height, width: size of the frame, multiples of `multiple`.
+            reach: distance in pixels that a tile's result depends on; the function is given that much more all around.
         """
         margin = 0
         if height * width > self.pixels:
@@ -95,7 +95,7 @@ class Tiling:
 
 
 def _weights(length: int, spans: Sequence[Span]) -> list[torch.Tensor]:
-    """Of each span's pixels: 1, and down to 0 across what it shares with a neighbour; they add up to 1 everywhere."""
+    """Weights of each span's pixels: 1, and down to 0 across what it shares with a neighbour. They add up to 1 everywhere."""
     weights = []
     for number, (start, end) in enumerate(spans):
         weight = torch.ones(end - start)

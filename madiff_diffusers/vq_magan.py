@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VQ-MAGAN: the vector-quantised autoencoder whose decoder is conditioned on motion.
+"""VQ-MAGAN: the vector-quantized autoencoder whose decoder is conditioned on motion.
 
 The middle frame is encoded to a small latent; the decoder rebuilds it from that latent and from the two neighbouring
 frames, whose features it warps along offsets that it estimates from motion hints (MA-WARP, MADiff, arXiv 2404.13534).
@@ -20,6 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch.func import functional_call
 
 from .components import CheckpointComponent
+from .decoder_inputs import FrameFeatures, HintLayout
 from .warping import correlate, halves, laid_out_as, warp
 
 
@@ -27,14 +28,13 @@ from .warping import correlate, halves, laid_out_as, warp
 class VQMAGANEncoderOutput(VQEncoderOutput):
     """
     Args:
-        latents (`torch.Tensor` of shape `(B, latent_channels, H / f, W / f)`): latents before quantisation; None with
+        latents (`torch.Tensor` of shape `(B, latent_channels, H / f, W / f)`): latents before quantization; None with
             `news_latents`, which a frame alone has not.
-        features (`tuple` of `torch.Tensor`):
-            The frame itself, then one feature map per scale from the finest (stride `stem_stride`) to the coarsest
-            (stride `f`). They depend on the frame alone: compute them once and hand them to every `decode`.
+        features ([`FrameFeatures`]):
+            The frame itself, and its feature maps. They depend on the frame alone: compute them once and hand them to every `decode`.
     """
 
-    features: tuple[torch.Tensor, ...] | None = None
+    features: FrameFeatures | None = None
 
 
 @dataclass
@@ -42,14 +42,14 @@ class VQMAGANDecoderOutput(DecoderOutput):
     """
     Args:
         sample (`torch.Tensor` of shape `(B, 3, H, W)`): the middle frame, nominally in `[-1, 1]`, not clamped.
-        commit_loss (`torch.Tensor` of shape `(B,)`): vector quantisation loss; zeros where nothing was quantised.
+        commit_loss (`torch.Tensor` of shape `(B,)`): vector quantization loss; zeros where nothing was quantized.
         offsets (`tuple` of `torch.Tensor` of shape `(B, 4, U, V)`):
             Offsets of each warp from the coarsest to the finest scale, in pixels of that scale: (x, y) from the
             middle frame to the previous frame, then (x, y) to the next.
         gates (`tuple` of `torch.Tensor` of shape `(B, 1, U, V)`):
             Share in `[0, 1]` that the previous frame has in each warp, in the same order.
-        code_indices (`torch.Tensor`, *optional*): the codes that the latents were quantised to, flat.
-        latents (`torch.Tensor`, *optional*): from `forward` alone, the middle frame's latents before quantisation.
+        code_indices (`torch.Tensor`, *optional*): the codes that the latents were quantized to, flat.
+        latents (`torch.Tensor`, *optional*): from `forward` alone, the middle frame's latents before quantization.
     """
 
     # None by default, as `BaseOutput` wants of every field but the first to be rebuilt from a dictionary.
@@ -223,24 +223,23 @@ class MAWarpBlock(nn.Module):
         w_prev = warp(φ_prev, Ω_prev)          w_next = warp(φ_next, Ω_next)
         g = σ(f_g(w_prev, w_next))             h̃ = g·w_prev + (1 − g)·w_next + f_δ(h)
 
-    With `coarse_to_fine`, `f_Ω` estimates a correction to offsets carried from the coarser scale (and to the offset
-    channels of the hints, where `offset_hints`), and looks at features already warped along them. With
+    With `coarse_to_fine`, `f_Ω` estimates a correction to offsets carried from the coarser scale (and to the hints' own
+    offsets, where they have them), and looks at features already warped along them. With
     `match_neighbours` it sees the other neighbour's features beside its own, so that it can compare the two.
     """
 
     def __init__(
         self,
         channels: int,
-        hint_channels: int,
+        layout: HintLayout,
         act_fn: str,
         coarse_to_fine: bool,
-        offset_hints: bool,
         match_neighbours: bool,
     ):
         super().__init__()
-        self.coarse_to_fine, self.offset_hints = coarse_to_fine, offset_hints
+        self.layout, self.coarse_to_fine = layout, coarse_to_fine
         self.offset_net = nn.Sequential(
-            ComparingConv2d(channels, hint_channels, match_neighbours, 2 if coarse_to_fine else 0),
+            ComparingConv2d(channels, layout.channels, match_neighbours, 2 if coarse_to_fine else 0),
             _activation(act_fn),
             nn.Conv2d(channels, channels, 3, padding=1),
             _activation(act_fn),
@@ -277,7 +276,10 @@ class MAWarpBlock(nn.Module):
             `(2B, C, U, V)`.
         """
         # 1. where the search starts  # [2B,2,U,V]
-        start = hints[:, -2:].float() if self.offset_hints else torch.zeros_like(hints[:, :2], dtype=torch.float32)
+        if self.layout.has_offsets:
+            start = self.layout.offsets(hints).float()
+        else:
+            start = torch.zeros_like(hints[:, :2], dtype=torch.float32)
         if corrections is None:
             corrections = torch.zeros_like(start)
         start = start + corrections
@@ -304,18 +306,36 @@ class MAWarpBlock(nn.Module):
         return blended, corrections + estimate, offsets, gate, warped
 
 
-class FrameHead(nn.Module):
-    r"""
-    From the decoder's finest features to the image.
+class PaintHead(nn.Module):
+    """From the decoder's finest features to the image, painted from them alone, as in the paper."""
 
-    With `warp_frames` the frames themselves pass a last MA-WARP at image resolution, so that texture is copied and not
-    repainted: offsets, gate and residual are predicted at the decoder's finest stride and unfolded to pixels, and
+    def __init__(self, channels: int, out_channels: int, stride: int, norm_num_groups: int | None, act_fn: str):
+        super().__init__()
+        self.stride = stride
+        self.conv_norm = _norm(norm_num_groups, channels)
+        self.act = _activation(act_fn)
+        self.conv_out = nn.Conv2d(channels, out_channels * stride**2, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.conv_out.weight
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, 3, H, W)` from the decoder's finest features `(B, C, H / stride, W / stride)`."""
+        return F.pixel_shuffle(self.conv_out(self.act(self.conv_norm(hidden_states))), self.stride)
+
+
+class WarpHead(nn.Module):
+    r"""
+    From the decoder's finest features to the image, by a last MA-WARP of the frames themselves at image resolution, so that texture is
+    copied and not repainted.
+
+    Offsets, gate and residual are predicted at the decoder's finest stride and unfolded to pixels, and
     `refine_channels` (0: none) sets the width of a small network that touches up the blend at full resolution. With
     `compare_warps` the offsets, gate and residual are predicted from both neighbours' warped features too: the blend of
     these, which the decoder's features are, does not tell where they disagree, as they do where one side is hidden. Where
     the frames differ by less than `still_threshold`, in the mean around a pixel, their own mean takes the place of what was
     predicted: by as much as they differ less, and wholly where they are equal.
-    Without `warp_frames`, the image is painted from the features alone, as in the paper.
     """
 
     def __init__(
@@ -325,24 +345,19 @@ class FrameHead(nn.Module):
         stride: int,
         norm_num_groups: int | None,
         act_fn: str,
-        warp_frames: bool,
         refine_channels: int,
         compare_warps: bool,
         still_threshold: float,
     ):
         super().__init__()
-        self.stride, self.warp_frames, self.compare_warps = stride, warp_frames, compare_warps
-        self.still_threshold = still_threshold
+        self.stride, self.compare_warps, self.still_threshold = stride, compare_warps, still_threshold
         self.conv_norm = _norm(norm_num_groups, channels)
         self.act = _activation(act_fn)
-        # A pixel's outputs: residual, and with `warp_frames` also 2 + 2 offsets and the gate's logit.
-        pixel_channels = out_channels + 5 if warp_frames else out_channels
         in_channels = 3 * channels if compare_warps else channels
-        self.conv_out = nn.Conv2d(in_channels, pixel_channels * stride**2, 3, padding=1)
-        if warp_frames:
-            _zero_init(self.conv_out)
+        # A pixel's outputs: 2 + 2 offsets, the gate's logit, and the residual.
+        self.conv_out = _zero_init(nn.Conv2d(in_channels, (out_channels + 5) * stride**2, 3, padding=1))
         self.refine = None
-        if warp_frames and refine_channels:
+        if refine_channels:
             self.refine = nn.Sequential(
                 nn.Conv2d(3 * out_channels + 1, refine_channels, 3, padding=1),
                 _activation(act_fn),
@@ -363,7 +378,7 @@ class FrameHead(nn.Module):
         warped: torch.Tensor | None = None,
         log_odds: torch.Tensor | None = None,
         share: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`(B, C, H / stride, W / stride)`): the decoder's finest features.
@@ -374,14 +389,12 @@ class FrameHead(nn.Module):
             share (`(B, 1, 1, 1)`, *optional*): of the previous frame where nothing moves; half if not given.
 
         Returns:
-            `(image, offsets, gate)`; the last two are None without `warp_frames`.
+            `(image, offsets, gate)`.
         """
         hidden_states = self.act(self.conv_norm(hidden_states))
         if self.compare_warps:
             hidden_states = torch.cat([hidden_states, *halves(warped)], dim=1)
         pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride).to(frames.dtype)
-        if not self.warp_frames:
-            return pixels, None, None
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
         logits = pixels[:, 4:5]
         gate = torch.sigmoid(logits if log_odds is None else logits + log_odds.to(frames.dtype))
@@ -413,9 +426,8 @@ class MotionDecoder(nn.Module):
         act_fn: str,
         stem_stride: int,
         add_attention: bool,
-        hint_channels: int,
+        layout: HintLayout,
         coarse_to_fine: bool,
-        offset_hints: bool,
         match_neighbours: bool,
         warp_frames: bool,
         refine_channels: int,
@@ -423,11 +435,11 @@ class MotionDecoder(nn.Module):
         still_threshold: float,
     ):
         super().__init__()
-        self.coarse_to_fine, self.offset_hints, self.stem_stride = coarse_to_fine, offset_hints, stem_stride
+        self.coarse_to_fine, self.stem_stride = coarse_to_fine, stem_stride
         widths = [*reversed(block_out_channels)]
 
         def warp_block(channels: int) -> MAWarpBlock:
-            return MAWarpBlock(channels, hint_channels, act_fn, coarse_to_fine, offset_hints, match_neighbours)
+            return MAWarpBlock(channels, layout, act_fn, coarse_to_fine, match_neighbours)
 
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], norm_num_groups, act_fn, add_attention)
@@ -441,32 +453,26 @@ class MotionDecoder(nn.Module):
             )
             self.warps.append(warp_block(out_channels_level))
             channels = out_channels_level
-        self.head = FrameHead(
-            channels,
-            out_channels,
-            stem_stride,
-            norm_num_groups,
-            act_fn,
-            warp_frames,
-            refine_channels,
-            compare_warps,
-            still_threshold,
+        shared = (channels, out_channels, stem_stride, norm_num_groups, act_fn)
+        self.head: PaintHead | WarpHead = (
+            WarpHead(*shared, refine_channels, compare_warps, still_threshold) if warp_frames else PaintHead(*shared)
         )
         self.gradient_checkpointing = False
 
     def forward(
         self,
         latents: torch.Tensor,
-        features_prev: Sequence[torch.Tensor],
-        features_next: Sequence[torch.Tensor],
+        frames: torch.Tensor,
+        features: Sequence[torch.Tensor],
         hints: Sequence[torch.Tensor],
         frame_offsets: torch.Tensor | None = None,
         log_odds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """
         Args:
-            latents (`(B, C, H / f, W / f)`): quantised latents.
-            features_prev, features_next: what `MotionEncoder` gave, with the frame in front; finest first.
+            latents (`(B, C, H / f, W / f)`): quantized latents.
+            frames (`(2B, 3, H, W)`): the previous and the next frames.
+            features: φ_prev and φ_next in one batch, finest first.
             hints: m_prev and m_next in one batch of `2B`, one tensor per feature map, in their order.
             frame_offsets (`(2B, 2, H, W)`, *optional*): offsets that the hints tell of the frames themselves.
             log_odds (`(B, 1, 1, 1)`, *optional*): see `MAWarpBlock`.
@@ -479,10 +485,9 @@ class MotionDecoder(nn.Module):
 
         # 1. the coarsest scale
         hidden_states = self.mid_block(self.conv_in(latents))  # [B,C,H/f,W/f]
-        features = [torch.cat(pair) for pair in zip(features_prev, features_next)]
         blocks = [(self.mid_warp, features[-1], hints[-1])]
-        blocks += list(zip(self.warps, features[-2:0:-1], hints[-2::-1]))
-        corrections = None
+        blocks += list(zip(self.warps, features[-2::-1], hints[-2::-1]))
+        carried = None
 
         # 2. up the scales, a warp after each
         for i, (warp_block, feature, hint) in enumerate(blocks):
@@ -490,31 +495,31 @@ class MotionDecoder(nn.Module):
                 hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
                 level = self.levels[i - 1]
                 hidden_states = level(hidden_states) if run is None else run(level, hidden_states)
-            arguments = (hidden_states, feature, hint, corrections, log_odds)
+            arguments = (hidden_states, feature, hint, carried, log_odds)
             hidden_states, corrections, offsets, gate, warped = (
                 warp_block(*arguments) if run is None else run(warp_block, *arguments)
             )
-            corrections = _upsample_offsets(corrections) if self.coarse_to_fine and i < len(self.levels) else None
+            if self.coarse_to_fine and i < len(self.levels):
+                carried = _upsample_offsets(corrections)
             all_offsets.append(torch.cat(halves(offsets), dim=1))
             all_gates.append(gate)
 
-        # 3. the frames themselves; what the last warp found is where they start
-        start = torch.cat(all_offsets[-1].chunk(2, dim=1))
+        # 3. the image, or the frames themselves; what the last warp found is where they start
+        if isinstance(self.head, PaintHead):
+            return self.head(hidden_states).to(frames.dtype), tuple(all_offsets), tuple(all_gates)
+        start = offsets
         if frame_offsets is not None:  # only the corrections are resized: the hints are known at full resolution
             start = start - hints[0][:, -2:].float()
         if self.stem_stride > 1:
             start = _upsample_offsets(start, self.stem_stride)
         if frame_offsets is not None:
             start = start + frame_offsets
-        share = None if log_odds is None else torch.sigmoid(log_odds.to(features[0].dtype))
-        image, offsets, gate = self.head(hidden_states, features[0], start, warped, log_odds, share)
-        if offsets is not None:
-            all_offsets.append(torch.cat(halves(offsets), dim=1))
-            all_gates.append(gate)
-        return image, tuple(all_offsets), tuple(all_gates)
+        share = None if log_odds is None else torch.sigmoid(log_odds.to(frames.dtype))
+        image, offsets, gate = self.head(hidden_states, frames, start, warped, log_odds, share)
+        return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
 
 
-class FrameFeatures(nn.Module):
+class PyramidEncoder(nn.Module):
     """Frame → feature pyramid alone: at each scale a convolution that halves the size, and another."""
 
     def __init__(self, in_channels: int, block_out_channels: Sequence[int], act_fn: str):
@@ -589,7 +594,7 @@ class NewsEncoder(nn.Module):
 
     def __init__(self, in_channels: int, latent_channels: int, block_out_channels: Sequence[int], act_fn: str):
         super().__init__()
-        self.features = FrameFeatures(3 * in_channels + 4, block_out_channels, act_fn)
+        self.features = PyramidEncoder(3 * in_channels + 4, block_out_channels, act_fn)
         self.conv_out = nn.Conv2d(block_out_channels[-1], latent_channels, 3, padding=1)
 
     def forward(self, frame: torch.Tensor, warped: Sequence[torch.Tensor], hints: torch.Tensor) -> torch.Tensor:
@@ -622,7 +627,7 @@ class NewsDecoder(nn.Module):
         self.warps = nn.ModuleList(
             JointWarpBlock(before, width, act_fn) for before, width in zip((widths[0], *widths[:-1]), widths)
         )
-        self.head = FrameHead(widths[-1], out_channels, 2, None, act_fn, True, refine_channels, False, still_threshold)
+        self.head = WarpHead(widths[-1], out_channels, 2, None, act_fn, refine_channels, False, still_threshold)
         self.gradient_checkpointing = False
 
     def forward(
@@ -635,7 +640,7 @@ class NewsDecoder(nn.Module):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """
         Args:
-            latents (`(B, C, H / f, W / f)`): quantised latents.
+            latents (`(B, C, H / f, W / f)`): quantized latents.
             frames (`(2B, 3, H, W)`): the previous and the next frames.
             features: φ_prev and φ_next in one batch, finest first.
             hints (`(B, 4, H / f, W / f)`): offsets that the hints tell, in pixels of that scale, float32.
@@ -766,7 +771,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                     "`news_block_out_channels` must be as many as `block_out_channels`, but are "
                     f"{len(news_block_out_channels)} and {len(block_out_channels)}."
                 )
-            self.encoder = FrameFeatures(in_channels, block_out_channels, act_fn)
+            self.encoder = PyramidEncoder(in_channels, block_out_channels, act_fn)
             self.news_encoder = NewsEncoder(in_channels, latent_channels, news_block_out_channels, act_fn)
             self.register_buffer("news_rms", torch.ones(latent_channels))
             self.evidence_conv = nn.Conv2d(block_out_channels[-1], evidence_channels, 1)
@@ -792,15 +797,19 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             latent_channels,
             out_channels,
             **shared,
-            hint_channels=hint_channels,
+            layout=self.hint_layout,
             coarse_to_fine=coarse_to_fine,
-            offset_hints=offset_hints,
             match_neighbours=match_neighbours,
             warp_frames=warp_frames,
             refine_channels=refine_channels,
             compare_warps=compare_warps,
             still_threshold=still_threshold,
         )
+
+    @property
+    def hint_layout(self) -> HintLayout:
+        """What the channels of the hints towards one neighbour are."""
+        return HintLayout(self.config.hint_channels, self.config.offset_hints)
 
     @property
     def downsample_factor(self) -> int:
@@ -825,14 +834,14 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     @apply_forward_hook
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
-    ) -> VQMAGANEncoderOutput | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    ) -> VQMAGANEncoderOutput | tuple[torch.Tensor | None, FrameFeatures]:
         """
         Args:
             x (`torch.Tensor` of shape `(B, 3, H, W)`): frames in `[-1, 1]`; H and W multiples of `downsample_factor`. Give them
                 in float32 in half precision too: the last warp blends the frames themselves, in their own dtype.
 
         Returns:
-            [`VQMAGANEncoderOutput`]: latents before quantisation, and the feature pyramid.
+            [`VQMAGANEncoderOutput`]: latents before quantization, and the frames' features.
         """
         if any(side % self.downsample_factor for side in x.shape[-2:]):
             raise ValueError(
@@ -840,11 +849,11 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                 f"but is {x.shape[-2]}x{x.shape[-1]}."
             )
         if self.config.news_latents:
-            features = (x, *self.encoder(x.to(self.dtype)))
-            return VQMAGANEncoderOutput(latents=None, features=features) if return_dict else (None, features)
-        latents, features = self.encoder(x.to(self.dtype))
-        latents = self.quant_conv(latents)
-        features = (x, *features)
+            latents, pyramid = None, self.encoder(x.to(self.dtype))
+        else:
+            latents, pyramid = self.encoder(x.to(self.dtype))
+            latents = self.quant_conv(latents)
+        features = FrameFeatures(x, pyramid)
         if not return_dict:
             return latents, features
         return VQMAGANEncoderOutput(latents=latents, features=features)
@@ -853,8 +862,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     def encode_news(
         self,
         frame_mid: torch.Tensor,
-        features_prev: tuple[torch.Tensor, ...],
-        features_next: tuple[torch.Tensor, ...],
+        features_prev: FrameFeatures,
+        features_next: FrameFeatures,
         hints_prev: torch.Tensor,
         hints_next: torch.Tensor,
         time: float | torch.Tensor = 0.5,
@@ -869,11 +878,11 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             features_prev, features_next, hints_prev, hints_next, time: as for `decode`.
 
         Returns:
-            Latents `(B, latent_channels, H / f, W / f)`, before quantisation.
+            Latents `(B, latent_channels, H / f, W / f)`, before quantization.
         """
         size = frame_mid.shape[-2:]
-        hints = [self.resize_hints(each[:, -2:], size).float() for each in (hints_prev, hints_next)]
-        warped = [warp(features[0], hint) for features, hint in zip((features_prev, features_next), hints)]
+        hints = [self.resize_hints(self.hint_layout.offsets(each), size).float() for each in (hints_prev, hints_next)]
+        warped = [warp(features.frame, hint) for features, hint in zip((features_prev, features_next), hints)]
         share = torch.as_tensor(time, dtype=torch.float32, device=frame_mid.device).view(-1, 1, 1, 1)
         mean = (1 - share) * warped[0] + share * warped[1]
         motion = torch.cat(hints, dim=1) / 16
@@ -892,8 +901,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     @apply_forward_hook
     def condition(
         self,
-        features_prev: tuple[torch.Tensor, ...],
-        features_next: tuple[torch.Tensor, ...],
+        coarsest_prev: torch.Tensor,
+        coarsest_next: torch.Tensor,
         hints_prev: torch.Tensor,
         hints_next: torch.Tensor,
     ) -> torch.Tensor:
@@ -902,14 +911,16 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         and local correlation, and the hints.
 
         Args:
-            features_prev, features_next, hints_prev, hints_next: as for `decode`.
+            coarsest_prev, coarsest_next (`torch.Tensor` of shape `(B, C, H / f, W / f)`): the neighbours' last feature maps,
+                `encode(frame).features.pyramid[-1]`.
+            hints_prev, hints_next: as for `decode`.
 
         Returns:
             `(B, condition_channels, H / f, W / f)`.
         """
-        features = torch.cat([features_prev[-1], features_next[-1]])
+        features = torch.cat([coarsest_prev, coarsest_next])
         hints = self.resize_hints(torch.cat([hints_prev, hints_next]), features.shape[-2:])
-        warped_prev, warped_next = halves(warp(self.evidence_conv(features), hints[:, -2:]))
+        warped_prev, warped_next = halves(warp(self.evidence_conv(features), self.hint_layout.offsets(hints)))
         correlation = correlate(warped_prev, warped_next, self.config.evidence_reach)
         seen = [warped_prev, warped_next, warped_prev - warped_next, correlation]
         return torch.cat([*seen, *halves((0.25 * hints).to(warped_prev.dtype))], dim=1)
@@ -918,8 +929,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     def decode(
         self,
         h: torch.Tensor,
-        features_prev: tuple[torch.Tensor, ...],
-        features_next: tuple[torch.Tensor, ...],
+        features_prev: FrameFeatures,
+        features_next: FrameFeatures,
         hints_prev: torch.Tensor,
         hints_next: torch.Tensor,
         force_not_quantize: bool = False,
@@ -940,7 +951,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         Returns:
             [`VQMAGANDecoderOutput`], or `(sample, commit_loss)`.
         """
-        height, width = features_prev[0].shape[-2:]
+        height, width = features_prev.frame.shape[-2:]
         for name, hints in (("hints_prev", hints_prev), ("hints_next", hints_next)):
             ratio = height // hints.shape[-2]
             if hints.shape[1] != self.config.hint_channels or (hints.shape[-2] * ratio, hints.shape[-1] * ratio) != (
@@ -952,20 +963,20 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                     f"this is a multiple of, but has shape {tuple(hints.shape)}."
                 )
         if force_not_quantize:
-            quantised, commit_loss, code_indices = h, h.new_zeros(h.shape[0]), None
+            quantized, commit_loss, code_indices = h, h.new_zeros(h.shape[0]), None
         else:
             # Codes lie closer together than half precision can tell.
             codebook = {"embedding.weight": self.quantize.embedding.weight.float()}
-            quantised, commit_loss, (_, _, code_indices) = functional_call(self.quantize, codebook, (h.float(),))
-            quantised = quantised.to(h.dtype)
+            quantized, commit_loss, (_, _, code_indices) = functional_call(self.quantize, codebook, (h.float(),))
+            quantized = quantized.to(h.dtype)
             commit_loss = commit_loss.repeat(h.shape[0])
+        layout, frames = self.hint_layout, torch.cat([features_prev.frame, features_next.frame])
+        features = [torch.cat(pair) for pair in zip(features_prev.pyramid, features_next.pyramid)]
         if self.config.news_latents:
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
-            features = [torch.cat(pair) for pair in zip(features_prev, features_next)]
-            small = [
-                self.resize_hints(each[:, -2:], features[-1].shape[-2:]).float() for each in (hints_prev, hints_next)
-            ]
-            arguments = (quantised.to(self.dtype), features[0], features[1:], torch.cat(small, dim=1))
+            size = features[-1].shape[-2:]
+            small = [self.resize_hints(layout.offsets(each), size).float() for each in (hints_prev, hints_next)]
+            arguments = (quantized.to(self.dtype), frames, features, torch.cat(small, dim=1))
             sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time))
             if not return_dict:
                 return sample, commit_loss
@@ -973,23 +984,23 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                 sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
             )
         # In the features' layout: in another, every layer would have to convert them.
-        hints = laid_out_as(features_prev[-1], torch.cat([hints_prev, hints_next]))  # [2B,K,H,W]
+        hints = laid_out_as(features_prev.pyramid[-1], torch.cat([hints_prev, hints_next]))  # [2B,K,H,W]
         pyramid, pooled = [], hints
-        for feature in features_prev[1:]:
+        for feature in features:
             if feature.shape[-1] <= pooled.shape[-1]:  # a mean of means of equal cells is their mean
                 pooled = self.resize_hints(pooled, feature.shape[-2:])
                 pyramid.append(pooled)
             else:
                 pyramid.append(self.resize_hints(hints, feature.shape[-2:]))
         offsets = None
-        if self.config.offset_hints and self.config.warp_frames:  # all that the frames' own warp reads of the hints
-            offsets = self.resize_hints(hints[:, -2:], (height, width)).float()
+        if layout.has_offsets and self.config.warp_frames:  # all that the frames' own warp reads of the hints
+            offsets = self.resize_hints(layout.offsets(hints), (height, width)).float()
         log_odds = None
         if self.config.time_conditioned:
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0])
             log_odds = torch.log((1 - time) / time).to(h.dtype).view(-1, 1, 1, 1)
         sample, offsets, gates = self.decoder(
-            self.post_quant_conv(quantised), features_prev, features_next, pyramid, offsets, log_odds
+            self.post_quant_conv(quantized), frames, features, pyramid, offsets, log_odds
         )
         if not return_dict:
             return sample, commit_loss
@@ -998,8 +1009,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         )
 
     def resize_hints(self, hints: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Hints `(B, K, H, W)` averaged to a smaller `size`, or interpolated to a larger one; offset channels, the last two, become
-        pixels of that size."""
+        """Hints `(B, K, H, W)`, or their offsets alone, averaged to a smaller `size` or interpolated to a larger one; offsets are in
+        pixels of that size then."""
         if hints.shape[-1] > size[1]:
             ratio = (hints.shape[-2] // size[0], hints.shape[-1] // size[1])
             resized, scales = F.avg_pool2d(hints, ratio), (1 / ratio[1], 1 / ratio[0])
@@ -1008,10 +1019,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             scales = (size[1] / hints.shape[-1], size[0] / hints.shape[-2])
         else:
             return hints
-        if not self.config.offset_hints:
-            return resized
-        scale = torch.tensor(scales, device=hints.device, dtype=hints.dtype).view(1, 2, 1, 1)
-        return torch.cat([resized[:, :-2], resized[:, -2:] * scale], dim=1)
+        return self.hint_layout.with_scaled_offsets(resized, scales)
 
     def forward(
         self,
@@ -1031,13 +1039,13 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             sample, frame_prev, frame_next (`torch.Tensor` of shape `(B, 3, H, W)`): frames in `[-1, 1]`.
             hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H, W)`): motion hints.
             latent_noise (`torch.Tensor`, *optional*): added to the latents in units of their standard deviation over
-                the batch, before they are quantised.
+                the batch, before they are quantized.
             time (`float` or `torch.Tensor` of shape `(B,)`): see `decode`.
         """
         batch = sample.shape[0]
         if self.config.news_latents:
             features = self.encode(torch.cat([frame_prev, frame_next])).features
-            features_prev, features_next = ([halves(feature)[side] for feature in features] for side in (0, 1))
+            features_prev, features_next = (features.map(lambda each: halves(each)[side]) for side in (0, 1))
             latents = decoded_latents = self.encode_news(
                 sample, features_prev, features_next, hints_prev, hints_next, time
             )
@@ -1052,8 +1060,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         latents = decoded_latents = encoded.latents[:batch]
         if latent_noise is not None:
             decoded_latents = latents + latent_noise * latents.detach().std()
-        features_prev = tuple(feature[batch : 2 * batch] for feature in encoded.features)
-        features_next = tuple(feature[2 * batch :] for feature in encoded.features)
+        features_prev = encoded.features.map(lambda each: each[batch : 2 * batch])
+        features_next = encoded.features.map(lambda each: each[2 * batch :])
         decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next, time=time)
         if not return_dict:
             return decoded.sample, decoded.commit_loss

@@ -5,6 +5,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
+from madiff_diffusers.decoder_inputs import FrameFeatures
 from madiff_diffusers.onnx_export import build_graphs, example_tensors, frame_multiple
 from madiff_diffusers.warping import correlate
 from tests.conftest import load_config
@@ -46,7 +47,7 @@ def calls(graphs: dict, name: str):
     def neighbours(tensors: dict) -> list:
         features = graphs["decode"].features
         return [
-            [tensors[f"frame_{which}"], *(tensors[pair[side]] for pair in features)]
+            FrameFeatures(tensors[f"frame_{which}"], tuple(tensors[pair[side]] for pair in features))
             for side, which in enumerate(("prev", "next"))
         ]
 
@@ -64,7 +65,7 @@ def calls(graphs: dict, name: str):
             lambda t: ([t["latents"], *neighbours(t), *hints(t)], {"return_dict": False, "time": t["time"]}),
         ),
         "unet": (unet, lambda t: ([unet_input(t), torch.tensor(999)], {"return_dict": False, **labels})),
-        "condition": (vqvae.condition, lambda t: ([*neighbours(t), *hints(t)], {})),
+        "condition": (vqvae.condition, lambda t: ([*(each.pyramid[-1] for each in neighbours(t)), *hints(t)], {})),
     }
     if "hints" in graphs:
         model = graphs["hints"].hint_model

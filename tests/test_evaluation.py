@@ -414,6 +414,27 @@ def test_settings_change_what_they_name_and_nothing_else(pipeline, root):
             result(**settings)
 
 
+def test_hints_to_compare_with_are_nothing_and_what_the_neighbours_tell(pipeline):
+    """Both stay what they were at the first step."""
+    pair = (moving_picture(-1, 64, 64), moving_picture(1, 64, 64))
+    prev, next_ = (torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 127.5 - 1 for frame in pair)
+    events, flow = pipeline.hints.sources
+    with torch.no_grad():
+        told = zip(events.events((prev, prev), (next_, next_)), flow.start(prev, next_))
+    expected = {"neighbours": [torch.cat(side, dim=1) for side in told]}
+    expected["none"] = [torch.zeros_like(side) for side in expected["neighbours"]]
+    frames = []
+    for policy in ("sampling", "damped", "start", "neighbours", "none"):
+        seen = []
+        hook = pipeline.unet.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][:, 9:]))
+        frames.append(MADiffMethod(pipeline, "tiny", "0", Settings(steps=3, hint_policy=policy))([pair])[0])
+        hook.remove()
+        if policy in expected:
+            small = [pipeline.vqvae.resize_hints(side, seen[0].shape[-2:]) for side in expected[policy]]
+            assert all(torch.allclose(each, torch.cat(small, dim=1), atol=1e-4) for each in seen)
+    assert len({frame.tobytes() for frame in frames}) == 5, "no two policies make the same frame"
+
+
 @pytest.mark.parametrize(
     "name, own, error",  # that Diffusers raises: in the constructor of the first two, in the others' first step
     [

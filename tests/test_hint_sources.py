@@ -22,7 +22,8 @@ from madiff_diffusers import (
     build_hint_source,
     register_hint_source,
 )
-from madiff_diffusers.motion_hints import _SOURCES, TRAVELLING, NullHints
+from madiff_diffusers.hint_registry import _SOURCES, TRAVELLING
+from madiff_diffusers.motion_hints import NullHints
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import local_hub
 from tests.processes import run_module
@@ -48,9 +49,6 @@ class ToyHints:
 
     def from_guess(self, frame_prev, frame_mid, frame_next):
         return self._hints(frame_mid, frame_prev), self._hints(frame_mid, frame_next)
-
-    def from_neighbours(self, frame_prev, frame_next):
-        return self.start(frame_prev, frame_next)
 '''
 
 
@@ -61,7 +59,7 @@ def toy(tmp_path, monkeypatch) -> str:
     folder.mkdir()
     (folder / "toy_hints.py").write_text(TOY)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", dict(_SOURCES))
+    monkeypatch.setattr("madiff_diffusers.hint_registry._SOURCES", dict(_SOURCES))
     yield "toy_hints:ToyHints"
     sys.modules.pop("toy_hints", None)
 
@@ -208,7 +206,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(toy, tmp_path, monke
     build_pipeline(config_for(toy, 2)).save_pretrained(tmp_path / "saved")
     for name in [name for name in _SOURCES if ":" in name]:
         del _SOURCES[name]
-    monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", {"flow": FlowHints})
+    monkeypatch.setattr("madiff_diffusers.hint_registry._SOURCES", {"flow": FlowHints})
     with pytest.raises(
         ValueError, match="'toy_hints:ToyHints', code that is not this package's. `trust_remote_code=True` runs"
     ):
@@ -229,13 +227,13 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(toy, tmp_path, monke
         loaded = MADiffPipeline.from_pretrained("some/toy", cache_dir=tmp_path / "cache", trust_remote_code=True)
         assert type(loaded.hints).__name__ == "ToyHints"
     (tmp_path / "saved" / "toy_hints.py").write_text(TOY.replace("* (b - a)", "* (a - b)"))
-    monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", {"flow": FlowHints})
+    monkeypatch.setattr("madiff_diffusers.hint_registry._SOURCES", {"flow": FlowHints})
     assert (
         type(MADiffPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True).hints).__module__
         != type(loaded.hints).__module__
     )
     (tmp_path / "saved" / "toy_hints.py").unlink()
-    monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", {"flow": FlowHints})
+    monkeypatch.setattr("madiff_diffusers.hint_registry._SOURCES", {"flow": FlowHints})
     with pytest.raises(ValueError, match="has no file toy_hints.py"):
         MADiffPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
 
@@ -344,7 +342,7 @@ def test_the_documented_example_runs(tmp_path, pair, monkeypatch):
     code = re.search(r"```python\n(import torch.*?)```", text, flags=re.DOTALL)[1]
     (tmp_path / "raft_hints.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("madiff_diffusers.motion_hints._SOURCES", dict(_SOURCES))
+    monkeypatch.setattr("madiff_diffusers.hint_registry._SOURCES", dict(_SOURCES))
     torch.manual_seed(0)
     torch.save(raft_small(weights=None).state_dict(), tmp_path / "raft.pth")
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[1])

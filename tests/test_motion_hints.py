@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints, build_hint_source
-from madiff_diffusers.motion_hints import damp_hints, single_threaded_opencv
+from madiff_diffusers.evaluation.hint_policies import from_neighbours
+from madiff_diffusers.motion_hints import damp_hints
+from madiff_diffusers.optical_flow import single_threaded_opencv
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import moving_picture
 from training.hints import load_hint_source, start_hints
@@ -102,7 +104,7 @@ def test_event_hints_start_from_nothing_and_run_towards_the_future(i2e):
         hints_prev, hints_next = source.from_guess(prev, mid, next_)
         assert torch.allclose(hints_prev, i2e(grey[0], grey[1]).events, atol=1e-5)
         assert torch.allclose(hints_next, i2e(grey[1], grey[2]).events, atol=1e-5)
-        for hints in source.from_neighbours(prev, next_):
+        for hints in from_neighbours(source, prev, next_):
             assert torch.allclose(hints, i2e(grey[0], grey[2]).events, atol=1e-5)
 
 

@@ -123,7 +123,7 @@ def test_the_page_s_example_makes_a_step_with_learned_hints(news):
     first, second = (torch.from_numpy(each).permute(2, 0, 1)[None] / 127.5 - 1 for each in (prev, next_))
     features, time = [vqvae.encode(each).features for each in (first, second)], torch.tensor([0.25])
     hints = hint_model(first, second, time)
-    seen = torch.cat([noise, vqvae.condition(*features, *hints)], dim=1)
+    seen = torch.cat([noise, vqvae.condition(*(each.pyramid[-1] for each in features), *hints)], dim=1)
     latents = unet(seen, 999, class_labels=1000 * time).sample
     expected = (
         ((vqvae.decode(latents, *features, *hints, time=time).sample.clamp(-1, 1) + 1) * 127.5)

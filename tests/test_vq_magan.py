@@ -36,8 +36,9 @@ def test_is_a_vq_model_with_features_at_every_scale():
     encoded = model.encode(frame)
     assert model.downsample_factor == 8
     assert encoded.latents.shape == (2, 3, 4, 6)
-    assert torch.equal(encoded.features[0], frame)
-    assert [tuple(feature.shape[-2:]) for feature in encoded.features] == [(32, 48), (16, 24), (8, 12), (4, 6)]
+    assert torch.equal(encoded.features.frame, frame)
+    features = (encoded.features.frame, *encoded.features.pyramid)
+    assert [tuple(feature.shape[-2:]) for feature in features] == [(32, 48), (16, 24), (8, 12), (4, 6)]
 
 
 @pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"norm_num_groups": None, "act_fn": "leaky_relu"}])
@@ -91,7 +92,7 @@ def test_what_does_not_move_is_kept():
         build(still_threshold=0.1, warp_frames=False)
 
 
-def test_decode_quantises_what_encode_does_not():
+def test_decode_quantizes_what_encode_does_not():
     model = excite(build())
     mid, prev, next_, hints_prev, hints_next = inputs(model)
     encoded = [model.encode(frame) for frame in (prev, next_)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from madiff_diffusers.motion_hints import single_threaded_opencv
+from madiff_diffusers.optical_flow import dis_flow
 
 
 LOG_EPS = (
@@ -138,14 +138,12 @@ def upsample_frames(frames: np.ndarray, largest_shift: float = 1.0, most: int = 
     Returns:
         The frames `(N, H, W)` uint8, and their times in [0, 1].
     """
-    flow_maker = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     height, width = frames.shape[1:]
     grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
     out, times = [frames[0]], [0.0]
     for number, (before, after) in enumerate(zip(frames[:-1], frames[1:])):
         # Flow of each frame towards the other, scaled to the moment in between (linear motion).
-        with single_threaded_opencv():
-            to_after, to_before = flow_maker.calc(before, after, None), flow_maker.calc(after, before, None)
+        to_after, to_before = dis_flow(before, after, "fast"), dis_flow(after, before, "fast")
         shift = float(np.percentile(np.linalg.norm(to_after, axis=-1), 99))
         factor = int(np.clip(np.ceil(shift / largest_shift), 1, most))
         for i in range(1, factor):

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from madiff_diffusers.eventgan import EventGANModel
-from madiff_diffusers.motion_hints import HintPair, HintSource, build_hint_source, damp_hints
+from madiff_diffusers.hint_registry import build_hint_source, hint_parts
+from madiff_diffusers.motion_hints import HintPair, HintSource, damp_hints
 from madiff_diffusers.vq_magan import VQMAGANModel
 
 
@@ -22,7 +23,7 @@ def load_hint_source(
         config["pipeline"].get("hint_settings"),
         config["pipeline"].get("event_scale", 1),
     )
-    if "events" not in name.split("+"):
+    if "events" not in hint_parts(name):
         return build_hint_source(name, settings=settings), None
     if not i2e:
         raise ValueError(f"`i2e` is needed with `hint_source` {name}: the folder of a trained EventGANModel.")

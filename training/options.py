@@ -18,8 +18,8 @@ from diffusers import SchedulerMixin, UNet2DModel
 
 import madiff_diffusers
 from madiff_diffusers.eventgan import EventGANModel
+from madiff_diffusers.hint_registry import hint_parts
 from madiff_diffusers.motion_flow import MotionHintModel
-from madiff_diffusers.motion_hints import hint_parts
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 

@@ -8,7 +8,7 @@ The latents that are decoded are the denoised ones, or the true ones, or zeros, 
 
 Loss: Charbonnier + LPIPS of the frame; the latents' squared error; flow of the hints and the decoder's offsets against flow
 from the true middle frame, which is exact in composed scenes, and in clips comes from a teacher that sees that frame and counts
-only where it warps better than what is trained; vector quantisation. At the end the parts are written to OUTPUT/pipeline. To
+only where it warps better than what is trained; vector quantization. At the end the parts are written to OUTPUT/pipeline. To
 resume, run the same command again.
 """
 
@@ -94,7 +94,7 @@ class SamplerOptions(RunOptions):
     lpips_weight: float = option(0.4, "of LPIPS", least=0)
     lpips_from: float = option(0.12, "share of the training after which LPIPS counts", least=0, most=1)
     latent_weight: float = option(0.02, "of the latents' squared error", least=0)
-    vq_weight: float = option(0.02, "of the quantisation loss", least=0)
+    vq_weight: float = option(0.02, "of the quantization loss", least=0)
     flow_weight: float = option(
         0.02,
         "of the hints' and offsets' distance to flow from the true middle frame, a pixel, at the start …",
@@ -187,14 +187,14 @@ class SamplerNetwork(nn.Module):
 
         # 2. what the true frame tells beside them
         both = vqvae.encode(torch.cat([prev, next_])).features
-        of_prev, of_next = ([feature.chunk(2)[side] for feature in both] for side in (0, 1))
+        of_prev, of_next = (both.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
         news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
-        quantised, found["vq"], (_, _, found["codes"]) = vqvae.quantize(news.float())
+        quantized, found["vq"], (_, _, found["codes"]) = vqvae.quantize(news.float())
         found["news"] = news
 
         # 3. a step of denoising
         def denoise(noisy: torch.Tensor, timesteps: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
-            condition = vqvae.condition(of_prev, of_next, *hints.split(2, dim=1))
+            condition = vqvae.condition(of_prev.pyramid[-1], of_next.pyramid[-1], *hints.split(2, dim=1))
             seen = torch.cat([noisy.to(condition.dtype), condition], dim=1)
             return self.unet(seen, timesteps, class_labels=1000 * time, return_dict=False)[0].float()
 
@@ -207,8 +207,8 @@ class SamplerNetwork(nn.Module):
             # The guess at half size, hints from it, and the second step from where the scheduler goes on.
             with torch.no_grad():
                 coarse = vqvae.encode(torch.cat(small[:2])).features
-            coarse_prev, coarse_next = ([feature.chunk(2)[side] for feature in coarse] for side in (0, 1))
-            code = self._quantised(F.avg_pool2d(clean, 2) / 2)
+            coarse_prev, coarse_next = (coarse.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
+            code = self._quantized(F.avg_pool2d(clean, 2) / 2)
             known = (F.avg_pool2d(hints.detach(), 2) / 2).split(2, dim=1)
             guess = vqvae.decode(code, coarse_prev, coarse_next, *known, force_not_quantize=True, time=time).sample
             found["guess"] = charbonnier(guess, small[2])
@@ -217,7 +217,7 @@ class SamplerNetwork(nn.Module):
                 2 * F.interpolate(found["refined"][-1], scale_factor=2.0, mode="bilinear", align_corners=False)
             )
             news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
-            quantised, more, _ = vqvae.quantize(news.float())
+            quantized, more, _ = vqvae.quantize(news.float())
             found["vq"] = (found["vq"] + more) / 2
             half_way = torch.full_like(timesteps, self.scheduler.config.num_train_timesteps // 2 - 1)
             clean = denoise(self.scheduler.add_noise(clean.detach(), noise, half_way), half_way, hints)
@@ -227,13 +227,13 @@ class SamplerNetwork(nn.Module):
 
         # 4. the frame
         latents = torch.where(
-            choice == 0, self._quantised(clean), torch.where(choice == 1, quantised, torch.zeros_like(quantised))
+            choice == 0, self._quantized(clean), torch.where(choice == 1, quantized, torch.zeros_like(quantized))
         )
         decoded = vqvae.decode(latents, of_prev, of_next, *hints.split(2, dim=1), force_not_quantize=True, time=time)
         found["sample"], found["offsets"] = decoded.sample, decoded.offsets
         return found
 
-    def _quantised(self, latents: torch.Tensor) -> torch.Tensor:
+    def _quantized(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents moved to their nearest codes, with a gradient as if they had not been; none goes to the codes."""
         codes = self.vqvae.quantize.embedding.weight.detach().float()
         flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])

@@ -2,7 +2,7 @@
 
     accelerate launch -m training.train_vq_magan --config compact --data CLIPS --i2e runs/i2e/i2e --output_dir runs/vqvae
 
-Loss: L1 + LPIPS + vector quantisation + λ · hinge patch-GAN, λ balanced at the last layer (Esser et al., 2021). Motion
+Loss: L1 + LPIPS + vector quantization + λ · hinge patch-GAN, λ balanced at the last layer (Esser et al., 2021). Motion
 hints come from the true middle frame and are given with a probability of `hint_probability`; otherwise the decoder gets
 start hints, as the first sampling step does. Of the hints given, a share of `guess_share` comes from a guess that the
 network itself decoded, as in MA-Sampling. The model is written to OUTPUT/vqvae at the end, its `scaling_factor`
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.data import Dataset, IterableDataset
 
+from madiff_diffusers.hint_registry import hint_parts
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.vq_magan import VQMAGANModel
 from training.adversary import Adversary
@@ -45,7 +46,7 @@ class VQMAGANOptions(RunOptions):
     l1_epsilon: float = option(0.0, "softens the L1 around zero: sqrt(d² + ε²), the Charbonnier loss", least=0)
     lpips_weight: float = option(1.0, "weight of LPIPS; 0: none", least=0)
     lpips_start: int = option(0, "step at which LPIPS starts", least=0)
-    vq_weight: float = option(1.0, "weight of the quantisation loss (codebook + 0.25 · commitment)", least=0)
+    vq_weight: float = option(1.0, "weight of the quantization loss (codebook + 0.25 · commitment)", least=0)
     anchor_weight: float = option(
         0.0, "weight of the latents' squared distance to the mean colours of their cells", least=0
     )
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             f"`hint_source` {config['hint_source']} gives {source.hint_channels} channels, but the configuration's vqvae takes "
             f"`hint_channels` {bare_model.config.hint_channels}."
         )
-    flow_source = FlowHints(fine="fine_flow" in config["hint_source"].split("+"))
+    flow_source = FlowHints(fine="fine_flow" in hint_parts(config["hint_source"]))
     lpips = lpips_loss(options, device)
     optimizer = torch.optim.AdamW(
         bare_model.parameters(),

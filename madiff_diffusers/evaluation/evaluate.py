@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from ..files import check_outputs
+from ..hint_registry import hint_parts
 from ..processes import this_process
 from .benchmarks import benchmark_title, find_triplets
 from .methods import LATENTS, MIDDLE, Method, Settings
@@ -52,8 +53,9 @@ def ablation(question: str, base: Settings, hint_source: str, values: Sequence |
     """
     name, defaults = QUESTIONS[question]
     if values is None and name == "hint_source":
-        defaults = (hint_source, *hint_source.split("+"))
-        if "+" not in hint_source:
+        parts = hint_parts(hint_source)
+        defaults = (hint_source, *parts)
+        if len(parts) == 1:
             raise ValueError(
                 f"`question` source needs a checkpoint of several hint sources, but this one's is {hint_source}."
             )

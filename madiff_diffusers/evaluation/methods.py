@@ -17,10 +17,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..hint_registry import hint_parts, named_parts
 from ..hub_repository import weights_kind
 from ..image_processor import to_uint8
-from ..motion_hints import HintSource, NullHints, StackedHints, single_threaded_opencv
-from ..pipeline_madiff import HINT_POLICIES, MADiffPipeline
+from ..motion_hints import HintSource, NullHints, StackedHints
+from ..optical_flow import dis_flow
+from ..pipeline_inputs import HINT_POLICIES
+from ..pipeline_madiff import MADiffPipeline
+from .hint_policies import ABLATION_POLICIES, NeighbourHints
 from .visualization import gate_image, hints_images
 
 
@@ -76,13 +80,12 @@ class Baseline:
         height, width = grey[0].shape
         places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
         warped = []
-        with single_threaded_opencv():
-            for image, (here, there), way in ((prev, (1, 0), time), (next_, (0, 1), 1 - time)):
-                flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey[here], grey[there], None)
-                frame = image.astype(np.float32) / 255
-                warped.append(
-                    cv2.remap(frame, places + way * flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-                )
+        for image, (here, there), way in ((prev, (1, 0), time), (next_, (0, 1), 1 - time)):
+            flow = dis_flow(grey[here], grey[there])
+            frame = image.astype(np.float32) / 255
+            warped.append(
+                cv2.remap(frame, places + way * flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            )
         return to_uint8((1 - time) * warped[0] + time * warped[1])
 
 
@@ -153,7 +156,7 @@ class Settings(NamedTuple):
 
     Args:
         steps: sampling steps.
-        hint_policy: see [`MADiffPipeline.__call__`].
+        hint_policy: see [`MADiffPipeline.__call__`]; or one of `ABLATION_POLICIES`.
         hint_interval: see there.
         hint_source: one part of the checkpoint's: the others' hints are replaced by zeros.
         scheduler: name of a Diffusers scheduler class, configured as the checkpoint's own.
@@ -200,10 +203,9 @@ class MADiffMethod:
         self.pipeline, self.settings, self.seed = pipeline, settings, seed
         self.label = f"{name} {settings.label()}".strip()
         config = pipeline.config
-        if settings.hint_policy not in (None, *HINT_POLICIES):
-            raise ValueError(
-                f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {settings.hint_policy!r}."
-            )
+        policies = (*HINT_POLICIES, *ABLATION_POLICIES)
+        if settings.hint_policy not in (None, *policies):
+            raise ValueError(f"`hint_policy` must be one of {', '.join(policies)}, but is {settings.hint_policy!r}.")
         for setting in ("steps", "hint_interval"):
             value = getattr(settings, setting)
             if value is not None and value < 1:
@@ -211,14 +213,21 @@ class MADiffMethod:
         hint_source = settings.hint_source or config.hint_source
         self.hints: HintSource | None = None  # the pipeline's own
         if hint_source != config.hint_source:
-            if hint_source not in config.hint_source.split("+"):
+            if hint_source not in hint_parts(config.hint_source):
                 raise ValueError(
                     f"`hint_source` must be of the checkpoint's {config.hint_source}, but is {hint_source!r}."
                 )
-            parts = zip(config.hint_source.split("+"), pipeline.hints.sources)
+            parts = named_parts(config.hint_source, pipeline.hints)
             self.hints = StackedHints(
                 [source if part == hint_source else NullHints(source.hint_channels) for part, source in parts]
             )
+        self.hint_policy = settings.hint_policy
+        if settings.hint_policy in ABLATION_POLICIES:  # of other hints at the start, which stay
+            source = self.hints or pipeline.hints
+            self.hints = (
+                NeighbourHints(source) if settings.hint_policy == "neighbours" else NullHints(source.hint_channels)
+            )
+            self.hint_policy = "start"
         self.scheduler = pipeline.scheduler
         if settings.scheduler is not None:
             self._take_scheduler(settings.scheduler)
@@ -362,7 +371,7 @@ class MADiffMethod:
                 [Image.fromarray(prev) for prev, _ in pairs],
                 [Image.fromarray(next_) for _, next_ in pairs],
                 num_inference_steps=settings.steps,
-                hint_policy=settings.hint_policy,
+                hint_policy=self.hint_policy,
                 hint_interval=settings.hint_interval,
                 force_not_quantize=settings.quantized is False,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in pairs],

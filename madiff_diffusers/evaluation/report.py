@@ -39,7 +39,7 @@ def load_summaries(output: Path) -> list[dict[str, Any]]:
         protocol = summary["protocol"]
         kind = {"madiff": 0, "flow": 2, "average": 3}.get(protocol["method"], 1)
         texts = [
-            str(protocol.get(name)) for name in ("checkpoint", "hint_policy", "hint_source", "scheduler", "quantised")
+            str(protocol.get(name)) for name in ("checkpoint", "hint_policy", "hint_source", "scheduler", "quantized")
         ]
         numbers = [protocol.get(name, 0) for name in ("hint_interval", "steps")]
         return summary["benchmark"], kind, *texts, *numbers, summary["label"]

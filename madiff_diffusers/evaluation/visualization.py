@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import torch
 
-from ..motion_hints import HintSource, StackedHints
+from ..hint_registry import named_parts
+from ..motion_hints import HintSource
 
 
 def events_image(events: torch.Tensor) -> np.ndarray:
@@ -31,9 +32,9 @@ def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> l
         source: the source. Parts of two channels are taken for offsets; of others, the mean is shown.
     """
     images = []
-    parts = source.sources if isinstance(source, StackedHints) else [source]
-    channels = hints.split([part.hint_channels for part in parts])
-    for name, each in zip(hint_source.split("+"), channels):
+    parts = named_parts(hint_source, source)
+    channels = hints.split([part.hint_channels for _, part in parts])
+    for (name, _), each in zip(parts, channels):
         if name == "events":
             images.append((name, events_image(each)))
         elif len(each) == 2:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Neighbours in MA-Sampling: encoded once, and shown to the denoiser and the decoder beside motion hints."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+
+from .decoder_inputs import FrameFeatures
+from .motion_hints import HintPair
+from .tiling import Tiling
+
+
+@dataclass
+class EncodedFrames:
+    """
+    Frames as neighbours, with what the networks make of each on its own, once for all that it is next to. Made by
+    [`MADiffPipeline.encode_frames`].
+
+    Args:
+        frames (`torch.Tensor` of shape `(B, 3, H', W')`): padded, in [-1, 1].
+        size (`tuple` of `int`): height and width before padding.
+        latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): before quantization, times the scaling factor; None where
+            the autoencoder's latents are news, which a frame alone has not.
+        features ([`FrameFeatures`], *optional*): see [`VQMAGANEncoderOutput`].
+        coarse ([`EncodedFrames`], *optional*): the same frames at the size of guesses, where that is another.
+    """
+
+    frames: torch.Tensor
+    size: tuple[int, int]
+    latents: torch.Tensor | None = None
+    features: FrameFeatures | None = None
+    coarse: Optional["EncodedFrames"] = None
+
+
+class FrameCoder:
+    """
+    What a [`VQMAGANModel`] does in MA-Sampling.
+
+    Args:
+        vqvae: the model.
+        tiling: runs it by tiles.
+        force_not_quantize: decode latents as they are, not moved to their nearest codes.
+    """
+
+    def __init__(self, vqvae: ModelMixin, tiling: Tiling | None = None, force_not_quantize: bool = False):
+        self.vqvae, self.tiling, self.force_not_quantize = vqvae, tiling, force_not_quantize
+        # Latents of news have no part in what frames are encoded to, and evidence of their own in the denoiser's condition.
+        self.tells_news = bool(getattr(vqvae.config, "news_latents", False))
+
+    def encode(self, *neighbours: EncodedFrames) -> None:
+        """Encode those that are not encoded yet, together."""
+        left = [each for each in neighbours if each.features is None]
+        if not left:
+            return
+        frames = torch.cat([each.frames for each in left])
+
+        def encode(frames: torch.Tensor) -> list[torch.Tensor]:
+            encoded = self.vqvae.encode(frames)
+            features = [encoded.features.frame, *encoded.features.pyramid]
+            return [*features, *([] if encoded.latents is None else [encoded.latents])]
+
+        made = encode(frames) if self.tiling is None else self.tiling(encode, [frames], *frames.shape[-2:])
+        if not self.tells_news:
+            latents = (made.pop() * self.vqvae.config.scaling_factor).chunk(len(left))
+            for each, own in zip(left, latents):
+                each.latents = own
+        for each, (frame, *pyramid) in zip(left, zip(*(feature.chunk(len(left)) for feature in made))):
+            each.features = FrameFeatures(frame, tuple(pyramid))
+
+    def coarse(self, each: EncodedFrames, scale: int) -> EncodedFrames:
+        """The same frames, `scale` times smaller; made once."""
+        if scale == 1:
+            return each
+        if each.coarse is None:
+            each.coarse = EncodedFrames(
+                F.avg_pool2d(each.frames, scale), (each.size[0] // scale, each.size[1] // scale)
+            )
+        return each.coarse
+
+    def condition(self, prev: EncodedFrames, next_: EncodedFrames, hints: HintPair) -> torch.Tensor:
+        """What the denoiser sees beside the noisy latents, `(TB, …, h, w)`, of T instants' hints and both encoded neighbours."""
+        count = len(hints[0]) // len(prev.frames)
+        if self.tells_news:
+            coarsest = [repeated(side.features.pyramid[-1], count) for side in (prev, next_)]
+            return self.vqvae.condition(*coarsest, *hints)
+        size, dtype = prev.latents.shape[-2:], self.vqvae.dtype
+        small = [self.vqvae.resize_hints(each, size).to(dtype) for each in hints]  # [TB,K,h,w] twice
+        return torch.cat([repeated(torch.cat([prev.latents, next_.latents], dim=1), count), *small], dim=1)
+
+    def decode(
+        self,
+        prev: EncodedFrames,
+        next_: EncodedFrames,
+        latents: torch.Tensor,
+        hints: HintPair,
+        instants: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            prev, next_: B neighbours on either side; encoded if they are not yet.
+            latents (`(TB, C, h, w)`): of T instants between each two, instant by instant, times the scaling factor.
+            hints (`(TB, K, H, W)` twice): see [`VQMAGANModel.decode`].
+            instants (`(TB,)`): in (0, 1).
+
+        Returns:
+            The frames, `(TB, 3, H, W)` float32 in [-1, 1].
+        """
+        self.encode(prev, next_)
+        count, split = len(latents) // len(prev.frames), 1 + len(prev.features.pyramid)
+        features = [
+            repeated(each, count) for side in (prev, next_) for each in (side.features.frame, *side.features.pyramid)
+        ]
+        images = [(latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype), *hints, *features]
+
+        def decode(
+            latents: torch.Tensor, hints_prev: torch.Tensor, hints_next: torch.Tensor, *features: torch.Tensor
+        ) -> list[torch.Tensor]:
+            sides = [FrameFeatures(each[0], tuple(each[1:])) for each in (features[:split], features[split:])]
+            return [
+                self.vqvae.decode(
+                    latents, *sides, hints_prev, hints_next, self.force_not_quantize, time=instants
+                ).sample
+            ]
+
+        size = prev.frames.shape[-2:]
+        if self.tiling is None:
+            (decoded,) = decode(*images)
+        else:
+            # Warps reach as far as the hints tell.
+            layout, reach = self.vqvae.hint_layout, 0.0
+            if layout.has_offsets:
+                scale = size[0] / hints[0].shape[-2]
+                reach = max(layout.offsets(each).abs().max().item() for each in hints) * scale
+            (decoded,) = self.tiling(decode, images, *size, reach)
+        return decoded.float().clamp(-1, 1)
+
+
+def repeated(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """`(B, C, H, W)` as `(count * B, C, H, W)`, the whole batch again and again."""
+    return tensor if count == 1 else tensor.repeat(count, 1, 1, 1)

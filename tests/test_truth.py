@@ -1,0 +1,75 @@
+"""What of the true middle frame can reach a denoiser: another true frame, and what the denoiser sees then."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from madiff_diffusers import MADiffPipeline, MotionHintModel, VQMAGANModel
+from tests.conftest import excite, moving_picture
+from tests.test_motion_news import tiny_news  # noqa: F401, a fixture
+from training.hints import draw_hints
+from training.train_sampler import SamplerNetwork
+
+
+def batch_of(truth: float) -> dict:
+    """Two samples whose neighbours are always the same, and whose true frames are the picture at another time."""
+    pictures = [
+        torch.stack([torch.from_numpy(moving_picture(time + shift, 64, 96)) for shift in (0, 9)])
+        for time in (-1, truth, 1)
+    ]
+    names = ("frame_prev", "frame_mid", "frame_next")
+    batch = {name: each.permute(0, 3, 1, 2).float() / 127.5 - 1 for name, each in zip(names, pictures)}
+    return {**batch, "time": torch.full((2,), 0.5)}
+
+
+def hints(pipeline: MADiffPipeline, truth: float, probability: float, guess_share: float) -> torch.Tensor:
+    shares = (probability, guess_share, 2, False)
+    with torch.no_grad():
+        drawn = draw_hints(pipeline.vqvae, pipeline.hints, batch_of(truth), *shares, torch.Generator().manual_seed(0))
+    return torch.cat(drawn)
+
+
+def test_hints_of_the_training_of_a_denoiser_know_the_truth_by_its_share_alone(pipeline):
+    start, true, guessed = (0.0, 0.0), (1.0, 0.0), (1.0, 1.0)
+    assert torch.equal(hints(pipeline, 0.0, *start), hints(pipeline, 5.0, *start))
+    assert not torch.equal(hints(pipeline, 0.0, *true), hints(pipeline, 5.0, *true)), (
+        "whose hints are extracted from it"
+    )
+    # A guess is decoded from the true latents, noised, and from nothing else of the true frame.
+    assert not torch.equal(hints(pipeline, 0.0, *guessed), hints(pipeline, 5.0, *guessed))
+    hook = pipeline.vqvae.quant_conv.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
+    assert torch.equal(hints(pipeline, 0.0, *guessed), hints(pipeline, 5.0, *guessed))
+    hook.remove()
+
+
+@pytest.mark.parametrize("two_steps", [False, True])
+def test_a_denoiser_of_news_sees_the_truth_in_its_noisy_latents_alone(tiny_news, two_steps):  # noqa: F811
+    torch.manual_seed(0)
+    settings = dict(tiny_news["scheduler"])
+    scheduler = getattr(diffusers, settings.pop("class"))(**settings)
+    network = SamplerNetwork(
+        excite(MotionHintModel(**tiny_news["hint_model"])),
+        excite(VQMAGANModel(**tiny_news["vqvae"])),
+        excite(UNet2DModel(**tiny_news["unet"])),
+        scheduler,
+    ).eval()
+    noise = torch.randn(2, 4, 16, 24)
+    draws = {"noise": noise, "timesteps": torch.full((2,), 999), "choice": torch.zeros(2)}
+
+    def seen(truth: float) -> list:
+        inputs = []
+        hook = network.unet.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+        with torch.no_grad():
+            network(batch_of(truth), draws, lambda hints: hints, two_steps)
+        hook.remove()
+        return inputs
+
+    noisy, others = seen(0.0), seen(5.0)
+    assert len(noisy) == 1 + two_steps
+    assert torch.equal(noisy[0][:, 4:], others[0][:, 4:]), "all that it sees beside"
+    assert not torch.equal(noisy[0][:, :4], others[0][:, :4])
+    # In sampling, noise stands in the place of the noisy latents, and nothing is left of the truth: not in the second step either,
+    # whose hints are from the first one's guess.
+    scheduler.add_noise = lambda clean, noise, timesteps: noise
+    assert all(torch.equal(one, other) for one, other in zip(seen(0.0), seen(5.0), strict=True))
