@@ -9,7 +9,18 @@ TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorb
 # What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
 TRAIN += ["numpy>=2.0", "opencv-python-headless>=4.10", "scikit-image>=0.24"]
 ONNX = ["onnx>=1.23", "onnxscript>=0.7.2", "onnxruntime>=1.20"]
-TEST = ["pytest>=8.0", "nbclient>=0.10", "ipykernel>=6.29", "pytest-xdist>=3.6", "hypothesis>=6.100", *TRAIN, *ONNX]
+# Their next versions may format and find otherwise.
+LINT = ["ruff~=0.17.6", "mypy~=2.4.1"]
+TEST = [
+    "pytest>=8.0",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    *TRAIN,
+    *ONNX,
+    *LINT,
+]
 
 DEMO = ["gradio>=6.31"]
 
