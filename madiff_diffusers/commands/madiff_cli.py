@@ -8,8 +8,7 @@ import traceback
 from .. import __version__
 from .ablate import AblateCommand
 from .common import CommandError, in_flags
-from .convert_eventgan import ConvertEventGANCommand
-from .convert_rife import ConvertRIFECommand
+from .convert import ConvertEventGANCommand, ConvertRIFECommand
 from .demo import DemoCommand
 from .evaluate import EvaluateCommand
 from .export import ExportCommand

@@ -7,29 +7,12 @@ import av
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from ..files import IMAGE_SUFFIXES, natural_order
 from ..image_io import upright
 from ..image_processor import rgb_of_image, rgba_of_transparent
 from .errors import VideoError
 from .ffmpeg import display_matrix, file_url, reason, turn
 
-
-IMAGE_SUFFIXES = (
-    ".bmp",
-    ".dpx",
-    ".exr",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tga",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
 
 # The most pixels of a frame, 8192x8192, so that a damaged header cannot fill the memory.
 MOST_PIXELS = 2**26
@@ -61,10 +44,7 @@ def find_images(path: Path) -> tuple[list[Path] | None, list[Path]]:
         raise VideoError(
             f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}"
         )
-    order = sorted(
-        images, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)]
-    )
-    return order, sorted(set(named) - set(images))
+    return sorted(images, key=lambda each: natural_order(each.name)), sorted(set(named) - set(images))
 
 
 def is_named(name: str, pattern: str) -> bool:

@@ -10,6 +10,7 @@ import av
 import cv2
 import numpy as np
 
+from madiff_diffusers.files import natural_order
 from madiff_diffusers.scene_cuts import find_cuts
 from training.event_recordings import LAYOUT
 from training.options import RunOptions
@@ -64,13 +65,12 @@ def read_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def natural_order(path: Path) -> list:
-    """Sorting key: frame2 comes before frame10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+def by_name(path: Path) -> list[int | str]:
+    return natural_order(path.name)
 
 
 def images_in(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES), key=natural_order)
+    return sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES), key=by_name)
 
 
 class ImageClips:
@@ -306,7 +306,7 @@ def read_source(name: str, path: str, options: RunOptions, split: str = "train")
     if not root.is_dir():
         raise _wrong_layout(name, path, "there is no such folder")
     if name == "videos":
-        paths = sorted((p for p in root.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES), key=natural_order)
+        paths = sorted((p for p in root.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES), key=by_name)
         if not paths:
             raise _wrong_layout(name, path, "there is no video file in it")
         clips = VideoClips(paths, options.cache_gib, options.on_unreadable)
@@ -319,7 +319,7 @@ def read_source(name: str, path: str, options: RunOptions, split: str = "train")
         return StillClips(images_in(root))
     if name in ("frames", "bvi-dvc"):
         parent = root / "quintuplets" if name == "bvi-dvc" else root
-        folders = sorted((p for p in parent.glob("*") if p.is_dir()), key=natural_order)
+        folders = sorted((p for p in parent.glob("*") if p.is_dir()), key=by_name)
         lists = [frames for frames in map(images_in, folders) if frames]
         if not lists:
             raise _wrong_layout(name, path, f"there is no folder with pictures in {str(parent)!r}")
