@@ -19,6 +19,7 @@ from madiff_diffusers import (
     RIFEFlowModel,
     VQMAGANModel,
     convert_rife_checkpoint,
+    interpolate_frames,
 )
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.warping import correlate, warp
@@ -239,6 +240,13 @@ def test_frames_come_at_any_instant(pipeline, pair, steps):
     ).frames
     assert frames.shape == (2, 3, 51, 67, 3)
     assert np.abs(frames[:, 0] - frames[:, 2]).max() > 1e-3
+
+
+def test_streams_are_interpolated_by_news(pipeline):
+    frames = [moving_picture(time) for time in range(3)]
+    made = list(interpolate_frames(pipeline, frames, output_type="np"))
+    alone = pipeline(frames[0], frames[1], output_type="np", generator=torch.Generator().manual_seed(0)).frames[0, 0]
+    assert len(made) == 6 and np.abs(made[1] - alone).max() < 1e-5
 
 
 def test_hints_are_extracted_between_steps_alone(pipeline, pair):

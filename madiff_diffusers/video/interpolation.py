@@ -42,12 +42,14 @@ class FrameInterpolator:
         # Middles of middles are asked for together, unless they are so many that they would take too much memory.
         recursive = self._pipeline.config.default_recursive and len(times) <= MOST_TOGETHER
         at_once = len(times) if recursive else self._frames_per_batch
+        vqvae = self._pipeline.vqvae
+        channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
         for first in range(0, len(times), at_once or 1):
             chosen = list(times[first : first + at_once])
             encoded = prev.encoded(self._pipeline), next_.encoded(self._pipeline)
-            assert encoded[0].latents is not None  # `encode_frames` has made them.
+            height, width = (side // vqvae.downsample_factor for side in encoded[0].frames.shape[-2:])
             generator = torch.Generator().manual_seed(self._seed)
-            noise = torch.randn(1, 1, *encoded[0].latents.shape[1:], generator=generator)
+            noise = torch.randn(1, 1, channels, height, width, generator=generator)
             made = self._pipeline(
                 *encoded,
                 times=chosen,
