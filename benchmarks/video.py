@@ -17,7 +17,7 @@ import torch
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.video.colour import ColourPath, ColourTags
-from madiff_diffusers.video.middles import FrameMaker, Neighbour
+from madiff_diffusers.video.interpolation import FrameInterpolator, SourceFrame
 
 
 def cut(clip: Path, frames: int, out: Path) -> list:
@@ -49,10 +49,10 @@ def main() -> None:
         arrays = cut(args.clip, args.frames, source)
 
         def own() -> float:
-            start, maker, prev = time.perf_counter(), FrameMaker(pipeline), Neighbour(arrays[0])
+            start, interpolator, prev = time.perf_counter(), FrameInterpolator(pipeline), SourceFrame(arrays[0])
             for array in arrays[1:]:
-                next_ = Neighbour(array)
-                list(maker.between(prev, next_, [Fraction(1, 2)]))
+                next_ = SourceFrame(array)
+                list(interpolator.between(prev, next_, [Fraction(1, 2)]))
                 prev = next_
             return (time.perf_counter() - start) / (len(arrays) - 1)
 

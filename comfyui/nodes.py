@@ -10,7 +10,7 @@ import torch
 from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.precision import best_device, fastest_dtype
 from madiff_diffusers.video.frame_times import Timeline
-from madiff_diffusers.video.middles import FrameMaker, Neighbour
+from madiff_diffusers.video.interpolation import FrameInterpolator, SourceFrame
 
 
 DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -128,12 +128,12 @@ class MADiffInterpolate:
         )
         bar, check = host()
         progress = bar(len(timeline) if rate else (len(frames) - 1) * multiplier + 1) if bar else None
-        maker = FrameMaker(pipeline, steps or None, seed)
-        result, prev = [], Neighbour(frames[0])
+        interpolator = FrameInterpolator(pipeline, steps or None, seed)
+        result, prev = [], SourceFrame(frames[0])
         for index, shown in enumerate(timeline.shown()):
-            next_ = Neighbour(frames[index + 1]) if index + 1 < len(frames) else None
+            next_ = SourceFrame(frames[index + 1]) if index + 1 < len(frames) else None
             made = (
-                maker.between(prev, next_, [frame.position for frame in shown if frame.position])
+                interpolator.between(prev, next_, [frame.position for frame in shown if frame.position])
                 if next_
                 else iter(())
             )

@@ -24,13 +24,13 @@ _LOCATIONS = {
     "VQMAGANDecoderOutput": "vq_magan",
     "VQMAGANEncoderOutput": "vq_magan",
     "VQMAGANModel": "vq_magan",
-    "VideoError": "video.reading",
+    "VideoError": "video.errors",
     "VideoOptions": "video.options",
     "VideoResult": "video.jobs",
     "build_hint_source": "motion_hints",
     "convert_eventgan_checkpoint": "convert_eventgan",
     "convert_rife_checkpoint": "convert_rife",
-    "interpolate_frames": "video.middles",
+    "interpolate_frames": "video.streaming",
     "interpolate_video": "video.jobs",
     "register_hint_source": "motion_hints",
 }
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
         register_hint_source,
     )
     from .pipeline_madiff import EncodedFrames, MADiffPipeline, MADiffPipelineOutput
+    from .video.errors import VideoError
     from .video.jobs import VideoResult, interpolate_video
-    from .video.middles import interpolate_frames
     from .video.options import VideoOptions
-    from .video.reading import VideoError
+    from .video.streaming import interpolate_frames
     from .vq_magan import VQMAGANDecoderOutput, VQMAGANEncoderOutput, VQMAGANModel
 
 

@@ -22,8 +22,10 @@ from PIL import Image
 from .image_io import open_image
 from .image_processor import rgb_of_image, to_uint8
 from .pipeline_madiff import MADiffPipeline
-from .video.jobs import Progress, interpolate_video
-from .video.reading import Source, VideoError, main_stream
+from .video.decoding import Source, main_stream
+from .video.errors import VideoError
+from .video.jobs import interpolate_video
+from .video.progress import Progress
 
 
 POLL_SECONDS = 0.3  # between looks at how far the work is

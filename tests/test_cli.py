@@ -17,7 +17,7 @@ from madiff_diffusers import EventGANModel, __version__
 from madiff_diffusers.commands.madiff_cli import build_parser, main
 from madiff_diffusers.image_io import read_image, write_image
 from madiff_diffusers.precision import best_device
-from madiff_diffusers.video.writing import CODECS
+from madiff_diffusers.video.formats import CODECS
 from tests.conftest import moving_picture
 from tests.test_eventgan import original_state
 from tests.video_files import drifting, write_video

@@ -20,7 +20,7 @@ from madiff_diffusers.evaluation.methods import Baseline
 from madiff_diffusers.evaluation.metrics import Scorer
 from madiff_diffusers.files import check_outputs, filled_folder, natural_order, replacing, write_text
 from madiff_diffusers.image_io import write_image
-from madiff_diffusers.video.reading import VideoError
+from madiff_diffusers.video.errors import VideoError
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, film_clip, write_video
 

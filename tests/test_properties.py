@@ -22,9 +22,10 @@ from madiff_diffusers.properties import (
     found_in_image,
     lost,
 )
-from madiff_diffusers.video.found import hdr10_of
-from madiff_diffusers.video.reading import Source
-from madiff_diffusers.video.writing import CODECS, CONTAINERS, Hdr10
+from madiff_diffusers.video.decoding import Source
+from madiff_diffusers.video.encoding import Hdr10
+from madiff_diffusers.video.formats import CODECS, CONTAINERS
+from madiff_diffusers.video.source_properties import hdr10_of
 from tests.conftest import REPOSITORY, moving_picture
 from tests.video_files import decode, drifting, film_clip, phone_clip, read
 

@@ -7,7 +7,7 @@ import torch
 
 from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.tiling import Tiling
-from madiff_diffusers.video.middles import bytes_per_pixel, tile_pixels_for
+from madiff_diffusers.video.memory import bytes_per_pixel, tile_pixels_for
 from tests.conftest import moving_picture, photograph
 
 

@@ -12,11 +12,15 @@ from PIL import Image
 
 from madiff_diffusers import interpolate_frames, interpolate_video
 from madiff_diffusers.commands.madiff_cli import build_parser
+from madiff_diffusers.video.analysis import analyse
 from madiff_diffusers.video.colour import ColourPath, ColourTags, _samples, planar_format
+from madiff_diffusers.video.decoding import IMAGE_RATE, Source
+from madiff_diffusers.video.encoding import analogous_format
+from madiff_diffusers.video.errors import VideoError
+from madiff_diffusers.video.formats import CODECS, CONTAINERS
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.options import VideoOptions
-from madiff_diffusers.video.reading import IMAGE_RATE, Source, VideoError, analyse
-from madiff_diffusers.video.writing import CODECS, CONTAINERS, analogous_format, png_bytes
+from madiff_diffusers.video.parts import png_bytes
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
 

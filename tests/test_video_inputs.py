@@ -12,7 +12,10 @@ from PIL import Image, ImageCms, ImageOps
 
 from madiff_diffusers import interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
-from madiff_diffusers.video.reading import Source, VideoError, analyse, image_frame
+from madiff_diffusers.video.analysis import analyse
+from madiff_diffusers.video.decoding import Source
+from madiff_diffusers.video.errors import VideoError
+from madiff_diffusers.video.images import image_frame
 from tests.conftest import moving_picture
 from tests.video_files import decode, drifting, write_video
 
@@ -66,7 +69,7 @@ def test_a_motion_jpeg_with_a_profile_and_exif(tmp_path):
     (tmp_path / "film.mjpeg").write_bytes(
         b"".join((tmp_path / "frames" / f"{number}.jpg").read_bytes() for number in range(3))
     )
-    code = "import sys; from madiff_diffusers.video.reading import Source, analyse; print(len(analyse(Source(sys.argv[1])).starts))"
+    code = "import sys; from madiff_diffusers.video.analysis import analyse; from madiff_diffusers.video.decoding import Source; print(len(analyse(Source(sys.argv[1])).starts))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "film.mjpeg")], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "3\n", (done.returncode, done.stderr)
 

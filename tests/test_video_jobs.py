@@ -19,9 +19,9 @@ from PIL import Image
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
+from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.options import VideoOptions
-from madiff_diffusers.video.reading import VideoError
 from tests.conftest import moving_picture, two_processes
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
 

@@ -147,7 +147,8 @@ class VideoCommand(BaseCommand):
         from ..files import check_outputs
         from ..processes import own_device, this_process
         from ..video.batches import video_batch
-        from ..video.jobs import check_output, check_places, interpolate_video, make_video, outputs_of
+        from ..video.destinations import check_output, check_places, outputs_of
+        from ..video.jobs import interpolate_video, make_video
         from ..video.options import VideoOptions
 
         args = self.args
@@ -235,7 +236,7 @@ class VideoCommand(BaseCommand):
 
 def what_is_kept(output: Path) -> str:
     """The end of a message: what is left of a video that could not be finished."""
-    from ..video.jobs import partial_path, parts_folder
+    from ..video.destinations import partial_path, parts_folder
 
     folder, partial = parts_folder(output), partial_path(output)
     kept = f"; what is done is in {folder}, and --resume goes on with it" if folder.exists() else ""

@@ -1,4 +1,4 @@
-"""What can be set of a video: defaults, and how values are read; the same for Python and the command line."""
+"""Options of a video: their defaults, and how their values are read; the same for Python and the command line."""
 
 import re
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ from numbers import Integral, Rational, Real
 from typing import Any
 
 from ..scene_cuts import LEAST_CHANGE, RATIO
-from .reading import VideoError
+from .errors import VideoError
 
 
 Number = int | float | Fraction | str
 
-# Fields that are exact, with the largest denominator that files and clocks can hold.
+# Fields that are fractions, with the largest denominators that files and clocks can hold.
 _EXACT = {"fps": 10**5, "image_fps": 10**5, "slow_motion": 100, "max_gap": 1000}
 _RATES = ("fps", "image_fps")
 _INTEGERS = ("factor", "crf", "dedup_run", "steps", "seed")
@@ -26,21 +26,21 @@ class VideoOptions:
     How a video is interpolated. Numbers that are not whole may be fractions, floats or text such as "30000/1001".
 
     Args:
-        factor: frames in the place of each one; 2 unless told otherwise, or as many as `slow_motion` asks for.
-        fps: frames a second of the result, instead; see `read_rate`.
-        slow_motion: times that the result lasts longer.
-        audio: "keep" or "drop"; in slow motion, "stretch" (at the same pitch) or "drop". The first of them if not given.
-        codec, crf, preset: see `writing.CODECS`; what suits the file, if not given.
-        cut_threshold: least change of thumbnails, of 1, that may be a cut; above 1, nothing is.
-        cut_ratio: times that a cut changes more than the frames around it do.
-        max_gap: seconds between two frames above which the first is shown on and nothing is made.
+        factor: the number of frames in the place of each one; by default 2, or as many as `slow_motion` needs.
+        fps: frames a second of the result, in the place of `factor`; see `read_rate`.
+        slow_motion: how many times as long as the source the result lasts.
+        audio: "keep" or "drop"; in slow motion, "stretch" (at the same pitch) or "drop". By default, the first of the two.
+        codec, crf, preset: see `formats.CODECS`; by default, what suits the file.
+        cut_threshold: the least change of thumbnails, from 0 to 1, that may be a cut; above 1, there are no cuts.
+        cut_ratio: how many times as much as the frames around it a cut changes, at least.
+        max_gap: the greatest number of seconds between two frames across which frames are made; across more, the first is shown on.
         dedup: whether frames that only repeat the one before are left out, so that motion goes on across them.
-        dedup_threshold: change, of 255, of the block of 8x8 pixels that changes most, up to which a frame is a repetition.
-        dedup_run: repetitions in a row up to which they are motion sampled less often; more are a still picture.
-        skip_damage: go on behind damaged places of the source.
-        image_fps: frames a second of a source that is images; 24 if not given.
-        steps, seed: of sampling.
-        max_memory: bytes that the process may take, as far as tiles can see to it; or text such as "6GiB".
+        dedup_threshold: the greatest change of a repetition, from 0 to 255, in the block of 8x8 pixels that changes most.
+        dedup_run: the greatest number of repetitions in a row that are motion sampled less often; more are a still picture.
+        skip_damage: whether to go on behind damaged places of the source.
+        image_fps: frames a second of a source that is images; by default 24.
+        steps, seed: number of sampling steps (the checkpoint's own by default), and seed of the noise.
+        max_memory: bytes that the process may take, as far as tiles can limit it; or text such as "6GiB".
     """
 
     factor: int | None = None
@@ -62,8 +62,9 @@ class VideoOptions:
     seed: int = 0
     max_memory: int | str = 8 * 2**30
 
-    def checked(self) -> "VideoOptions":
-        """With all values read (exact ones as fractions), and `factor` and `audio` filled in.
+    def checked(self) -> "CheckedOptions":
+        """
+        Read all values, and fill in `factor` and `audio`.
 
         Raises:
             VideoError: for a value that cannot be read or is out of its range.
@@ -74,22 +75,24 @@ class VideoOptions:
             for name, value in vars(self).items()
             if value is not None or getattr(VideoOptions, name) is not None
         }
-        options = replace(self, **{name: _read(name, value) for name, value in given.items()})
+        values = {**vars(self), **{name: _read(name, value) for name, value in given.items()}}
+        slow_motion = values["slow_motion"]
+        usual = "keep" if slow_motion == 1 else "stretch"
+        options = CheckedOptions(**{**values, "audio": values["audio"] or usual})
 
         def need(name: str, right: bool, what: str) -> None:
             if not right:
                 raise VideoError(f"`{name}` must be {what}, but is {getattr(self, name)}")
 
-        factor, fps, image_fps, slow_motion = options.factor, options.fps, options.image_fps, options.slow_motion
+        factor, fps, image_fps = options.factor, options.fps, options.image_fps
         need("factor", factor is None or 1 <= factor <= 64, "an integer from 1 to 64")
         need("fps", fps is None or Fraction(1, 10) <= fps <= 1000, "from 0.1 to 1000")
         if factor is not None and fps is not None:
             raise VideoError(f"either `factor` or `fps` can be given, but both are: {self.factor} and {self.fps}")
         need("slow_motion", 1 <= slow_motion <= 64, "from 1 to 64")
-        usual = "keep" if slow_motion == 1 else "stretch"
         need(
             "audio",
-            options.audio in (None, usual, "drop"),
+            options.audio in (usual, "drop"),
             f"{usual} or drop{'' if slow_motion == 1 else ' in slow motion'}",
         )
         need("cut_threshold", options.cut_threshold >= 0, "at least 0")
@@ -102,12 +105,29 @@ class VideoOptions:
         need("seed", 0 <= options.seed < 2**63, "in [0, 2^63)")
         need("max_memory", options.max_memory >= 2**30, "at least 1 GiB")
         if factor is None and fps is None:
-            factor = 2 if slow_motion == 1 else ceil(slow_motion)
-        return replace(options, factor=factor, audio=options.audio or usual)
+            return replace(options, factor=2 if slow_motion == 1 else ceil(slow_motion))
+        return options
+
+
+@dataclass(frozen=True)
+class CheckedOptions(VideoOptions):
+    """[`VideoOptions`] whose values are read: each is of one type, and in its range. Either `factor` or `fps` is given."""
+
+    fps: Fraction | None = None
+    slow_motion: Fraction = Fraction(1)
+    audio: str = "keep"
+    max_gap: Fraction = Fraction(1)
+    image_fps: Fraction | None = None
+    max_memory: int = 8 * 2**30
+
+    def rate_of(self, rate: Fraction) -> Fraction:
+        """Frames a second of a result without `fps`, of a source of some rate."""
+        return rate / self.slow_motion * (self.factor or 1)
 
 
 def _read(name: str, value: Any) -> Any:
-    """A field's value in its own type.
+    """
+    Read a field's value as its own type.
 
     Raises:
         VideoError: if it cannot be.
@@ -129,10 +149,11 @@ def _read(name: str, value: Any) -> Any:
 
 
 def read_number(value: Number) -> Fraction:
-    """A number as a fraction, from any type of number or from text such as "0.5" or "1/3".
+    """
+    Read a number as a fraction, from any type of number or from text such as "0.5" or "1/3".
 
     Raises:
-        ValueError: if it is none, or not finite.
+        ValueError: if it is no number, or not finite.
     """
     try:
         if isinstance(value, bool):
@@ -143,7 +164,8 @@ def read_number(value: Number) -> Fraction:
 
 
 def read_rate(value: Number) -> Fraction:
-    """Frames a second. What broadcasting writes as 23.976, 29.97 or 59.94 is 24000/1001 and so on; fractions are as they are.
+    """
+    Read frames a second. Decimals such as broadcasting's 23.976, 29.97 and 59.94 become 24000/1001 and so on; fractions stay as they are.
 
     Raises:
         ValueError: as `read_number`.
@@ -155,7 +177,8 @@ def read_rate(value: Number) -> Fraction:
 
 
 def read_size(value: int | str) -> int:
-    """Bytes, from a number or from text such as "8GiB" or "6000MB".
+    """
+    Read a number of bytes, from a number or from text such as "8GiB" or "6000MB".
 
     Raises:
         ValueError: if it is neither.

@@ -7,10 +7,12 @@ import numpy as np
 from PIL import Image
 
 from ..properties import PROPERTIES, found_in_image
-from .assembling import carried_metadata
+from .analysis import Analysis
 from .colour import is_rgb
-from .reading import Analysis, Source, main_stream, side_data
-from .writing import Hdr10
+from .decoding import Source, main_stream
+from .encoding import Hdr10
+from .ffmpeg import has_side_data, side_data
+from .muxing import carried_metadata
 
 
 # FFmpeg's numbers of them, of its AVFrameSideDataType.
@@ -107,21 +109,3 @@ def found_in_frame(frame: av.VideoFrame) -> set[str]:
         for key, each in PROPERTIES.items()
         if key != "orientation" and any(has_side_data(frame, kind) for kind in each.side_data)
     }
-
-
-def has_side_data(frame: av.VideoFrame, kind: int) -> bool:
-    """
-    Whether a frame carries something of a kind; asked of FFmpeg by a filter, as `reading.side_data` does.
-
-    Args:
-        kind: FFmpeg's number, of its AVFrameSideDataType.
-    """
-    graph = av.filter.Graph()
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1))
-    graph.link_nodes(source, graph.add("sidedata", f"mode=select:type={kind}"), graph.add("buffersink")).configure()
-    graph.push(frame)
-    try:
-        graph.pull()
-    except (av.error.BlockingIOError, av.error.EOFError):
-        return False
-    return True

@@ -1,0 +1,255 @@
+"""What must be known of a whole video before it can be interpolated."""
+
+from array import array
+from fractions import Fraction
+from statistics import median
+from typing import Any, NamedTuple
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import Colorspace
+from PIL import ExifTags, Image
+
+from ..properties import pixel_aspect
+from ..scene_cuts import change
+from .colour import ColourTags, chroma_of, is_rgb, opacity
+from .decoding import Source, main_stream
+from .errors import VideoError
+from .ffmpeg import display_matrix, turn
+
+
+LONGEST_PAUSE = 600  # seconds
+
+
+class Analysis(NamedTuple):
+    """
+    What a whole video is like; times are in units of `unit`, from the first frame.
+
+    Args:
+        starts: when each frame begins, strictly increasing from 0.
+        end: when the last one ends.
+        unit: seconds.
+        origin: of the first frame in the file's own time, in seconds.
+        rate: frames a second, where they all lie on its grid, else the mean rate.
+        regular: whether they all do.
+        changes: how much each frame differs from the one before it; see `scene_cuts`. The first's is 0.
+        block_changes: the same of the block of 8x8 pixels that differs most.
+        size: height and width.
+        pixel_format: FFmpeg's name; where frames have several, of the one with most colours and bits.
+        tags: of colours of such frames.
+        is_transparent: whether something in some frame is not opaque.
+        pixel_aspect: width of a pixel by its height, where it is not told 1.
+        matrix: how players turn the frames, as FFmpeg's nine numbers; None if not at all.
+        mirrored, rotation: the same: whether left and right change places first, and then degrees against the clock.
+        interlaced: whether frames say that they hold two fields.
+        damage: what could not be decoded, in words.
+        notes: what else was left out.
+    """
+
+    starts: array
+    end: int
+    unit: Fraction
+    origin: Fraction
+    rate: Fraction
+    regular: bool
+    changes: array
+    block_changes: array
+    size: tuple[int, int]
+    pixel_format: str
+    tags: ColourTags
+    is_transparent: bool
+    pixel_aspect: Fraction | None
+    matrix: list[int] | None
+    mirrored: bool
+    rotation: int
+    interlaced: bool
+    damage: list[str]
+    notes: list[str]
+
+    def duplicates(self, threshold: float, most: int) -> tuple[list[int], list[int]]:
+        """
+        Frames that only repeat the one before them.
+
+        Args:
+            threshold: a frame is a duplicate if no block of 8x8 pixels changes by more, of 255.
+            most: duplicates in a row that stand for motion which was sampled less often; more of them are a still picture.
+
+        Returns:
+            numbers of those to be left out, so that frames are made across them; and of still ones, after which none need be made.
+        """
+        dropped, still, run = [], [], []
+        for index, size in [*enumerate(self.block_changes), (len(self.starts), float("inf"))]:
+            if 0 < index < len(self.starts) and size <= threshold:
+                run.append(index)
+                continue
+            if len(run) > most or (run and index == len(self.starts)):
+                still += [number - 1 for number in run]
+            else:
+                dropped += run
+            run = []
+        return dropped, still
+
+
+def analyse(
+    source: Source, *, blocks: bool = False, skip_damage: bool = False, keep_good: bool = False, progress: Any = None
+) -> Analysis:
+    """
+    Decode a whole video once, and keep a few numbers of each frame.
+
+    Args:
+        source: the video.
+        blocks: whether to compare frames block by block, as `duplicates` needs.
+        skip_damage: go on behind damaged places; see `Source.frames`.
+        keep_good: end at the first damaged place, with a note in `damage`.
+        progress: called once a frame.
+
+    Raises:
+        VideoError: if it has no frames, or is damaged.
+    """
+    starts, changes, block_changes = array("q"), array("f"), array("f")
+    seen: dict[str, Any] = {}
+    try:
+        for start, frame in source.frames(skip_damage):
+            if not starts:
+                seen.update(_first_frame(frame))
+            if frame.format.name != seen["pixel_format"] and _wealth(frame.format) > _wealth(
+                av.VideoFormat(seen["pixel_format"])
+            ):
+                seen.update(pixel_format=frame.format.name, tags=ColourTags.of(frame))
+            # Any matrix does to compare frames; the scaler does not know the file's own if it is a rare one.
+            matrix = {} if is_rgb(frame.format) else {"src_colorspace": Colorspace.ITU709}
+            small = (
+                frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA", **matrix)
+                .to_ndarray()
+                .astype(np.int16)
+            )
+            grey = (
+                frame.reformat(width=seen["size"][1], height=seen["size"][0], format="gray", **matrix).to_ndarray()
+                if blocks
+                else None
+            )
+            changes.append(change(seen["small"], small) if starts else 0.0)
+            block_changes.append(block_change(seen["grey"], grey) if starts and blocks else float("inf"))
+            starts.append(start)
+            seen["is_transparent"] = seen.get("is_transparent", False) or opacity(frame) is not None
+            seen.update(
+                small=small,
+                grey=grey,
+                duration=frame.duration,
+                interlaced=seen.get("interlaced") or frame.interlaced_frame,
+            )
+            if progress is not None:
+                progress()
+    except VideoError:
+        if not (keep_good and starts):
+            raise
+    if not starts:
+        raise VideoError(f"{source.path} has no frames that can be decoded")
+    damage, notes = list(source.damage), []
+    if source.late:
+        notes.append(
+            f"{source.late} frames of {source.path} are not later than the ones before them, and are left out"
+        )
+    first, unit = starts[0], source.time_base
+    steps = array("q", (b - a for a, b in zip(starts, starts[1:])))
+    usual = median(steps) if steps else 0
+    # What frames tell of how long they last is of the order in which they are decoded; the stream's end is surer.
+    last_step = 0 if source.end is None or source.late else source.end - starts[-1]
+    if not 0 < last_step <= 2 * max(steps, default=last_step):
+        last_step = seen["duration"] or round(usual) or round(1 / (source.rate or 25) / unit) or 1
+    relative = array("q", (start - first for start in starts))
+    end = relative[-1] + last_step
+    longest = max(last_step, max(steps, default=0))
+    if longest * unit > LONGEST_PAUSE:
+        raise VideoError(
+            f"{source.path} must have no pause of more than {LONGEST_PAUSE} s between frames, but has one of {float(longest * unit):.0f} s"
+        )
+    mean_rate = Fraction(len(starts)) / (end * unit)
+    grid = _on_grid(relative, end, unit, source.rate)
+    if grid is not None:
+        relative, end, unit = grid
+    return Analysis(
+        starts=relative,
+        end=end,
+        unit=unit,
+        origin=first * source.time_base,
+        rate=1 / unit if grid is not None else mean_rate.limit_denominator(100000),
+        regular=grid is not None,
+        changes=changes,
+        block_changes=block_changes,
+        damage=damage,
+        notes=notes,
+        **{
+            name: seen[name]
+            for name in (
+                "size",
+                "pixel_format",
+                "tags",
+                "is_transparent",
+                "matrix",
+                "mirrored",
+                "rotation",
+                "interlaced",
+            )
+        },
+        pixel_aspect=_pixel_aspect(source),
+    )
+
+
+def _first_frame(frame: av.VideoFrame) -> dict[str, Any]:
+    matrix = display_matrix(frame)
+    mirrored, rotation = turn(matrix)
+    return {
+        "size": (frame.height, frame.width),
+        "pixel_format": frame.format.name,
+        "tags": ColourTags.of(frame),
+        "matrix": matrix,
+        "mirrored": mirrored,
+        "rotation": rotation,
+    }
+
+
+def _wealth(pixel_format: av.VideoFormat) -> tuple[int, ...]:
+    """What orders formats by how much they hold: colours, bits, transparency, fineness of colours."""
+    across, down = chroma_of(pixel_format)
+    has_colours = is_rgb(pixel_format) or len(pixel_format.components) >= 3
+    return (
+        has_colours,
+        max(component.bits for component in pixel_format.components),
+        len(pixel_format.components),
+        -across * down,
+    )
+
+
+def _pixel_aspect(source: Source) -> Fraction | None:
+    if source.images is not None:
+        try:
+            with Image.open(source.images[0]) as image:
+                aspect, is_on_its_side = pixel_aspect(image), image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                return 1 / aspect if aspect and is_on_its_side else aspect
+        except Exception:  # Pillow raises anything at what it does not know, and FFmpeg has read it or told of it
+            return None
+    with source.open() as container:
+        aspect = main_stream(container, source.path).sample_aspect_ratio
+    return aspect if aspect and aspect != 1 else None
+
+
+def _on_grid(starts: array, end: int, unit: Fraction, rate: Fraction | None) -> tuple[array, int, Fraction] | None:
+    """Times as whole numbers of a rate's frames, where they are such to within the rounding of the file's clock."""
+    if not rate or unit * rate > Fraction(1, 4):
+        return (starts, end, unit) if rate and unit * rate == 1 else None
+    tick = unit * rate
+    numbers = array("q", (round(start * tick) for start in starts))
+    if any(abs(start * tick - number) > tick for start, number in zip(starts, numbers)) or any(
+        a >= b for a, b in zip(numbers, numbers[1:])
+    ):
+        return None
+    return numbers, max(numbers[-1] + 1, round(end * tick)), 1 / rate
+
+
+def block_change(prev: np.ndarray, next_: np.ndarray) -> float:
+    """The mean difference, of 255, of the block of 8x8 pixels where it is greatest, between two `(H, W)` uint8."""
+    difference = cv2.absdiff(prev, next_)
+    height, width = difference.shape
+    return float(cv2.resize(difference, (max(1, width // 8), max(1, height // 8)), interpolation=cv2.INTER_AREA).max())

@@ -1,0 +1,213 @@
+"""Video files and images in order, decoded frame by frame."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+
+from .errors import VideoError
+from .ffmpeg import file_url, reason
+from .images import IMAGE_SUFFIXES, MOST_PIXELS, find_images, image_frame, is_named
+
+
+VIDEO_SUFFIXES = (
+    ".avi",
+    ".gif",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ts",
+    ".webm",
+    ".wmv",
+    ".y4m",
+)
+
+IMAGE_RATE = Fraction(24)
+
+# Seconds by which a frame may be earlier than the one before it, as a fault of the file; more is another recording glued on.
+LONGEST_RETURN = 1
+
+
+class Source:
+    """
+    What can be decoded frame by frame.
+
+    Args:
+        path: a video file; a folder of images; or several images, named by a pattern with `%d`, `%05d`, `*` or `?`. Images are
+            taken in the order of the numbers in their names.
+        image_rate: frames a second of images, `IMAGE_RATE` if not given; a video file has its own.
+
+    Raises:
+        VideoError: if there is no such thing, or nothing that can be read.
+    """
+
+    def __init__(self, path: str | Path, image_rate: Fraction | None = None):
+        self.path = Path(path)
+        self.images, self.left_out = find_images(self.path)
+        if self.images is None and not self.path.is_file():
+            raise VideoError(f"there is no file {self.path}")
+        if self.images is None and self.path.stat().st_size == 0:
+            raise VideoError(f"{self.path} is empty")
+        if self.images is None and image_rate is not None:
+            raise VideoError(
+                f"`image_fps` is for images, but {self.path} is a video file, which has a rate of its own"
+            )
+        # Seconds that times are counted in, and the rate that the file tells, if it does.
+        self.rate = None if self.images is None else image_rate or IMAGE_RATE
+        self.time_base = Fraction(1) if self.rate is None else 1 / self.rate
+        # When the stream ends, where the file tells.
+        self.end: int | None = None
+        self.damage: list[str] = []
+        self.late = 0
+
+    def takes(self, path: Path) -> bool:
+        """Whether a file, if it were there, would be one of the images."""
+        if self.images is None or path.absolute().parent.resolve() != self.images[0].absolute().parent.resolve():
+            return False
+        return path.suffix.lower() in IMAGE_SUFFIXES and (self.path.is_dir() or is_named(path.name, self.path.name))
+
+    def open(self) -> av.container.InputContainer:
+        """
+        Raises:
+            VideoError: if it cannot be read.
+        """
+        try:
+            return av.open(file_url(self.path), metadata_errors="replace")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"cannot read {self.path} as a video: {reason(error)}") from error
+
+    def frames(self, skip_damage: bool = False) -> Iterator[tuple[int, av.VideoFrame]]:
+        """
+        All frames, with the times when they begin in units of `time_base`; each later than the one before. Frames that are not are
+        left out, and counted in `late`. All have the size of the first one.
+
+        Raises:
+            VideoError: where nothing can be decoded, or the size changes; with `skip_damage`, `damage` grows instead.
+        """
+        self.damage, self.late = [], 0
+        last, step, returned = None, 1, False
+        size, is_other = None, False
+        for start, frame in (
+            self._image_frames(skip_damage) if self.images is not None else self._file_frames(skip_damage)
+        ):
+            if start is None:
+                start = 0 if last is None else last + step
+            size, was_other = size or (frame.width, frame.height), is_other
+            is_other = (frame.width, frame.height) != size
+            if is_other:
+                if self.images is not None or not was_other:
+                    where = (
+                        f"{self.path} behind {float((last or 0) * self.time_base):.2f} s"
+                        if self.images is None
+                        else str(self.images[start])
+                    )
+                    self._damaged(
+                        f"{where} has frames of {frame.width}x{frame.height}, but of {size[0]}x{size[1]} before",
+                        skip_damage,
+                    )
+                continue
+            if last is not None and start <= last:
+                if (last - start) * self.time_base > LONGEST_RETURN and not returned:
+                    returned = True
+                    self._damaged(
+                        f"the times of {self.path} jump back by {float((last - start) * self.time_base):.1f} s",
+                        skip_damage,
+                    )
+                self.late += 1
+                continue
+            step = max(1, frame.duration or (0 if last is None else start - last))
+            last = start
+            yield start, frame
+
+    def _file_frames(self, skip_damage: bool) -> Iterator[tuple[int | None, av.VideoFrame]]:
+        with self.open() as container:
+            stream = main_stream(container, self.path)
+            self.time_base = stream.time_base
+            self.rate = stream.guessed_rate or stream.average_rate
+            self.end = None if stream.duration is None else (stream.start_time or 0) + stream.duration
+            stream.thread_type = "AUTO"
+            packets, last = container.demux(stream), None
+            is_avi, ahead = container.format.name == "avi", None
+            while True:
+                try:
+                    packet = next(packets, None)
+                    decoded = [] if packet is None else packet.decode()
+                except av.error.EOFError:
+                    return
+                except (av.FFmpegError, ValueError) as error:
+                    where = "its beginning" if last is None else f"{float(last * self.time_base):.2f} s"
+                    self._damaged(f"{self.path} is damaged behind {where}: {reason(error)}", skip_damage)
+                    continue
+                if packet is None:
+                    return
+                for frame in decoded:
+                    if frame.width * frame.height > MOST_PIXELS:
+                        raise VideoError(
+                            f"{self.path} must have frames of at most 8192x8192 pixels, but has {frame.width}x{frame.height}"
+                        )
+                    start = frame.pts
+                    if is_avi:  # which tells times of decoding alone; the last frames have none
+                        ahead = (frame.dts or 0) - (stream.start_time or 0) if ahead is None else ahead
+                        start = None if frame.dts is None else frame.dts - ahead
+                    last = start if start is not None else last
+                    if frame.is_corrupt:  # the decoder has filled in what it could not read
+                        where = "" if last is None else f" at {float(last * self.time_base):.2f} s"
+                        self._damaged(f"{self.path} is damaged: its frame{where} cannot be decoded whole", skip_damage)
+                        continue
+                    yield start, frame
+
+    def _image_frames(self, skip_damage: bool) -> Iterator[tuple[int, av.VideoFrame]]:
+        for number, path in enumerate(self.images):
+            try:
+                frame = image_frame(path)
+            except VideoError as error:
+                self._damaged(str(error), skip_damage)
+                continue
+            frame.duration = 1
+            yield number, frame
+
+    def _damaged(self, message: str, skip: bool) -> None:
+        self.damage.append(message)
+        # A file that is nothing but damage could go on for ever.
+        if not skip or len(self.damage) > 10000:
+            raise VideoError(message)
+
+
+def main_stream(container: av.container.InputContainer, path: Path) -> av.video.stream.VideoStream:
+    """The first video stream that is no cover picture.
+
+    Raises:
+        VideoError: if there is none that can be decoded.
+    """
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            context = stream.codec_context
+            if context is None:
+                raise VideoError(f"{path}: its video is of a kind that FFmpeg cannot decode")
+            if context.width * context.height > MOST_PIXELS:
+                raise VideoError(
+                    f"{path} must have frames of at most 8192x8192 pixels, but has {context.width}x{context.height}"
+                )
+            return stream
+    raise VideoError(f"{path} has no video")
+
+
+def is_video(path: Path) -> bool:
+    """Whether FFmpeg finds moving pictures in a file, whatever its name is."""
+    try:
+        with av.open(file_url(path), metadata_errors="replace") as container:
+            if container.format.name.endswith("_pipe") or container.format.name in (
+                "image2",
+                "tty",
+            ):  # images, and text
+                return False
+            main_stream(container, path)
+            return True
+    except (av.FFmpegError, OSError, ValueError):
+        return False

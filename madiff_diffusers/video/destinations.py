@@ -1,0 +1,97 @@
+"""Destinations of a video: the files that are written, and what is refused before anything is decoded."""
+
+import os
+import re
+from pathlib import Path
+
+from ..files import check_outputs
+from ..image_io import image_format
+from .decoding import Source
+from .errors import VideoError
+from .formats import FOLDER, check_encoding, container_of
+from .options import CheckedOptions
+
+
+def parts_folder(output: Path) -> Path:
+    """The folder where parts lie until an output is complete."""
+    return output.with_name(output.name + ".parts")
+
+
+def partial_path(output: Path) -> Path:
+    """The file that gets the good part of an output that is not completed, with `keep_partial`."""
+    return output.with_name(f"{output.stem}.partial{output.suffix}")
+
+
+def outputs_of(
+    output: Path, resume: bool, overwrite: bool, keep_partial: bool, preview: Path | None = None
+) -> list[tuple[Path, bool]]:
+    """
+    All files and folders that a video writes, each with whether it may be there already, as `check_outputs` takes them. The contents of
+    folders that are there are checked by `VideoJob.prepare`.
+    """
+    may_be_there = overwrite or (resume and (parts_folder(output) / "job.json").is_file())
+    written = [(output, overwrite or output.is_dir()), (parts_folder(output), True)]
+    written += [(partial_path(output), may_be_there)] if keep_partial else []
+    return written + ([] if preview is None else [(preview, may_be_there)])
+
+
+def check_output(output: Path, options: CheckedOptions) -> None:
+    """
+    Refuse an output that is known to fail whatever the source is.
+
+    Args:
+        output: the file or folder.
+        options: the options.
+
+    Raises:
+        VideoError: if the output cannot be written where it is, or as asked; see `formats.check_encoding`.
+    """
+    is_folder = container_of(output) is FOLDER
+    if not output.absolute().parent.is_dir():
+        raise VideoError(f"there is no folder {output.parent} to write into")
+    if output.exists() and output.is_dir() != is_folder:
+        raise VideoError(f"{output} is {'a folder' if output.is_dir() else 'a file'} already")
+    if is_folder and (output.is_symlink() or os.path.ismount(output)):
+        raise VideoError(
+            f"{output} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it"
+        )
+    if output.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in output.iterdir()):
+        raise VideoError(f"{output} holds other files than frames that were written before")
+    check_encoding(output, options.codec, options.crf, options.preset, options.fps)
+
+
+def check_places(
+    source: str | Path,
+    output: Path,
+    options: CheckedOptions,
+    resume: bool,
+    overwrite: bool,
+    keep_partial: bool,
+    preview: Path | None,
+) -> None:
+    """
+    Refuse, before anything is decoded, to write over what must stay, and what `check_output` refuses.
+
+    Args:
+        source, output, options, resume, overwrite, keep_partial, preview: see `interpolate_video`.
+
+    Raises:
+        VideoError: if something would be lost, or cannot be written as asked.
+        ValueError: if `preview` is not the name of an image file.
+    """
+    read = Source(source, options.image_fps)
+    if preview is not None:
+        image_format(preview)
+        if not preview.absolute().parent.is_dir():
+            raise VideoError(f"there is no folder {preview.parent} for `preview`")
+    try:
+        check_outputs(
+            outputs_of(output, resume, overwrite, keep_partial, preview),
+            read.images or [read.path],
+            "; `overwrite` replaces it",
+        )
+    except ValueError as error:
+        raise VideoError(str(error)) from error
+    if preview is not None and read.takes(preview):
+        raise VideoError(f"`preview` {preview} would become one of the images of {source}")
+    check_output(output, options)

@@ -1,0 +1,236 @@
+"""How the frames of a video are encoded, so that the result has what the source has."""
+
+import io
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+
+from .analysis import Analysis
+from .colour import PLANAR, ColourTags, chroma_of, is_rgb, planar_format
+from .errors import VideoError
+from .formats import CODECS, Container, container_of, refusal_of
+
+
+# What holds the samples of a planar format in fewer planes: all that some chips take.
+_INTERLEAVED = {"yuv420p": "nv12", "yuv420p10le": "p010le"}
+
+
+class Hdr10(NamedTuple):
+    """
+    What an HDR video tells of the display that it was made on, and of its light.
+
+    Args:
+        colours: CIE x and y of red, green, blue and white.
+        darkest, brightest: light of the display, in candela to the square metre.
+        most, most_mean: light of the brightest pixel, and of the brightest frame; 0 for not told.
+    """
+
+    colours: tuple[Fraction, ...]
+    darkest: Fraction
+    brightest: Fraction
+    most: int
+    most_mean: int
+
+    def options(self, codec: str) -> str:
+        """As the encoder of "hevc" or "av1" takes them."""
+
+        def written(first: Fraction, second: Fraction, unit: int) -> str:
+            return ",".join(
+                str(round(each * unit)) if codec == "hevc" else f"{float(each):.5f}" for each in (first, second)
+            )
+
+        red, green, blue, white = (
+            written(*self.colours[i : i + 2], 50000) for i in range(0, 8, 2)
+        )  # HEVC counts in such parts
+        display = f"G({green})B({blue})R({red})WP({white})L({written(self.brightest, self.darkest, 10000)})"
+        named = ("master-display", "max-cll") if codec == "hevc" else ("mastering-display", "content-light")
+        return f"{named[0]}={display}" + (
+            f":{named[1]}={self.most},{self.most_mean}" if self.most or self.most_mean else ""
+        )
+
+
+# What takes them, and under what name.
+_HDR10_OPTIONS = {"hevc": "x265-params", "av1": "svtav1-params"}
+
+
+class Encoding(NamedTuple):
+    """
+    How a video is written.
+
+    Args:
+        container: of the file.
+        codec: a name in `CODECS`.
+        options: of the encoder.
+        pixel_format: FFmpeg's name.
+        size: height and width as coded.
+        tags: of colours.
+        time_base: seconds that times are counted in.
+        rate: frames a second, on average.
+        pixel_aspect, matrix: see [`Analysis`].
+        mirrored, turned: whether left and right change places, and then degrees against the clock by which frames are turned, before
+            they are written.
+    """
+
+    container: Container
+    codec: str
+    options: dict[str, str]
+    pixel_format: str
+    size: tuple[int, int]
+    tags: ColourTags
+    time_base: Fraction
+    rate: Fraction
+    pixel_aspect: Fraction | None
+    matrix: list[int] | None
+    mirrored: bool
+    turned: int
+
+    @property
+    def standard(self) -> str:
+        """The kind of pictures, whoever encodes them: a name in `CODECS`."""
+        return CODECS[self.codec].standard or self.codec
+
+    def add_stream(self, output: av.container.OutputContainer) -> av.video.stream.VideoStream:
+        """A stream that encodes in this way, and says so in the file's header."""
+        os.environ.setdefault("SVT_LOG", "1")  # or the AV1 encoder tells its settings on stderr
+        stream = output.add_stream(CODECS[self.codec].encoder, rate=self.rate, options=dict(self.options))
+        context = stream.codec_context
+        context.height, context.width = self.size
+        context.pix_fmt = self.pixel_format
+        context.time_base = stream.time_base = self.time_base
+        context.color_range, context.colorspace = self.tags.range, self.tags.matrix
+        context.color_primaries, context.color_trc = self.tags.primaries, self.tags.transfer
+        if self.pixel_aspect is not None:
+            context.sample_aspect_ratio = self.pixel_aspect
+        if self.matrix is not None:
+            stream.set_display_matrix(self.matrix)
+        if self.standard == "hevc" and self.container.format in ("mp4", "mov"):
+            context.codec_tag = "hvc1"  # what Apple's players know it by
+        return stream
+
+    def unwritten_stream(self) -> tuple[av.container.OutputContainer, av.video.stream.VideoStream]:
+        """The same in a file that is never written to, which tells the encoder what the real one will."""
+        output = av.open(io.BytesIO(), "w", format="matroska" if self.codec == "gif" else self.container.format)
+        return output, self.add_stream(output)
+
+
+def told_tags(tags: ColourTags, pixel_format: str) -> ColourTags:
+    """With the range that formats have without saying so: of grey, and of what has a J in its name, the full one."""
+    is_full = pixel_format.startswith("yuvj") or (tags.range == 0 and pixel_format.startswith(("gray", "ya", "mono")))
+    return tags._replace(range=2) if is_full else tags
+
+
+def choose_encoding(
+    output: Path,
+    analysis: Analysis,
+    time_base: Fraction,
+    rate: Fraction,
+    codec: str | None = None,
+    crf: int | None = None,
+    preset: str | None = None,
+    hdr10: Hdr10 | None = None,
+) -> Encoding:
+    """
+    How to write a video so that it has what the source has: pixels, colours, shape.
+
+    Args:
+        output: file or folder.
+        analysis: of the source.
+        time_base, rate: of the frames that will be shown.
+        codec, crf, preset: if not the usual ones.
+        hdr10: what the source tells of it.
+
+    Raises:
+        VideoError: for what the file or codec cannot have.
+    """
+    container = container_of(output)
+    source = av.VideoFormat(analysis.pixel_format)
+    # The first that keeps ten bits where there are as many, and HDR10's metadata where there are such.
+    able = [
+        each
+        for each in container.codecs
+        if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))
+    ]
+    able = [each for each in able if hdr10 is not None and each in _HDR10_OPTIONS] or able
+    name = codec or (able or container.codecs)[0]
+    kind = CODECS[name]
+    options = dict(kind.options)
+    refusal = refusal_of(name, crf, preset)
+    if refusal is not None:
+        raise VideoError(refusal)
+    if kind.crf is not None:
+        options[kind.quality] = str(kind.crf if crf is None else crf)
+    if kind.preset is not None:
+        options[kind.pace] = preset or kind.preset
+    if hdr10 is not None and name in _HDR10_OPTIONS:
+        place = _HDR10_OPTIONS[name]
+        options[place] = ":".join(filter(None, (options.get(place), hdr10.options(name))))
+    pixel_format = analogous_format(source, name)
+    if name == "prores":
+        options["profile"] = "4" if "444" in pixel_format else "3"
+    if container.format == "avi" and (kind.standard or name) == "h264":
+        options["bf"] = "0"  # AVI cannot tell that frames are decoded in another order than they are shown
+    rotation = 0 if container.turns else analysis.rotation
+    height, width = analysis.size[::-1] if rotation in (90, 270) else analysis.size
+    tags = told_tags(analysis.tags, analysis.pixel_format)
+    if is_rgb(source) and not is_rgb(av.VideoFormat(pixel_format)):
+        # Limited range and BT.709, what players take for granted, but for what the source says of itself.
+        tags = ColourTags(1, 1, *(1 if told == 2 else told for told in (tags.primaries, tags.transfer)))
+    elif is_rgb(av.VideoFormat(pixel_format)):
+        tags = tags._replace(range=2, matrix=0)
+    if (kind.standard or name) in ("h264", "hevc"):  # their 4:2:0 and 4:2:2 have no odd sizes
+        across, down = chroma_of(av.VideoFormat(pixel_format))
+        width, height = width + -width % across, height + -height % down
+    aspect = analysis.pixel_aspect
+    return Encoding(
+        container=container,
+        codec=name,
+        options=options,
+        pixel_format=pixel_format,
+        size=(height, width),
+        tags=tags,
+        time_base=time_base,
+        rate=rate,
+        pixel_aspect=1 / aspect if aspect and rotation in (90, 270) else aspect,
+        matrix=analysis.matrix if container.turns else None,
+        mirrored=analysis.mirrored and not container.turns,
+        turned=rotation,
+    )
+
+
+def _bits(pixel_format: av.VideoFormat) -> int:
+    return max(component.bits for component in pixel_format.components)
+
+
+def analogous_format(source: av.VideoFormat, codec: str) -> str:
+    """The format of pixels nearest to a source's that a codec encodes: as much colour, as many bits, or the next more or less."""
+    bits = _bits(source)
+    if codec == "png":
+        return "rgb48be" if bits > 8 else "rgb24"
+    if codec == "gif":
+        return "bgr0"
+    encodable = {each.name for each in av.Codec(CODECS[codec].encoder, "w").video_formats or []}
+    if codec == "ffv1" and planar_format(source) in encodable - {"gbrpf32le"}:
+        return planar_format(source)
+    if codec == "ffv1" and is_rgb(source):
+        return "bgr0" if bits <= 8 else "gbrp16le"
+    if codec == "raw":  # what the file's header can name
+        encodable = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444") for depth in ("", "10le", "12le")} | {
+            "gray",
+            "gray10le",
+        }
+    if len(source.components) < 3 and not is_rgb(source):  # grey, which few players show as such
+        families = ["gray", "yuv420p", "yuv422p"] if codec in ("ffv1", "raw") else ["yuv420p", "yuv422p"]
+    else:
+        own = "yuv420p" if is_rgb(source) else PLANAR.get(chroma_of(source), "yuv444p")
+        families = [own, "yuv422p", "yuv444p", "yuv420p"]
+    depths = {8: "", 10: "10le", 12: "12le", 16: "16le"}
+    wanted = 8 if bits <= 8 else 10 if bits <= 10 or is_rgb(source) else 12 if bits <= 12 else 16
+    for depth in sorted(depths, key=lambda depth: abs(depth - wanted) if depth >= wanted else 100 - depth):
+        for family in families:
+            for pixel_format in (family + depths[depth], _INTERLEAVED.get(family + depths[depth])):
+                if pixel_format in encodable:
+                    return pixel_format
+    raise VideoError(f"{codec} has nothing like the pixels of the source ({source.name})")

@@ -1,0 +1,5 @@
+"""Errors of videos."""
+
+
+class VideoError(ValueError):
+    """A video cannot be read, or not be written as asked."""

@@ -1,0 +1,88 @@
+"""The memory that the interpolation of frames takes, measured on a small frame; and the tiles that keep it below a limit."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..pipeline_madiff import MADiffPipeline
+
+
+PROBE = 256  # Height and width of the frame that memory is measured on.
+
+# Bytes by which the process grows for each byte of tensors: convolutions have buffers of their own, and not all freed memory is given back.
+BESIDE_TENSORS = 2.5
+PROCESS_BYTES = 1.1e9  # Memory of a process that has made no frame: torch, and the weights of a small checkpoint.
+FRAME_BYTES = 250  # Memory for each pixel of frames that wait to be used or encoded, and of the encoder.
+WHOLE_BYTES = 450  # Memory for each pixel of motion hints and features, which are of the whole frame even with tiles.
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counter of the bytes of tensors that are made inside it: `now`, and `most` of all times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.now -= size
+
+
+def bytes_per_pixel(pipeline: MADiffPipeline, steps: int | None = None) -> float:
+    """Measure, on a small frame, the bytes for each pixel that the interpolation of a frame takes."""
+    frame = torch.zeros(1, 3, PROBE, PROBE)
+    with _LiveBytes() as tensors:
+        pipeline(frame, frame, num_inference_steps=steps, output_type="pt", generator=torch.Generator().manual_seed(0))
+    return tensors.most * BESIDE_TENSORS / PROBE**2
+
+
+def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, steps: int | None = None) -> int | None:
+    """
+    Choose the size of tiles with which a process stays below a limit of memory.
+
+    Args:
+        pipeline: the pipeline that makes the frames.
+        pixels: the number of pixels of a frame.
+        max_memory: bytes that the process may take in all.
+        steps: sampling steps; the checkpoint's own if not given.
+
+    Returns:
+        the number of pixels of a tile, or None if no tiles are needed.
+    """
+    if pixels <= PROBE**2:
+        return None
+    each = bytes_per_pixel(pipeline, steps)
+    left = max_memory - PROCESS_BYTES - pixels * FRAME_BYTES
+    if pixels * each <= left:
+        return None
+    # Hints, features and frames are whole, however small the tiles.
+    left -= pixels * WHOLE_BYTES
+    return max(1, int(left / each))
+
+
+@contextmanager
+def tiled(pipeline: MADiffPipeline, tile_pixels: int | None) -> Iterator[None]:
+    """Give a pipeline tiles of that many pixels for a while; with None, it keeps what tiles it has."""
+    before = pipeline.tiling
+    if tile_pixels is not None:
+        pipeline.enable_tiling(tile_pixels)
+    try:
+        yield
+    finally:
+        pipeline.tiling = before

@@ -1,0 +1,135 @@
+"""Decisions about a video before any frame of it is made: the frames that are shown, the parts they are made in, the identity of the work."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from fractions import Fraction
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from .. import __version__
+from ..pipeline_madiff import MADiffPipeline
+from ..scene_cuts import cuts_of_changes
+from .analysis import Analysis
+from .decoding import Source
+from .encoding import Encoding
+from .formats import MOST_GIF_RATE, Container
+from .frame_times import Timeline
+from .options import CheckedOptions
+
+
+# A part holds about this many seconds of the result. This is what is lost when the work is killed, and the distance of key frames.
+PART_SECONDS = 2
+
+
+class Part(NamedTuple):
+    """
+    A stretch of the result that is made and kept by itself.
+
+    Args:
+        first, last: kept source frames, by their places in `Timeline.kept`, whose time the part fills; `last` is not among them.
+        number: number of the part's first frame in the result.
+        count: number of its frames.
+    """
+
+    first: int
+    last: int
+    number: int
+    count: int
+
+
+def plan_timeline(options: CheckedOptions, analysis: Analysis, container: Container) -> Timeline:
+    """
+    Decide which frames are shown, and when.
+
+    Args:
+        options: the options.
+        analysis: the source's.
+        container: the kind of file that is written.
+    """
+    dropped, still = analysis.duplicates(options.dedup_threshold, options.dedup_run) if options.dedup else ([], [])
+    gone = set(dropped)
+    kept = [index for index in range(len(analysis.starts)) if index not in gone]
+    # A cut that falls on a frame which is left out is one before the next that is kept.
+    cuts = set(cuts_of_changes(analysis.changes[1:], options.cut_threshold, options.cut_ratio))
+    held = {a for a, b in zip(kept, kept[1:]) if not cuts.isdisjoint(range(a + 1, b + 1))}
+    held |= {
+        a
+        for a, b in zip(kept, kept[1:])
+        if (analysis.starts[b] - analysis.starts[a]) * analysis.unit > options.max_gap
+    }
+    rate = options.fps
+    if rate is None and container.steady:  # a file that has but one rate
+        rate = options.rate_of(analysis.rate)
+    if rate is None and container.format == "gif":
+        times = analysis.starts
+        shortest = min((later - time for time, later in zip(times, times[1:])), default=analysis.end) * analysis.unit
+        # All frames get one length, of whole hundredths of a second, as near as players keep.
+        if options.rate_of(1 / shortest) > MOST_GIF_RATE:
+            rate = Fraction(100, max(100 // MOST_GIF_RATE, ceil(100 / options.rate_of(analysis.rate))))
+    return Timeline(
+        analysis.starts,
+        analysis.end,
+        analysis.unit,
+        factor=options.factor if rate is None else None,
+        rate=rate,
+        slow_motion=options.slow_motion,
+        dropped=dropped,
+        held=held | set(still),
+    )
+
+
+def plan_parts(timeline: Timeline) -> list[Part]:
+    """Divide the frames into parts of about `PART_SECONDS`; they are the same for every process, and every time."""
+    kept = len(timeline.kept)
+    seconds = float(timeline.duration * timeline.time_base)
+    each = max(1, round(kept * PART_SECONDS / seconds))
+    parts, number = [], 0
+    for first in range(0, kept, each):
+        last = min(first + each, kept)
+        count = timeline.count(first, last)
+        if count:
+            parts.append(Part(first, last, number, count))
+        number += count
+    return parts
+
+
+def work_identity(
+    options: CheckedOptions, source: Source, pipeline: MADiffPipeline, encoding: Encoding
+) -> dict[str, str]:
+    """What two works must have in common, so that one can go on with the parts of the other."""
+    named = {name: str(value) for name, value in asdict(options).items() if name != "max_memory"}
+    return {
+        "version": __version__,
+        "source": source_digest(source),
+        "checkpoint": pipeline_digest(pipeline),
+        "encoding": str(encoding),
+        **named,
+    }
+
+
+def source_digest(source: Source) -> str:
+    """Digest of the sizes, beginnings and ends of a source's files."""
+    digest = hashlib.sha256()
+    for path in source.images or [source.path]:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            digest.update(f"{path.name if source.images else ''} {size}".encode())
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def pipeline_digest(pipeline: MADiffPipeline) -> str:
+    """Digest of everything that decides what frames a pipeline makes."""
+    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            digest.update(json.dumps(dict(component.config), sort_keys=True, default=str).encode())
+            for key, tensor in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

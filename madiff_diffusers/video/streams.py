@@ -1,0 +1,150 @@
+"""Streams beside the pictures: copied packet by packet, or sound that is encoded anew."""
+
+from fractions import Fraction
+from typing import Any
+
+import av
+
+
+_AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "vorbis": "libvorbis", "mp3": "libmp3lame"}
+
+# Seconds of a hole in the sound: shorter ones are rounding, longer ones a fault in its times.
+LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
+
+# Seconds of sound that codecs decode before what is heard.
+PRIMING = Fraction(1, 10)
+
+
+class StreamRemuxer:
+    """Packets as they are, at their times in the result."""
+
+    def __init__(self, stream: Any, begin: Fraction, slow_motion: Fraction, kind: str, format_name: str):
+        self.stream, self._begin, self._slow_motion, self._kind, self._format_name = (
+            stream,
+            begin,
+            slow_motion,
+            kind,
+            format_name,
+        )
+        self._last: int | None = None
+
+    def __call__(self, packet: av.Packet) -> list[av.Packet]:
+        if packet.size == 0:
+            return []
+        # What an edit list leaves out is heard where files have no such lists; but for what codecs need to begin with.
+        if (
+            packet.is_discard
+            and self._kind == "audio"
+            and self._format_name not in ("mp4", "mov")
+            and packet.pts is not None
+        ):
+            if packet.pts * packet.time_base - self._begin < -PRIMING:
+                return []
+        unit = self.stream.time_base
+
+        def moved(time: int) -> int:
+            return round((time * packet.time_base - self._begin) * self._slow_motion / unit)
+
+        pts = packet.pts if packet.pts is not None else packet.dts
+        dts = packet.dts if packet.dts is not None else pts
+        dts, pts = (0, 0) if dts is None else (moved(dts), moved(pts))  # cover pictures have no time
+        if self._last is not None and (dts < self._last or (dts == self._last and self._kind != "subtitle")):
+            return []  # files take none that is not later than the one before; damaged and glued ones have such
+        self._last = dts
+        duration = round((packet.duration or 0) * packet.time_base * self._slow_motion / unit)
+        packet.time_base, packet.stream = unit, self.stream
+        packet.pts, packet.dts, packet.duration = max(dts, pts), dts, duration
+        return [packet]
+
+
+class AudioTranscoder:
+    """Sound that is decoded and encoded anew: slower at the same pitch, or for a file that does not hold its codec."""
+
+    def __init__(
+        self,
+        file: av.container.OutputContainer,
+        source: av.audio.stream.AudioStream,
+        begin: Fraction,
+        slow_motion: Fraction,
+    ):
+        encoder = _AUDIO_ENCODERS.get(
+            source.codec_context.name, _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
+        )
+        if encoder not in file.supported_codecs:
+            encoder = _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
+        rate = source.codec_context.sample_rate
+        rate = (
+            48000
+            if encoder == "libopus" or rate not in (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+            else rate
+        )
+        self.stream = file.add_stream(encoder, rate=rate)
+        # The layouts that every encoder takes; 5.1 has two names for where its back speakers are.
+        self.stream.layout = {1: "mono", 6: "5.1"}.get(source.codec_context.layout.nb_channels, "stereo")
+        self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, rate)
+        self._begin, self._slow_motion = begin, slow_motion
+        self._graph: av.filter.Graph | None = None
+        self._resampler = av.AudioResampler(self.stream.codec_context.format, self.stream.layout, rate)
+        # When the next sample that is decoded is due in the source, and the number of the next that is encoded.
+        self._due, self._position = Fraction(0), 0
+
+    def __call__(self, packet: av.Packet) -> list[av.Packet]:
+        try:
+            frames = packet.decode()
+        except (av.FFmpegError, ValueError):
+            frames = []  # damaged: silence fills its place
+        encoded = []
+        for frame in frames:
+            time = self._due if frame.pts is None else frame.pts * frame.time_base - self._begin
+            if self._graph is None:
+                self._graph, self._due = self._tempo(frame), time
+                self._position = round(time * self._slow_motion * self.stream.codec_context.sample_rate)
+            if LEAST_SILENCE < time - self._due < MOST_SILENCE:
+                self._graph.push(_silence(frame, round((time - self._due) * frame.sample_rate)))
+                self._due = time
+            self._graph.push(frame)
+            self._due += Fraction(frame.samples, frame.sample_rate)
+            encoded += self._encode_ready()
+        if packet.dts is None and packet.size == 0 and self._graph is not None:  # the end
+            self._graph.push(None)
+            encoded += self._encode_ready()
+            encoded += self.stream.encode(None)
+        return encoded
+
+    def _tempo(self, frame: av.AudioFrame) -> av.filter.Graph:
+        graph = av.filter.Graph()
+        nodes = [
+            graph.add_abuffer(
+                sample_rate=frame.sample_rate,
+                format=frame.format.name,
+                layout=frame.layout.name,
+                time_base=Fraction(1, frame.sample_rate),
+            )
+        ]
+        tempo = 1 / self._slow_motion
+        while tempo != 1:  # the filter takes 0.5 and more
+            step = max(tempo, Fraction(1, 2))
+            nodes.append(graph.add("atempo", f"{float(step):.9f}"))
+            tempo /= step
+        graph.link_nodes(*nodes, graph.add("abuffersink")).configure()
+        return graph
+
+    def _encode_ready(self) -> list[av.Packet]:
+        packets = []
+        while True:
+            try:
+                frame = self._graph.pull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                return packets
+            for piece in self._resampler.resample(frame):
+                piece.pts, piece.time_base = self._position, Fraction(1, piece.sample_rate)
+                self._position += piece.samples
+                packets += self.stream.encode(piece)
+
+
+def _silence(like: av.AudioFrame, samples: int) -> av.AudioFrame:
+    frame = av.AudioFrame(format=like.format.name, layout=like.layout.name, samples=samples)
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size) if "u8" not in like.format.name else b"\x80" * plane.buffer_size)
+    frame.sample_rate, frame.pts, frame.time_base = like.sample_rate, None, Fraction(1, like.sample_rate)
+    return frame
