@@ -4,10 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from .decoding import VIDEO_SUFFIXES, is_video
+from ..files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .decoding import is_video
 from .errors import VideoError
 from .formats import CONTAINERS
-from .images import IMAGE_SUFFIXES
 
 
 class VideoBatch(NamedTuple):

@@ -6,27 +6,11 @@ from pathlib import Path
 
 import av
 
+from ..files import IMAGE_SUFFIXES
 from .errors import VideoError
 from .ffmpeg import file_url, reason
-from .images import IMAGE_SUFFIXES, MOST_PIXELS, find_images, image_frame, is_named
+from .images import MOST_PIXELS, find_images, image_frame, is_named
 
-
-VIDEO_SUFFIXES = (
-    ".avi",
-    ".gif",
-    ".m2ts",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".mts",
-    ".ts",
-    ".webm",
-    ".wmv",
-    ".y4m",
-)
 
 IMAGE_RATE = Fraction(24)
 

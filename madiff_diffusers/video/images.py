@@ -7,29 +7,12 @@ import av
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..files import IMAGE_SUFFIXES, natural_order
 from ..image_io import upright
 from ..image_processor import rgb_of_image, rgba_of_transparent
 from .errors import VideoError
 from .ffmpeg import display_matrix, file_url, reason, turn
 
-
-IMAGE_SUFFIXES = (
-    ".bmp",
-    ".dpx",
-    ".exr",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tga",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
 
 # What a damaged header must not make us hold: 8192x8192 pixels, and frames that are shown for hours.
 MOST_PIXELS = 2**26
@@ -58,9 +41,7 @@ def find_images(path: Path) -> tuple[list[Path] | None, list[Path]]:
         raise VideoError(
             f"there are no images ({', '.join(IMAGE_SUFFIXES)}) {'in' if pattern is None else 'named'} {path}"
         )
-    order = sorted(
-        images, key=lambda each: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each.name)]
-    )
+    order = sorted(images, key=lambda each: natural_order(each.name))
     return order, sorted(set(named) - set(images))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import av
 import numpy as np
 
+from ..files import write_text
 from .colour import ColourPath
 from .encoding import Encoding
 
@@ -79,7 +80,7 @@ class PartWriter:
             self._file.close()
         os.replace(self._temporary, self.path)
         if not self._is_folder:
-            write_json(index_path(self.path), self._index)
+            write_text(index_path(self.path), json.dumps(self._index))
 
     def abandon(self) -> None:
         """Leave nothing of it."""
@@ -114,13 +115,6 @@ def index_path(part: Path) -> Path:
 
 def is_complete(part: Path) -> bool:
     return part.is_dir() or (part.is_file() and index_path(part).is_file())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole, or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def joined_packets(parts: Sequence[Path], end: int) -> Iterator[av.Packet]:
