@@ -64,13 +64,13 @@ class VideoCommand(BaseCommand):
         command.add_argument(
             "--codec",
             metavar="C",
-            help="h264, hevc, vp9, av1, prores or ffv1; on a chip of this machine, h264_nvenc, hevc_qsv, … (default: what suits OUTPUT)",
+            help="codec of OUTPUT: h264, hevc, vp9, av1, prores or ffv1; on a chip of this machine, h264_nvenc, hevc_qsv, … (default: what suits OUTPUT)",
         )
         command.add_argument(
             "--crf",
             type=int,
             metavar="Q",
-            help="quality; lower numbers give better pictures and larger files (default: 18 for h264, 20 for hevc, 24 for vp9, av1)",
+            help="quality of the encoder; lower numbers give better pictures and larger files (default: 18 for h264, 20 for hevc, 24 for vp9, av1)",
         )
         command.add_argument(
             "--preset", metavar="P", help="preset of the encoder: fast, slow, …; numbers for vp9 and av1"

@@ -3,6 +3,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import pickle
 import sys
 import warnings
@@ -273,7 +274,7 @@ class Scorer:
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ValueError(f"`metrics` must be among {', '.join(METRICS)}, but are {', '.join(metrics) or 'none'}.")
-        import skimage.metrics  # noqa: F401  what is missing is known before a long run
+        importlib.import_module("skimage.metrics")  # so that what is missing is known before a long run
 
         self.device = device
         self.left_out: dict[str, str] = {}
