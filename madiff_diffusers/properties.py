@@ -1,31 +1,31 @@
-"""The properties of sources besides plain pixels: one table of all that FFmpeg and Pillow know, and of what becomes of each."""
+"""Properties that sources have besides plain pixels: one table of all that FFmpeg and Pillow know, and of what becomes of them."""
 
 from collections.abc import Collection
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 
 # Kinds of outputs: video files by FFmpeg's names, GIF among them; folders of PNG files; single images.
 OUTPUTS = ("mp4", "mov", "matroska", "webm", "avi", "gif", "yuv4mpegpipe", "folder", "image")
 VIDEOS = OUTPUTS[:-1]
-# Outputs that are assembled stream by stream; a note tells why a stream is left out.
+# Outputs that are muxed stream by stream, with a note for each stream that is left out.
 STREAMED = ("mp4", "mov", "matroska", "webm", "avi", "yuv4mpegpipe")
 
 
 class Property(NamedTuple):
     """
-    A property that a source can have. Where it is neither kept nor converted, a note says that it is lost.
+    A property that a source can have. If it is neither kept nor converted, a note says that it is lost.
 
     Args:
-        name: for notes, and for the table in README.
-        kept: outputs that have it as the source does, and codecs of video or images with which any output has it.
-        converted: outputs whose pixels or packets are changed so that nothing is missing.
+        name: its name in notes, and in the table of `docs/properties.md`.
+        kept: outputs that have it as the source does; and codecs, of video or images, with which any output has it.
+        converted: outputs in which pixels or packets are changed so that nothing is missing.
         meaningless: outputs that have no use for it.
-        told: outputs for which other notes say precisely what is lost.
-        side_data: numbers in FFmpeg's AVFrameSideDataType.
-        info: keys in Pillow's `Image.info`.
+        told: outputs for which more particular notes say what is lost.
+        side_data: FFmpeg's numbers of its side data, of its AVFrameSideDataType.
+        info: Pillow's names of it, in `Image.info`.
     """
 
     name: str
@@ -37,11 +37,12 @@ class Property(NamedTuple):
     info: tuple[str, ...] = ()
 
     def fate(self, output: str, codec: str | None = None) -> str:
-        """What becomes of it: "kept", "converted", "noted", or "" where it has no meaning.
+        """
+        What becomes of the property: "kept", "converted", "noted", or "" where it has no meaning.
 
         Args:
             output: one of `OUTPUTS`.
-            codec: codec that is written: a name in `CODECS`, or Pillow's name of an image format.
+            codec: the codec that is written: a name in `formats.CODECS`, or Pillow's name of a format of images.
         """
         if output in self.meaningless:
             return ""
@@ -121,7 +122,7 @@ PROPERTIES = {
 # Side data of sound, and of how pictures were encoded: motion vectors, regions, encoders' names, grain that is in the pixels already.
 IRRELEVANT_SIDE_DATA = (3, 4, 5, 8, 9, 10, 18, 19, 20, 21, 22, 27)
 
-# How a file was written; and how an animation plays, of which "pages" tells.
+# Pillow's names of how a file was written, and of how an animation plays, which is the property "pages".
 IRRELEVANT_INFO = (
     "adobe",
     "adobe_transform",
@@ -148,16 +149,16 @@ IRRELEVANT_INFO = (
     "version",
 )
 
-# Tags for the layout of pixels in a TIFF file, which Pillow gives as EXIF, and for its resolution and profile, which have rows above.
+# Tags of how pixels lie in a TIFF file, which Pillow gives as EXIF, and of resolution and profile, which are properties of their own.
 _TIFF_LAYOUT = {*range(254, 260), 262, 266, 273, *range(277, 285), 296, 317, 320, *range(322, 326), 338, 339, 34675}
 
 
 def lost(found: Collection[str], output: str, codec: str | None = None) -> list[str]:
     """
-    Notes on the properties that a source has and its result lacks.
+    Notes on properties that a source has and its result does not have.
 
     Args:
-        found: keys of `PROPERTIES`.
+        found: the source's properties, as keys of `PROPERTIES`.
         output, codec: see `Property.fate`.
     """
     gone = [
@@ -168,12 +169,16 @@ def lost(found: Collection[str], output: str, codec: str | None = None) -> list[
     return [f"not kept: {each.name}" for each in gone]
 
 
-def found_in_image(image: Image.Image) -> set[str]:
-    """Keys of `PROPERTIES` for what an image has that Pillow has opened and not yet loaded. Transparency is not among them, as only
-    pixels tell it."""
+def found_in_image(image: ImageFile.ImageFile) -> set[str]:
+    """
+    Find the properties of an image that Pillow has opened and not yet loaded, but for transparency, which only pixels tell.
+
+    Returns:
+        keys of `PROPERTIES`.
+    """
     keys = {name: key for key, each in PROPERTIES.items() for name in each.info}
     names = {name for name, value in image.info.items() if value and name not in IRRELEVANT_INFO}
-    # Whatever else there is is text, by keywords of its own.
+    # All other entries are text, by keywords of its own.
     found = {keys.get(str(name), "comments") for name in names} - {"pixel aspect", "transparency", "EXIF"}
     if "profile" in found and not is_for_rgb(image.info["icc_profile"]):
         found.symmetric_difference_update({"profile", "other profile"})
@@ -186,26 +191,26 @@ def found_in_image(image: Image.Image) -> set[str]:
         found.add("pixel aspect")
     if getattr(image, "n_frames", 1) > 1:
         found.add("pages")
-    if image.mode[0] in "IF" or ";16" in str([tile.args for tile in getattr(image, "tile", [])]):
+    if image.mode[0] in "IF" or ";16" in str([tile.args for tile in image.tile]):
         found.add("bits")
     return found
 
 
 def exif_tags(image: Image.Image) -> dict[int, Any]:
-    """The EXIF metadata of an image by their numbers; empty if they cannot be read."""
+    """An image's EXIF tags by their numbers; none if they cannot be read."""
     try:
         return dict(image.getexif())
-    except Exception:  # what wrote them may have got anything wrong; the picture is none the worse
+    except Exception:  # Faulty tags of any kind leave the picture as good as it is.
         return {}
 
 
 def is_for_rgb(profile: bytes) -> bool:
-    """Whether a colour profile is one of RGB, not of grey or CMYK, as its header tells."""
+    """Whether the header of a colour profile tells that it is for RGB, not for grey or CMYK."""
     return profile[16:20] == b"RGB "
 
 
 def pixel_aspect(image: Image.Image) -> Fraction | None:
-    """The width of a pixel divided by its height, or None if an image does not tell it, or it is 1. More pixels to the inch are smaller."""
+    """The width of a pixel by its height, told by the numbers of pixels to the inch; None if it is 1 or not told."""
     across, down = image.info.get("dpi") or image.info.get("aspect") or image.info.get("jfif_density") or (1, 1)
     if not (0 < across < 1e6 and 0 < down < 1e6):
         return None

@@ -1,4 +1,4 @@
-"""Scene cuts: places between two frames that show different scenes, across which there is no motion to follow."""
+"""Scene cuts: two neighbouring frames show different scenes, so that there is no motion from one to the other."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,15 @@ import cv2
 import numpy as np
 
 
-LEAST_CHANGE = 0.08  # mean absolute difference of thumbnails, of the range, below which nothing is a cut
-CHANGE_ALONE = 0.25  # … above which two frames are a cut where no other change is there to compare with
-RATIO = 3.0  # times that a cut changes more than the frames around it do
-REACH = 2  # frames on each side that it is compared with
+LEAST_CHANGE = 0.08  # The least mean absolute difference of thumbnails, from 0 to 1, that may be a cut.
+CHANGE_ALONE = 0.25  # The same where there are no frames around to compare with.
+RATIO = 3.0  # How many times as much as the frames around it a cut changes, at least.
+REACH = 2  # The number of frames on each side that a cut is compared with.
 
 
 def find_cuts(frames: Sequence[np.ndarray]) -> list[int]:
-    """Numbers of the frames that start a new scene; see `cuts_of_changes`.
+    """
+    Numbers of the frames that start a new scene; see `cuts_of_changes`.
 
     Args:
         frames: consecutive frames, each `(H, W, 3)` uint8.
@@ -23,23 +24,26 @@ def find_cuts(frames: Sequence[np.ndarray]) -> list[int]:
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
-    """A frame `(H, W, 3)` uint8 as `(36, 64, 3)` int16."""
+    """The thumbnail, `(36, 64, 3)` int16, of a frame `(H, W, 3)` uint8."""
     return cv2.resize(frame, (64, 36), interpolation=cv2.INTER_AREA).astype(np.int16)
 
 
 def change(prev: np.ndarray, next_: np.ndarray) -> float:
-    """Mean absolute difference of two thumbnails, of the range."""
+    """The mean absolute difference of two thumbnails, from 0 to 1."""
     return float(np.abs(next_ - prev).mean()) / 255
 
 
 def cuts_of_changes(changes: Sequence[float], least: float = LEAST_CHANGE, ratio: float = RATIO) -> list[int]:
-    """Numbers of the frames that start a new scene.
+    """
+    Numbers of the frames that start a new scene.
 
     A cut changes thumbnails of 64×36 pixels by at least `least`, and `ratio` times as much as the mean change between the frames
-    around it; fast motion changes them as much, but for many frames in a row.
+    around it. Fast motion changes them as much, but does so for many frames in a row.
 
     Args:
-        changes: from each frame to the next.
+        changes: the change from each frame to the next; see `change`.
+        least: the least change of a cut, from 0 to 1.
+        ratio: how many times as much as the frames around it a cut changes, at least.
     """
     cuts = []
     for i, size in enumerate(changes):

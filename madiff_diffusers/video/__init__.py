@@ -1,1 +1,1 @@
-"""Video in, video out: reading, exact times, frames between frames, writing, and jobs that can be stopped and shared."""
+"""Interpolation of whole videos: decoding, exact times, encoding, muxing, and jobs that can be stopped, resumed and shared."""

@@ -1,6 +1,7 @@
-"""What must be known of a whole video before it can be interpolated."""
+"""Analysis of a whole video, which must be known before it can be interpolated: times, changes, colours, shape and damage."""
 
 from array import array
+from collections.abc import Callable
 from fractions import Fraction
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,32 +20,32 @@ from .errors import VideoError
 from .ffmpeg import display_matrix, turn
 
 
-LONGEST_PAUSE = 600  # seconds
+LONGEST_PAUSE = 600  # Seconds that a frame is shown at most, so that a damaged file does not make millions of frames.
 
 
 class Analysis(NamedTuple):
     """
-    What a whole video is like; times are in units of `unit`, from the first frame.
+    The properties of a whole video. Times count from the first frame, in units of `unit`.
 
     Args:
         starts: when each frame begins, strictly increasing from 0.
-        end: when the last one ends.
+        end: when the last frame ends.
         unit: seconds.
-        origin: of the first frame in the file's own time, in seconds.
-        rate: frames a second, where they all lie on its grid, else the mean rate.
-        regular: whether they all do.
-        changes: how much each frame differs from the one before it; see `scene_cuts`. The first's is 0.
-        block_changes: the same of the block of 8x8 pixels that differs most.
+        origin: the first frame's time in the file, in seconds.
+        rate: frames a second: the rate on whose grid all frames lie, or else the mean rate.
+        regular: whether all frames lie on the grid of a rate.
+        changes: how much each frame differs from the one before it; see `scene_cuts`. That of the first is 0.
+        block_changes: the same for the block of 8x8 pixels that differs most.
         size: height and width.
-        pixel_format: FFmpeg's name; where frames have several, of the one with most colours and bits.
-        tags: of colours of such frames.
-        is_transparent: whether something in some frame is not opaque.
-        pixel_aspect: width of a pixel by its height, where it is not told 1.
-        matrix: how players turn the frames, as FFmpeg's nine numbers; None if not at all.
-        mirrored, rotation: the same: whether left and right change places first, and then degrees against the clock.
-        interlaced: whether frames say that they hold two fields.
+        pixel_format: FFmpeg's name of the format; where frames have several, of the one with most colours and bits.
+        tags: the tags of the colours of such frames.
+        is_transparent: whether any pixel of any frame is not opaque.
+        pixel_aspect: the width of a pixel by its height; None where that is 1 or not told.
+        matrix: the matrix by which players turn the frames, as FFmpeg's nine numbers; None if they do not.
+        mirrored, rotation: the same turn: whether left and right change places first, and then degrees against the clock.
+        interlaced: whether any frame is marked as one of two fields.
         damage: what could not be decoded, in words.
-        notes: what else was left out.
+        notes: what else was left out, in words.
     """
 
     starts: array
@@ -69,16 +70,19 @@ class Analysis(NamedTuple):
 
     def duplicates(self, threshold: float, most: int) -> tuple[list[int], list[int]]:
         """
-        Frames that only repeat the one before them.
+        Find frames that only repeat the one before them.
 
         Args:
-            threshold: a frame is a duplicate if no block of 8x8 pixels changes by more, of 255.
-            most: duplicates in a row that stand for motion which was sampled less often; more of them are a still picture.
+            threshold: the greatest change, from 0 to 255, of any block of 8x8 pixels of a duplicate.
+            most: the greatest number of duplicates in a row that are motion sampled less often; more of them are a still picture.
 
         Returns:
-            numbers of those to be left out, so that frames are made across them; and of still ones, after which none need be made.
+            the numbers of duplicates to be left out, so that frames are made across them; and those of still frames, after which no
+            frames need be made.
         """
-        dropped, still, run = [], [], []
+        dropped: list[int] = []
+        still: list[int] = []
+        run: list[int] = []
         for index, size in [*enumerate(self.block_changes), (len(self.starts), float("inf"))]:
             if 0 < index < len(self.starts) and size <= threshold:
                 run.append(index)
@@ -92,20 +96,25 @@ class Analysis(NamedTuple):
 
 
 def analyse(
-    source: Source, *, blocks: bool = False, skip_damage: bool = False, keep_good: bool = False, progress: Any = None
+    source: Source,
+    *,
+    blocks: bool = False,
+    skip_damage: bool = False,
+    keep_good: bool = False,
+    progress: Callable[[], object] | None = None,
 ) -> Analysis:
     """
-    Decode a whole video once, and keep a few numbers of each frame.
+    Decode a whole video once, and keep a few numbers for each frame.
 
     Args:
         source: the video.
         blocks: whether to compare frames block by block, as `duplicates` needs.
-        skip_damage: go on behind damaged places; see `Source.frames`.
-        keep_good: end at the first damaged place, with a note in `damage`.
-        progress: called once a frame.
+        skip_damage: whether to go on behind damaged places; see `Source.frames`.
+        keep_good: whether to end at the first damaged place without an error; `damage` tells of it.
+        progress: called once for each frame.
 
     Raises:
-        VideoError: if it has no frames, or is damaged.
+        VideoError: if the video has no frames, or is damaged.
     """
     starts, changes, block_changes = array("q"), array("f"), array("f")
     seen: dict[str, Any] = {}
@@ -117,7 +126,7 @@ def analyse(
                 av.VideoFormat(seen["pixel_format"])
             ):
                 seen.update(pixel_format=frame.format.name, tags=ColourTags.of(frame))
-            # Any matrix does to compare frames; the scaler does not know the file's own if it is a rare one.
+            # Frames can be compared by any matrix, and the scaler does not know some rare matrices of files.
             matrix = {} if is_rgb(frame.format) else {"src_colorspace": Colorspace.ITU709}
             small = (
                 frame.reformat(width=64, height=36, format="rgb24", interpolation="AREA", **matrix)
@@ -130,7 +139,7 @@ def analyse(
                 else None
             )
             changes.append(change(seen["small"], small) if starts else 0.0)
-            block_changes.append(block_change(seen["grey"], grey) if starts and blocks else float("inf"))
+            block_changes.append(block_change(seen["grey"], grey) if starts and grey is not None else float("inf"))
             starts.append(start)
             seen["is_transparent"] = seen.get("is_transparent", False) or opacity(frame) is not None
             seen.update(
@@ -154,7 +163,7 @@ def analyse(
     first, unit = starts[0], source.time_base
     steps = array("q", (b - a for a, b in zip(starts, starts[1:])))
     usual = median(steps) if steps else 0
-    # What frames tell of how long they last is of the order in which they are decoded; the stream's end is surer.
+    # Frames tell how long they last in the order of decoding, so that the end of the stream is more reliable.
     last_step = 0 if source.end is None or source.late else source.end - starts[-1]
     if not 0 < last_step <= 2 * max(steps, default=last_step):
         last_step = seen["duration"] or round(usual) or round(1 / (source.rate or 25) / unit) or 1
@@ -211,7 +220,7 @@ def _first_frame(frame: av.VideoFrame) -> dict[str, Any]:
 
 
 def _wealth(pixel_format: av.VideoFormat) -> tuple[int, ...]:
-    """What orders formats by how much they hold: colours, bits, transparency, fineness of colours."""
+    """The order of formats by how much they hold: colours, bits, transparency, fineness of colours."""
     across, down = chroma_of(pixel_format)
     has_colours = is_rgb(pixel_format) or len(pixel_format.components) >= 3
     return (
@@ -228,7 +237,7 @@ def _pixel_aspect(source: Source) -> Fraction | None:
             with Image.open(source.images[0]) as image:
                 aspect, is_on_its_side = pixel_aspect(image), image.getexif().get(ExifTags.Base.Orientation, 1) > 4
                 return 1 / aspect if aspect and is_on_its_side else aspect
-        except Exception:  # Pillow raises anything at what it does not know, and FFmpeg has read it or told of it
+        except Exception:  # Pillow raises errors of any kind at unknown files, which FFmpeg has read or told of.
             return None
     with source.open() as container:
         aspect = main_stream(container, source.path).sample_aspect_ratio
@@ -236,7 +245,7 @@ def _pixel_aspect(source: Source) -> Fraction | None:
 
 
 def _on_grid(starts: array, end: int, unit: Fraction, rate: Fraction | None) -> tuple[array, int, Fraction] | None:
-    """Times as whole numbers of a rate's frames, where they are such to within the rounding of the file's clock."""
+    """Times counted in frames of a rate, if they are whole numbers of them but for the rounding of the file's clock; else None."""
     if not rate or unit * rate > Fraction(1, 4):
         return (starts, end, unit) if rate and unit * rate == 1 else None
     tick = unit * rate
@@ -249,7 +258,7 @@ def _on_grid(starts: array, end: int, unit: Fraction, rate: Fraction | None) -> 
 
 
 def block_change(prev: np.ndarray, next_: np.ndarray) -> float:
-    """The mean difference, of 255, of the block of 8x8 pixels where it is greatest, between two `(H, W)` uint8."""
+    """The greatest mean difference, from 0 to 255, of any block of 8x8 pixels of two frames `(H, W)` uint8."""
     difference = cv2.absdiff(prev, next_)
     height, width = difference.shape
     return float(cv2.resize(difference, (max(1, width // 8), max(1, height // 8)), interpolation=cv2.INTER_AREA).max())

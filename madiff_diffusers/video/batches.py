@@ -12,9 +12,11 @@ from .formats import CONTAINERS
 
 class VideoBatch(NamedTuple):
     """
+    Videos that one command makes.
+
     Args:
-        pairs: what to read and what to write, of each video.
-        is_folder: whether they are the videos of a folder, and go into another.
+        pairs: for each video, what is read and what is written.
+        is_folder: whether they are the videos of a folder, and are written into another.
         left_out: other files of the folder.
     """
 
@@ -25,11 +27,12 @@ class VideoBatch(NamedTuple):
 
 def video_batch(source: Path, output: Path) -> VideoBatch:
     """
-    What to read and what to write: one pair, or one for each video file of a folder.
+    Find out what is read and what is written: one pair, or one for each video file of a folder.
 
     Args:
-        source: file, pattern, folder of images or of video files. By their names or not, files are videos if FFmpeg opens them as such.
-        output: file, or folder; for videos of a folder, one that is there or can be made, and that gets files of the same names.
+        source: a file, a pattern, or a folder of images or of video files. Files are videos if FFmpeg opens them as such, whatever their
+            names are.
+        output: a file or folder. For the videos of a folder, a folder that gets files of the same names, and need not be there.
 
     Raises:
         VideoError: if a folder holds both images and videos, or neither.
@@ -49,7 +52,7 @@ def video_batch(source: Path, output: Path) -> VideoBatch:
         raise VideoError(f"for the {len(videos)} videos of {source}, the output must be a folder, but is {output}")
     if output.exists() and output.samefile(source):
         raise VideoError(f"the results must not go into the folder of their sources, {source}")
-    # What is read but not written becomes MP4, beside its old ending where another video has that name.
+    # Kinds of files that are not written become MP4. The old ending stays in the name if another video has the same name without it.
     names_of_videos = [path.name for path in videos]
     pairs = [
         (path, output / (path.name if path.suffix.lower() in CONTAINERS else _as_mp4(path, names_of_videos)))

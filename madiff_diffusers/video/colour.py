@@ -1,5 +1,6 @@
-"""One way for colours: every frame, made or not, goes from a file's pixels to RGB in floating point and back by the same numbers."""
+"""Colours: every frame, made or not, goes from a file's pixels to RGB in floating point and back by the same numbers."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import av
@@ -8,7 +9,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 
-# What luma is of red and of blue, by FFmpeg's numbers of matrices: BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020 twice.
+# The weights of red and of blue in luma, by FFmpeg's numbers of matrices: BT.709, FCC, BT.601 twice, SMPTE 240M, BT.2020 twice.
 _LUMA = {
     1: (0.2126, 0.0722),
     4: (0.30, 0.11),
@@ -19,7 +20,7 @@ _LUMA = {
     10: (0.2627, 0.0593),
 }
 
-# Formats by how many pixels across, and how many down, share one colour.
+# Formats by how many pixels across and down share one colour.
 PLANAR = {
     (1, 1): "yuv444p",
     (2, 1): "yuv422p",
@@ -30,14 +31,14 @@ PLANAR = {
 }
 
 # FFmpeg's scaler rounds changes of range and matrix to up to 1 of 255, cuts off what lies outside of RGB, moves chroma where two
-# frames tell different places for it, and rounds integers to floats by up to 49 of 65535. So it only rearranges samples here, and what
-# is between samples and RGB is floating point.
+# frames tell different places for it, and rounds integers to floats by up to 49 of 65535. So it only rearranges samples here, and the
+# conversion between samples and RGB is done in floating point.
 _FLOAT_RGB = "gbrpf32le"
 
 
 class ColourTags(NamedTuple):
     """
-    What a file tells of its colours, in FFmpeg's numbers (of ITU-T H.273).
+    Tags by which a file tells of its colours, in FFmpeg's numbers (of ITU-T H.273).
 
     Args:
         range: 1 for limited, 2 for full, 0 for not told.
@@ -51,36 +52,39 @@ class ColourTags(NamedTuple):
 
     @classmethod
     def of(cls, frame: av.VideoFrame) -> "ColourTags":
+        """The tags of a frame."""
         return cls(int(frame.color_range), int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc))
 
 
 class ColourPath:
     """
-    Between pixels as a file has them and RGB.
+    Conversion between pixels as a file has them and RGB.
 
     Args:
-        tags: what is written about the pixels.
-        height: rows; what has fewer than 720 and does not tell its matrix has BT.601's, else BT.709's.
+        tags: the tags of the pixels.
+        height: the height of frames. Where the matrix is not told, it is BT.601's for fewer than 720 rows, else BT.709's.
     """
 
     def __init__(self, tags: ColourTags, height: int):
         self.tags = tags
         self._luma = _LUMA.get(tags.matrix, _LUMA[1] if height >= 720 else _LUMA[6])
-        # One for each direction, which may have a thread each.
+        # Each direction has one, since each may have a thread of its own.
         self._reader, self._writer = VideoReformatter(), VideoReformatter()
 
     def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """A frame as `(H, W, 3)` float32, what is transparent shown on black. RGB lies in [0, 1], but for colours that YUV has and RGB
-        has not."""
+        """
+        Convert a frame to `(H, W, 3)` float32, with what is transparent on black. Values lie in [0, 1], but for colours that YUV has and
+        RGB does not have.
+        """
         alpha, rgb = opacity(frame), self._opaque_to_rgb(frame)
         return rgb if alpha is None else rgb * alpha[..., None]
 
     def _opaque_to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         planar = planar_format(frame.format)
-        # Planes are read where they are: of transparency, and of formats with a J, the scaler would make something of the others.
+        # Planes of formats with transparency or a J are read as they are: the scaler would change their samples.
         own = frame.format.name.replace("yuva", "yuv").replace("yuvj", "yuv").replace("gbrap", "gbrp")
         if own != planar:
-            # FFmpeg's threads spoil each other's rows of P010.
+            # With several threads, FFmpeg spoils rows of P010.
             threads = 1 if frame.format.name.startswith("p0") else 0
             same = self._same(is_rgb(frame.format))
             frame = self._reader.reformat(
@@ -101,9 +105,10 @@ class ColourPath:
         return cv2.transform(cv2.merge([luma, *chroma]), np.column_stack([inverse, -inverse @ to_yuv[:, 3]]))
 
     def from_rgb(self, array: np.ndarray, pixel_format: str) -> av.VideoFrame:
-        """The reverse of `to_rgb`: what that made of a frame becomes the frame again, bit for bit."""
+        """Convert RGB to a frame. The result of `to_rgb` becomes the same frame again, bit for bit."""
         target = av.VideoFormat(pixel_format)
         bits, planar = target.components[0].bits, planar_format(target)
+        channels: Sequence[np.ndarray]
         if is_rgb(target):
             red, green, blue = cv2.split(np.clip(array, 0, 1) * (2**bits - 1))
             channels = [green, blue, red]
@@ -114,7 +119,7 @@ class ColourPath:
             row = plane.line_size // (2 if bits > 8 else 1)
             values = np.zeros((plane.height, row), np.uint16 if bits > 8 else np.uint8)
             values[:, : plane.width] = np.rint(_shrunk(channel, (plane.height, plane.width))).clip(0, 2**bits - 1)
-            plane.update(values)
+            plane.update(values.tobytes())
         if planar != pixel_format:
             frame = self._writer.reformat(
                 frame, format=pixel_format, interpolation=Interpolation.BICUBIC, **self._same(is_rgb(target))
@@ -124,15 +129,15 @@ class ColourPath:
         return frame
 
     def _same(self, rgb: bool) -> dict[str, int]:
-        """Settings by which the scaler leaves range and matrix alone."""
+        """Settings with which the scaler leaves range and matrix as they are."""
         one = ColorRange.JPEG if rgb or self.tags.range == 2 else ColorRange.MPEG
-        settings = {"src_color_range": one, "dst_color_range": one}
-        return (
-            settings if rgb else {**settings, "src_colorspace": Colorspace.ITU709, "dst_colorspace": Colorspace.ITU709}
-        )
+        settings: dict[str, int] = {"src_color_range": one, "dst_color_range": one}
+        if not rgb:
+            settings.update(src_colorspace=Colorspace.ITU709, dst_colorspace=Colorspace.ITU709)
+        return settings
 
     def _to_yuv(self, bits: int) -> np.ndarray:
-        """`(3, 4)`: RGB in [0, 1] to luma and chroma of some bits (ITU-T H.273, 8.3)."""
+        """The matrix `(3, 4)` from RGB in [0, 1] to luma and chroma of some number of bits (ITU-T H.273, 8.3)."""
         red, blue = self._luma
         luma = np.array([red, 1 - red - blue, blue])
         weights = np.stack(
@@ -146,12 +151,12 @@ class ColourPath:
 
 
 def _samples(plane: av.video.plane.VideoPlane, pixel_format: av.VideoFormat) -> np.ndarray:
-    values = np.frombuffer(plane, np.uint16 if pixel_format.components[0].bits > 8 else np.uint8)
+    values = np.frombuffer(memoryview(plane), np.uint16 if pixel_format.components[0].bits > 8 else np.uint8)
     return values.reshape(plane.height, -1)[:, : plane.width]
 
 
 def _grown(chroma: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Chroma for every pixel: bicubic, and with it what it takes that its means are the samples again (without that, some 45 dB)."""
+    """Chroma for every pixel: bicubic, corrected so that its means are the samples again (without the correction, some 45 dB)."""
     down, across = (-(-whole // part) for whole, part in zip(size, chroma.shape))
     if down == across == 1:
         return chroma
@@ -164,7 +169,7 @@ def _grown(chroma: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _shrunk(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Means of the pixels that share a sample."""
+    """A plane of some size whose samples are the means of the pixels that share them."""
     if channel.shape == size:
         return channel
     down, across = (-(-whole // part) for whole, part in zip(channel.shape, size))
@@ -175,7 +180,7 @@ def _shrunk(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def opacity(frame: av.VideoFrame) -> np.ndarray | None:
-    """How little a frame lets through at each pixel: `(H, W)` float32 in [0, 1]; None if it is opaque everywhere."""
+    """The opacity of a frame's pixels, `(H, W)` float32 in [0, 1]; None if all are opaque."""
     kind = frame.format
     if len(kind.components) not in (2, 4) and not kind.has_palette:
         return None
@@ -189,7 +194,7 @@ def opacity(frame: av.VideoFrame) -> np.ndarray | None:
 
 
 def planar_format(source: av.VideoFormat) -> str:
-    """The format that has a source's samples, but no transparency, in planes of their own; floating point for floating point."""
+    """The planar format with a source's samples, but no transparency; in floating point if the source is."""
     bits = max(component.bits for component in source.components)
     if is_rgb(source) and (bits > 16 or "f16" in source.name):
         return _FLOAT_RGB
@@ -202,7 +207,7 @@ def planar_format(source: av.VideoFormat) -> str:
 
 
 def chroma_of(pixel_format: av.VideoFormat) -> tuple[int, int]:
-    """How many pixels across, and how many down, share one colour."""
+    """How many pixels across and down share one colour."""
     if len(pixel_format.components) < 3 or is_rgb(pixel_format):
         return 1, 1
     return 1024 // pixel_format.chroma_width(1024), 1024 // pixel_format.chroma_height(1024)

@@ -12,23 +12,23 @@ from .ffmpeg import file_url, reason
 from .images import MOST_PIXELS, find_images, image_frame, is_named
 
 
-IMAGE_RATE = Fraction(24)
+IMAGE_RATE = Fraction(24)  # Frames a second of images, unless told otherwise.
 
-# Seconds by which a frame may be earlier than the one before it, as a fault of the file; more is another recording glued on.
+# Seconds by which a frame may be earlier than the one before it through a fault of the file. By more, recordings were glued together.
 LONGEST_RETURN = 1
 
 
 class Source:
     """
-    What can be decoded frame by frame.
+    A source of frames: a video file, or images.
 
     Args:
         path: a video file; a folder of images; or several images, named by a pattern with `%d`, `%05d`, `*` or `?`. Images are
             taken in the order of the numbers in their names.
-        image_rate: frames a second of images, `IMAGE_RATE` if not given; a video file has its own.
+        image_rate: frames a second of images, `IMAGE_RATE` if not given. A video file has a rate of its own.
 
     Raises:
-        VideoError: if there is no such thing, or nothing that can be read.
+        VideoError: if there is no such file or folder, or it is empty.
     """
 
     def __init__(self, path: str | Path, image_rate: Fraction | None = None):
@@ -42,22 +42,24 @@ class Source:
             raise VideoError(
                 f"`image_fps` is for images, but {self.path} is a video file, which has a rate of its own"
             )
-        # Seconds that times are counted in, and the rate that the file tells, if it does.
+        # The rate that the file tells, if it does, and the seconds that times are counted in.
         self.rate = None if self.images is None else image_rate or IMAGE_RATE
         self.time_base = Fraction(1) if self.rate is None else 1 / self.rate
-        # When the stream ends, where the file tells.
+        # When the stream ends, if the file tells.
         self.end: int | None = None
         self.damage: list[str] = []
         self.late = 0
 
     def takes(self, path: Path) -> bool:
-        """Whether a file, if it were there, would be one of the images."""
+        """Whether a file, once it is there, is one of the images."""
         if self.images is None or path.absolute().parent.resolve() != self.images[0].absolute().parent.resolve():
             return False
         return path.suffix.lower() in IMAGE_SUFFIXES and (self.path.is_dir() or is_named(path.name, self.path.name))
 
     def open(self) -> av.container.InputContainer:
         """
+        Open the video file.
+
         Raises:
             VideoError: if it cannot be read.
         """
@@ -68,11 +70,17 @@ class Source:
 
     def frames(self, skip_damage: bool = False) -> Iterator[tuple[int, av.VideoFrame]]:
         """
-        All frames, with the times when they begin in units of `time_base`; each later than the one before. Frames that are not are
-        left out, and counted in `late`. All have the size of the first one.
+        Decode all frames.
+
+        Args:
+            skip_damage: whether to go on behind damaged places, which are told in `damage`.
+
+        Yields:
+            the time when a frame begins, in units of `time_base`, and the frame. Each is later than the one before, and has the size of
+            the first. Frames that are not later are left out, and counted in `late`.
 
         Raises:
-            VideoError: where nothing can be decoded, or the size changes; with `skip_damage`, `damage` grows instead.
+            VideoError: without `skip_damage`, where nothing can be decoded or the size changes.
         """
         self.damage, self.late = [], 0
         last, step, returned = None, 1, False
@@ -112,7 +120,7 @@ class Source:
     def _file_frames(self, skip_damage: bool) -> Iterator[tuple[int | None, av.VideoFrame]]:
         with self.open() as container:
             stream = main_stream(container, self.path)
-            self.time_base = stream.time_base
+            self.time_base = stream.time_base or Fraction(1)
             self.rate = stream.guessed_rate or stream.average_rate
             self.end = None if stream.duration is None else (stream.start_time or 0) + stream.duration
             stream.thread_type = "AUTO"
@@ -136,18 +144,18 @@ class Source:
                             f"{self.path} must have frames of at most 8192x8192 pixels, but has {frame.width}x{frame.height}"
                         )
                     start = frame.pts
-                    if is_avi:  # which tells times of decoding alone; the last frames have none
+                    if is_avi:  # AVI tells times of decoding alone, and the last frames have none.
                         ahead = (frame.dts or 0) - (stream.start_time or 0) if ahead is None else ahead
                         start = None if frame.dts is None else frame.dts - ahead
                     last = start if start is not None else last
-                    if frame.is_corrupt:  # the decoder has filled in what it could not read
+                    if frame.is_corrupt:  # The decoder has filled in what it could not read.
                         where = "" if last is None else f" at {float(last * self.time_base):.2f} s"
                         self._damaged(f"{self.path} is damaged: its frame{where} cannot be decoded whole", skip_damage)
                         continue
                     yield start, frame
 
     def _image_frames(self, skip_damage: bool) -> Iterator[tuple[int, av.VideoFrame]]:
-        for number, path in enumerate(self.images):
+        for number, path in enumerate(self.images or []):
             try:
                 frame = image_frame(path)
             except VideoError as error:
@@ -164,10 +172,11 @@ class Source:
 
 
 def main_stream(container: av.container.InputContainer, path: Path) -> av.video.stream.VideoStream:
-    """The first video stream that is no cover picture.
+    """
+    The first video stream that is no cover picture.
 
     Raises:
-        VideoError: if there is none that can be decoded.
+        VideoError: if there is none, or it cannot be decoded.
     """
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -186,10 +195,8 @@ def is_video(path: Path) -> bool:
     """Whether FFmpeg finds moving pictures in a file, whatever its name is."""
     try:
         with av.open(file_url(path), metadata_errors="replace") as container:
-            if container.format.name.endswith("_pipe") or container.format.name in (
-                "image2",
-                "tty",
-            ):  # images, and text
+            # FFmpeg reads images and text too.
+            if container.format.name.endswith("_pipe") or container.format.name in ("image2", "tty"):
                 return False
             main_stream(container, path)
             return True

@@ -1,10 +1,10 @@
-"""How the frames of a video are encoded, so that the result has what the source has."""
+"""Encoding of the frames of a video, chosen so that the result has the pixels, colours and shape of the source."""
 
 import io
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 
@@ -14,18 +14,18 @@ from .errors import VideoError
 from .formats import CODECS, Container, container_of, refusal_of
 
 
-# What holds the samples of a planar format in fewer planes: all that some chips take.
+# Formats that hold the samples of a planar format in fewer planes. Some chips take no others.
 _INTERLEAVED = {"yuv420p": "nv12", "yuv420p10le": "p010le"}
 
 
 class Hdr10(NamedTuple):
     """
-    What an HDR video tells of the display that it was made on, and of its light.
+    Metadata of HDR10: the display that a video was mastered on, and the light of the video.
 
     Args:
         colours: CIE x and y of red, green, blue and white.
-        darkest, brightest: light of the display, in candela to the square metre.
-        most, most_mean: light of the brightest pixel, and of the brightest frame; 0 for not told.
+        darkest, brightest: the least and greatest light of the display, in candela per square metre.
+        most, most_mean: the light of the brightest pixel, and the mean light of the brightest frame; 0 where it is not told.
     """
 
     colours: tuple[Fraction, ...]
@@ -35,16 +35,15 @@ class Hdr10(NamedTuple):
     most_mean: int
 
     def options(self, codec: str) -> str:
-        """As the encoder of "hevc" or "av1" takes them."""
+        """The metadata as an option of the encoder of "hevc" or "av1"."""
 
         def written(first: Fraction, second: Fraction, unit: int) -> str:
             return ",".join(
                 str(round(each * unit)) if codec == "hevc" else f"{float(each):.5f}" for each in (first, second)
             )
 
-        red, green, blue, white = (
-            written(*self.colours[i : i + 2], 50000) for i in range(0, 8, 2)
-        )  # HEVC counts in such parts
+        # HEVC counts colours in parts of 50000, and light in parts of 10000.
+        red, green, blue, white = (written(self.colours[i], self.colours[i + 1], 50000) for i in range(0, 8, 2))
         display = f"G({green})B({blue})R({red})WP({white})L({written(self.brightest, self.darkest, 10000)})"
         named = ("master-display", "max-cll") if codec == "hevc" else ("mastering-display", "content-light")
         return f"{named[0]}={display}" + (
@@ -52,26 +51,26 @@ class Hdr10(NamedTuple):
         )
 
 
-# What takes them, and under what name.
+# The encoders that take the metadata, and the names of their options.
 _HDR10_OPTIONS = {"hevc": "x265-params", "av1": "svtav1-params"}
 
 
 class Encoding(NamedTuple):
     """
-    How a video is written.
+    The way in which a video is written.
 
     Args:
-        container: of the file.
+        container: the kind of file.
         codec: a name in `CODECS`.
-        options: of the encoder.
-        pixel_format: FFmpeg's name.
+        options: options of the encoder.
+        pixel_format: FFmpeg's name of the format of pixels.
         size: height and width as coded.
-        tags: of colours.
-        time_base: seconds that times are counted in.
+        tags: the tags of colours.
+        time_base: the unit of times, in seconds.
         rate: frames a second, on average.
         pixel_aspect, matrix: see [`Analysis`].
-        mirrored, turned: whether left and right change places, and then degrees against the clock by which frames are turned, before
-            they are written.
+        mirrored, turned: the turn of frames before they are encoded: whether left and right change places first, and then degrees
+            against the clock.
     """
 
     container: Container
@@ -89,13 +88,16 @@ class Encoding(NamedTuple):
 
     @property
     def standard(self) -> str:
-        """The kind of pictures, whoever encodes them: a name in `CODECS`."""
+        """The name in `CODECS` of the same kind of pictures encoded by the processor."""
         return CODECS[self.codec].standard or self.codec
 
     def add_stream(self, output: av.container.OutputContainer) -> av.video.stream.VideoStream:
-        """A stream that encodes in this way, and says so in the file's header."""
-        os.environ.setdefault("SVT_LOG", "1")  # or the AV1 encoder tells its settings on stderr
-        stream = output.add_stream(CODECS[self.codec].encoder, rate=self.rate, options=dict(self.options))
+        """Add a stream that encodes in this way, and whose header tells so."""
+        os.environ.setdefault("SVT_LOG", "1")  # Otherwise the AV1 encoder prints its settings.
+        encoder = CODECS[self.codec].encoder
+        stream = cast(
+            av.video.stream.VideoStream, output.add_stream(encoder, rate=self.rate, options=dict(self.options))
+        )
         context = stream.codec_context
         context.height, context.width = self.size
         context.pix_fmt = self.pixel_format
@@ -107,17 +109,17 @@ class Encoding(NamedTuple):
         if self.matrix is not None:
             stream.set_display_matrix(self.matrix)
         if self.standard == "hevc" and self.container.format in ("mp4", "mov"):
-            context.codec_tag = "hvc1"  # what Apple's players know it by
+            context.codec_tag = "hvc1"  # The tag that Apple's players know.
         return stream
 
     def unwritten_stream(self) -> tuple[av.container.OutputContainer, av.video.stream.VideoStream]:
-        """The same in a file that is never written to, which tells the encoder what the real one will."""
+        """A file that is never written to, and its stream, whose encoder is set up as in the real file."""
         output = av.open(io.BytesIO(), "w", format="matroska" if self.codec == "gif" else self.container.format)
         return output, self.add_stream(output)
 
 
 def told_tags(tags: ColourTags, pixel_format: str) -> ColourTags:
-    """With the range that formats have without saying so: of grey, and of what has a J in its name, the full one."""
+    """Tags with the range that a format implies: grey, and formats with a J in their names, have the full range."""
     is_full = pixel_format.startswith("yuvj") or (tags.range == 0 and pixel_format.startswith(("gray", "ya", "mono")))
     return tags._replace(range=2) if is_full else tags
 
@@ -133,21 +135,21 @@ def choose_encoding(
     hdr10: Hdr10 | None = None,
 ) -> Encoding:
     """
-    How to write a video so that it has what the source has: pixels, colours, shape.
+    Choose how to write a video so that it has the pixels, colours and shape of the source.
 
     Args:
-        output: file or folder.
-        analysis: of the source.
-        time_base, rate: of the frames that will be shown.
-        codec, crf, preset: if not the usual ones.
-        hdr10: what the source tells of it.
+        output: the file or folder.
+        analysis: the source's.
+        time_base, rate: those of the frames that will be shown.
+        codec, crf, preset: the ones to use; the usual ones if not given.
+        hdr10: the source's metadata of HDR10, if it has any.
 
     Raises:
-        VideoError: for what the file or codec cannot have.
+        VideoError: if the codec cannot have the settings, or no pixels like the source's.
     """
     container = container_of(output)
     source = av.VideoFormat(analysis.pixel_format)
-    # The first that keeps ten bits where there are as many, and HDR10's metadata where there are such.
+    # The first codec is chosen that keeps ten bits, if the source has as many, and the metadata of HDR10, if the source has such.
     able = [
         each
         for each in container.codecs
@@ -171,16 +173,17 @@ def choose_encoding(
     if name == "prores":
         options["profile"] = "4" if "444" in pixel_format else "3"
     if container.format == "avi" and (kind.standard or name) == "h264":
-        options["bf"] = "0"  # AVI cannot tell that frames are decoded in another order than they are shown
+        options["bf"] = "0"  # AVI has no way to show frames in another order than they are decoded in.
     rotation = 0 if container.turns else analysis.rotation
     height, width = analysis.size[::-1] if rotation in (90, 270) else analysis.size
     tags = told_tags(analysis.tags, analysis.pixel_format)
     if is_rgb(source) and not is_rgb(av.VideoFormat(pixel_format)):
-        # Limited range and BT.709, what players take for granted, but for what the source says of itself.
-        tags = ColourTags(1, 1, *(1 if told == 2 else told for told in (tags.primaries, tags.transfer)))
+        # Players take limited range and BT.709 for granted. Primaries and transfer are the source's, if it tells them.
+        primaries, transfer = (1 if told == 2 else told for told in (tags.primaries, tags.transfer))
+        tags = ColourTags(1, 1, primaries, transfer)
     elif is_rgb(av.VideoFormat(pixel_format)):
         tags = tags._replace(range=2, matrix=0)
-    if (kind.standard or name) in ("h264", "hevc"):  # their 4:2:0 and 4:2:2 have no odd sizes
+    if (kind.standard or name) in ("h264", "hevc"):  # Their 4:2:0 and 4:2:2 have no odd sizes.
         across, down = chroma_of(av.VideoFormat(pixel_format))
         width, height = width + -width % across, height + -height % down
     aspect = analysis.pixel_aspect
@@ -205,7 +208,7 @@ def _bits(pixel_format: av.VideoFormat) -> int:
 
 
 def analogous_format(source: av.VideoFormat, codec: str) -> str:
-    """The format of pixels nearest to a source's that a codec encodes: as much colour, as many bits, or the next more or less."""
+    """The format that a codec encodes and that is nearest to a source's in fineness of colours and number of bits, rather more than less."""
     bits = _bits(source)
     if codec == "png":
         return "rgb48be" if bits > 8 else "rgb24"
@@ -216,12 +219,10 @@ def analogous_format(source: av.VideoFormat, codec: str) -> str:
         return planar_format(source)
     if codec == "ffv1" and is_rgb(source):
         return "bgr0" if bits <= 8 else "gbrp16le"
-    if codec == "raw":  # what the file's header can name
-        encodable = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444") for depth in ("", "10le", "12le")} | {
-            "gray",
-            "gray10le",
-        }
-    if len(source.components) < 3 and not is_rgb(source):  # grey, which few players show as such
+    if codec == "raw":  # The header of a .y4m file can name these alone.
+        encodable = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444") for depth in ("", "10le", "12le")}
+        encodable |= {"gray", "gray10le"}
+    if len(source.components) < 3 and not is_rgb(source):  # Grey, which few players show.
         families = ["gray", "yuv420p", "yuv422p"] if codec in ("ffv1", "raw") else ["yuv420p", "yuv422p"]
     else:
         own = "yuv420p" if is_rgb(source) else PLANAR.get(chroma_of(source), "yuv444p")

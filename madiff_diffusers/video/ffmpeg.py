@@ -1,35 +1,38 @@
-"""What FFmpeg is told and tells: names of files, reasons of errors, and what frames carry besides pixels."""
+"""FFmpeg by way of PyAV: names of files, reasons of errors, and the side data of frames."""
 
+from collections.abc import Iterable
 from fractions import Fraction
 from math import atan2, degrees
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
 
 
-# FFmpeg's number of a display matrix among kinds of side data, and more numbers than it has kinds.
+# FFmpeg's number of the display matrix among the kinds of side data; and a number that is greater than those of all kinds.
 _DISPLAY_MATRIX, _SIDE_DATA_KINDS = 6, 64
 
 
 def file_url(path: Path) -> str:
-    """What FFmpeg takes for a file whatever its name; a colon in it would mean a protocol."""
+    """The URL by which FFmpeg opens a file whatever its name is; a name with a colon alone would mean a protocol."""
     return f"file:{path}"
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, without the numbers and names that FFmpeg's errors begin and end with."""
+    """The reason of an error in words, without the numbers and names that FFmpeg's errors begin and end with."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def display_matrix(frame: av.VideoFrame) -> list[int] | None:
-    """How players turn a frame, as FFmpeg's nine numbers; None if not at all."""
+    """The matrix by which players turn a frame, as FFmpeg's nine numbers; None if they do not."""
     data = side_data(frame, _DISPLAY_MATRIX)
     return None if data is None else np.frombuffer(data, dtype=np.int32).tolist()
 
 
 def turn(matrix: list[int] | None) -> tuple[bool, int]:
-    """Whether left and right change places first, and then degrees against the clock."""
+    """The turn of a display matrix: whether left and right change places first, and then degrees against the clock."""
     a, b, c, d = (1, 0, 0, 1) if matrix is None else (matrix[0], matrix[1], matrix[3], matrix[4])
     mirrored = a * d - b * c < 0
     if mirrored:
@@ -39,31 +42,34 @@ def turn(matrix: list[int] | None) -> tuple[bool, int]:
 
 def side_data(frame: av.VideoFrame, kind: int) -> bytes | None:
     """
-    What a frame carries besides pixels.
+    The side data of one kind that a frame carries, or None.
 
-    PyAV fails at kinds that it does not know (EXIF), and frees colour profiles twice, as soon as it is asked for any kind. So it
-    gets to see the frame with none but the one.
+    PyAV, asked for any kind, fails at kinds that it does not know (EXIF) and frees colour profiles twice. So a filter removes all other
+    kinds before PyAV is asked.
 
     Args:
-        kind: FFmpeg's number, of its AVFrameSideDataType.
+        frame: the frame.
+        kind: FFmpeg's number of the kind, an AVFrameSideDataType.
     """
     graph = av.filter.Graph()
-    nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1))]
+    nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))]
     nodes += [graph.add("sidedata", f"mode=delete:type={other}") for other in range(_SIDE_DATA_KINDS) if other != kind]
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()
     graph.push(frame)
-    return next((bytes(data) for data in graph.pull().side_data), None)
+    # PyAV's annotation tells of a dictionary, but this is a sequence of the data.
+    return next((bytes(data) for data in cast(Iterable[SideData], graph.pull().side_data)), None)
 
 
 def has_side_data(frame: av.VideoFrame, kind: int) -> bool:
     """
-    Whether a frame carries something of a kind; asked of FFmpeg by a filter, as `reading.side_data` does.
+    Whether a frame carries side data of a kind. As in `side_data`, a filter of FFmpeg finds out.
 
     Args:
-        kind: FFmpeg's number, of its AVFrameSideDataType.
+        frame: the frame.
+        kind: FFmpeg's number of the kind, an AVFrameSideDataType.
     """
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1))
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))
     graph.link_nodes(source, graph.add("sidedata", f"mode=select:type={kind}"), graph.add("buffersink")).configure()
     graph.push(frame)
     try:

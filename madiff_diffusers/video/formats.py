@@ -2,9 +2,10 @@
 
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
+from av.video.codeccontext import VideoCodecContext
 
 from .errors import VideoError
 
@@ -14,10 +15,10 @@ class Container(NamedTuple):
     A kind of file.
 
     Args:
-        format: FFmpeg's name.
-        codecs: that it is written with, by our names; the first unless told otherwise.
-        steady: whether it holds but one rate, not a time for each frame.
-        turns: whether it tells players to turn the picture.
+        format: FFmpeg's name of the format.
+        codecs: names in `CODECS` of what the file can hold; the first is the usual one.
+        steady: whether the file has a single rate, and not a time for each frame.
+        turns: whether the file can tell players to turn the picture.
     """
 
     format: str
@@ -26,7 +27,7 @@ class Container(NamedTuple):
     turns: bool = True
 
 
-# By the ending of a file's name; a name without one is a folder of PNG files.
+# Kinds of files by the endings of their names. A name without an ending stands for a folder of PNG files.
 CONTAINERS = {
     ".mp4": Container("mp4", ("h264", "hevc", "av1", "vp9")),
     ".m4v": Container("mp4", ("h264", "hevc", "av1")),
@@ -43,18 +44,18 @@ FOLDER = Container("", ("png",), turns=False)
 
 class Codec(NamedTuple):
     """
-    A kind of pictures in it.
+    A way to encode pictures.
 
     Args:
-        encoder: FFmpeg's name.
-        crf: quality unless told otherwise; less is better and larger. None where there is no such setting.
-        worst: of qualities, the best of which is 0.
-        presets: from fast to slow, or the other way about; empty where there are none.
-        preset: unless told otherwise.
-        options: that are always set.
+        encoder: FFmpeg's name of the encoder.
+        crf: the usual quality; less is better and larger. None for an encoder without such a setting.
+        worst: the worst quality; the best is 0.
+        presets: names of presets; empty for an encoder without them.
+        preset: the usual preset.
+        options: options that are always set.
         quality: the encoder's own name for what `crf` sets.
         pace: the encoder's own name for what `preset` sets.
-        standard: another name in `CODECS`, of which this is the same kind of pictures, by a chip; None for what the processor encodes.
+        standard: for an encoder of a chip, the name in `CODECS` of the same kind of pictures encoded by the processor; else None.
     """
 
     encoder: str
@@ -71,7 +72,7 @@ class Codec(NamedTuple):
 _X26X = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
 CODECS = {
-    # Its macroblock tree makes other bytes of the same frames from one run to the next.
+    # With its macroblock tree, x264 would make other bytes of the same frames from one run to the next.
     "h264": Codec("libx264", 18, 51, _X26X, "medium", {"mbtree": "0"}),
     "hevc": Codec("libx265", 20, 51, _X26X, "medium", {"x265-params": "log-level=none"}),
     "vp9": Codec("libvpx-vp9", 24, 63, tuple("876543210"), "2", {"b:v": "0", "row-mt": "1"}, pace="cpu-used"),
@@ -79,38 +80,35 @@ CODECS = {
     "prores": Codec("prores_ks"),
     "ffv1": Codec("ffv1", options={"level": "3", "g": "1", "slicecrc": "1"}),
     "raw": Codec("rawvideo"),
-    # Kept without loss until the palettes are known, which only whole frames tell.
+    # Frames are kept without loss until the file is written, when each gets its palette.
     "gif": Codec("ffv1", options={"level": "3", "g": "1"}),
     "png": Codec("png"),
 }
 
-# Encoders of graphics cards and other chips. How good a number of `crf` looks is their own matter.
-_NVENC = {
-    "presets": tuple(f"p{number}" for number in range(1, 8)),
-    "preset": "p5",
-    "options": {"rc": "vbr", "b:v": "0"},
-    "quality": "cq",
-}
+# Encoders of graphics cards and other chips. Each has a scale of its own for `crf`.
+_NVENC = Codec("nvenc", 0, 51, tuple(f"p{number}" for number in range(1, 8)), "p5", {"rc": "vbr", "b:v": "0"}, "cq")
+_QSV = Codec("qsv", 0, 51, _X26X[2:], "medium", quality="global_quality")
+_VAAPI = Codec("vaapi", 0, quality="qp")
+_VIDEOTOOLBOX = Codec("videotoolbox", options={"allow_sw": "0"})  # It takes a rate in bits, not a quality.
 
-_QSV = {"presets": _X26X[2:], "preset": "medium", "quality": "global_quality"}
+for _standard, _chips in {
+    "h264": (_NVENC, _QSV, _VAAPI, _VIDEOTOOLBOX),
+    "hevc": (_NVENC, _QSV, _VAAPI, _VIDEOTOOLBOX),
+    "av1": (_NVENC, _QSV, _VAAPI),
+    "vp9": (_QSV, _VAAPI),
+}.items():
+    for _chip in _chips:
+        _name = f"{_standard}_{_chip.encoder}"
+        _crf = None if _chip.crf is None else CODECS[_standard].crf
+        CODECS[_name] = _chip._replace(encoder=_name, crf=_crf, standard=_standard)
 
-_VIDEOTOOLBOX = {"options": {"allow_sw": "0"}}
-
-_VAAPI = {"quality": "qp"}
-
-for _standard in ("h264", "hevc", "av1", "vp9"):
-    _usual = CODECS[_standard].crf
-    for _chip, _settings in (("nvenc", _NVENC), ("qsv", _QSV), ("vaapi", _VAAPI)):
-        if (_standard, _chip) != ("vp9", "nvenc"):
-            CODECS[f"{_standard}_{_chip}"] = Codec(f"{_standard}_{_chip}", _usual, standard=_standard, **_settings)
-    if _standard in ("h264", "hevc"):  # which is told a rate in bits, not a quality
-        CODECS[f"{_standard}_videotoolbox"] = Codec(f"{_standard}_videotoolbox", standard=_standard, **_VIDEOTOOLBOX)
-
-MOST_GIF_RATE = 50  # frames a second that players keep; see `gif.LEAST_DELAY`
+MOST_GIF_RATE = 50  # Frames a second that players keep; see `gif.LEAST_DELAY`.
 
 
 def container_of(output: Path) -> Container:
     """
+    The kind of file that a name stands for.
+
     Raises:
         VideoError: if the ending of the name stands for nothing that can be written.
     """
@@ -132,14 +130,14 @@ def check_encoding(
     fps: Fraction | None = None,
 ) -> None:
     """
-    Refuse, before anything of a source is read, what no source could make right.
+    Refuse settings that are wrong whatever the source is.
 
     Args:
-        output: file or folder.
-        codec, crf, preset, fps: as they were given.
+        output: the file or folder.
+        codec, crf, preset, fps: the options that were given.
 
     Raises:
-        VideoError: for a kind of file, codec, quality or rate that cannot be, and for an encoder that this machine has not.
+        VideoError: if the kind of file, codec, quality, preset or rate is impossible, or this machine does not have the encoder.
     """
     container = container_of(output)
     if codec is not None:
@@ -150,8 +148,9 @@ def check_encoding(
                 f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(built)}, but is {codec!r}"
             )
         _check_encoder(codec)
-    refusals = [refusal_of(name, crf, preset) for name in ([codec] if codec is not None else container.codecs)]
-    if all(refusals):
+    names = [codec] if codec is not None else container.codecs
+    refusals = [refusal for name in names if (refusal := refusal_of(name, crf, preset)) is not None]
+    if len(refusals) == len(names):
         raise VideoError(refusals[0])
     if container.format == "gif" and fps is not None and fps > MOST_GIF_RATE:
         raise VideoError(
@@ -160,7 +159,7 @@ def check_encoding(
 
 
 def refusal_of(name: str, crf: int | None, preset: str | None) -> str | None:
-    """What is wrong with settings of an encoder, in words."""
+    """What is wrong with the settings of an encoder, in words; None if nothing is."""
     kind = CODECS[name]
     if crf is not None and kind.crf is None:
         return f"`crf` cannot be set for {name}"
@@ -173,8 +172,10 @@ def refusal_of(name: str, crf: int | None, preset: str | None) -> str | None:
 
 def _check_encoder(name: str) -> None:
     """
+    Refuse an encoder that cannot be used.
+
     Raises:
-        VideoError: if FFmpeg was built without it, or it is a chip's and cannot be opened on this machine.
+        VideoError: if FFmpeg was built without the encoder, or it is a chip's and cannot be opened on this machine.
     """
     kind = CODECS[name]
     instead = "" if kind.standard is None else f"; {kind.standard} encodes on the processor"
@@ -190,7 +191,7 @@ def _check_encoder(name: str) -> None:
         raise VideoError(
             f"`codec` {name} cannot be used: it takes pictures in the memory of a graphics card alone, where PyAV puts none{instead}"
         )
-    encoder = av.CodecContext.create(kind.encoder, "w")
+    encoder = cast(VideoCodecContext, av.CodecContext.create(kind.encoder, "w"))
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 640, 360, pixel_format, Fraction(1, 25)
     try:
         encoder.open()

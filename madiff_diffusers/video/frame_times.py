@@ -1,26 +1,28 @@
-"""When frames are shown, and which of them are made: exact times and instants.
+"""Exact times: when frames are shown, which of them are made, and at which instants.
 
 Times are fractions of a second, never floating point: 30000/1001 frames a second stay in step with the sound for hours.
 """
 
 from array import array
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import NamedTuple
 
 
-LONGEST_TICK = Fraction(
-    1, 1000
-)  # seconds: files that round times (Matroska) do so to this or finer; coarser units are exact
+# Seconds. Files that round times (Matroska) round them to this or finer units; times in coarser units are exact.
+LONGEST_TICK = Fraction(1, 1000)
 
 
-class ShownFrame(NamedTuple):
+@dataclass(frozen=True)
+class ShownFrame:
     """
+    A frame of the result.
+
     Args:
         time: when it is shown, in units of the timeline's `time_base` from the first frame.
-        index: number of the source frame that it is, or that comes before it.
-        position: 0 for the source frame itself; else the instant, between it and the next that is kept, at which the frame is made.
+        index: the number of the source frame that it is, or that comes before it.
+        position: 0 for a source frame; else the instant, from that source frame to the next that is kept, at which the frame is made.
     """
 
     time: int
@@ -30,17 +32,17 @@ class ShownFrame(NamedTuple):
 
 class Timeline:
     """
-    Which frames an interpolated video shows, and when.
+    The frames that an interpolated video shows, and their times.
 
     Args:
         starts: when each source frame begins, in units of `unit` from the first; strictly increasing from 0.
-        end: when the last one ends.
+        end: when the last source frame ends.
         unit: seconds.
-        factor: frames in the place of each source frame, evenly within its time; or
-        rate: frames a second.
-        slow_motion: times that the result lasts longer.
+        factor: the number of frames in the place of each source frame, evenly within its time.
+        rate: frames a second, in the place of `factor`.
+        slow_motion: how many times as long as the source the result lasts.
         dropped: numbers of source frames that are left out, so that frames are made across them; neither first nor last.
-        held: numbers of source frames after which none is made: they are shown until the next begins.
+        held: numbers of source frames that are shown until the next begins, without made frames behind them.
 
     Raises:
         ValueError: unless either `factor` or `rate` is given.
@@ -61,35 +63,42 @@ class Timeline:
         if (factor is None) == (rate is None):
             raise ValueError(f"Either `factor` or `rate` must be given, but they are {factor} and {rate}.")
         self._boundaries = array("q", [*starts, end])
-        self._unit, self._factor, self._rate, self._slow_motion = unit * slow_motion, factor, rate, slow_motion
+        self._unit, self._factor, self._rate = unit * slow_motion, 1 if factor is None else factor, rate
         gone = set(dropped)
-        # Numbers of the source frames that are neighbours of made ones.
+        # Numbers of the source frames that are not left out.
         self.kept = array("q", (index for index in range(len(starts)) if index not in gone))
         self._held = set(held)
-        # Seconds by which a source frame's time may be rounded: nearer than this, it is shown as it is.
+        # Seconds by which a source frame's time may be rounded. A frame that is due within them is the source frame itself.
         self._rounding = min(unit, LONGEST_TICK) * slow_motion / 2
-        # Seconds in which the times of the frames shown are counted.
-        self.time_base: Fraction = 1 / rate if rate is not None else self._unit / factor
-        # A rate fills the duration to within half a frame.
+        # The unit, in seconds, of the times of shown frames.
+        self.time_base: Fraction = 1 / rate if rate is not None else self._unit / self._factor
+        # Frames of a rate fill the duration to within half a frame.
         self._frames_of_rate = 0 if rate is None else max(1, ceil(end * self._unit * rate - Fraction(1, 2)))
 
     @property
     def rate(self) -> Fraction | None:
-        """Frames a second; None where their times follow the source's."""
+        """Frames a second; None if times follow the source's."""
         return self._rate
 
     @property
     def duration(self) -> int:
-        """Of the result, in units of `time_base`."""
+        """The duration of the result, in units of `time_base`."""
         return self._frames_of_rate if self._rate is not None else self._boundaries[-1] * self._factor
 
     def __len__(self) -> int:
-        """Frames that are shown."""
+        """The number of frames that are shown."""
         return self._frames_of_rate if self._rate is not None else (len(self._boundaries) - 1) * self._factor
 
     def shown(self, first: int = 0, last: int | None = None) -> Iterator[list[ShownFrame]]:
-        """The frames whose times lie from the `first` kept source frame (by its place in `kept`) up to the `last`, or to the end;
-        a list for each kept source frame."""
+        """
+        The frames that are shown from one kept source frame up to another.
+
+        Args:
+            first, last: places of the two in `kept`; without `last`, up to the end.
+
+        Yields:
+            for each kept source frame, the frames from its time up to the next.
+        """
         last = len(self.kept) if last is None else last
         for place in range(first, last):
             index = self.kept[place]
@@ -111,11 +120,11 @@ class Timeline:
             yield frames
 
     def made(self) -> int:
-        """Frames that are shown and are not the source's."""
+        """The number of shown frames that are not the source's."""
         return sum(bool(frame.position) for frames in self.shown() for frame in frames)
 
     def count(self, first: int, last: int) -> int:
-        """How many frames `shown` gives."""
+        """The number of frames that `shown` gives."""
         begin = self.kept[first]
         end = self.kept[last] if last < len(self.kept) else len(self._boundaries) - 1
         if self._rate is None:
@@ -127,7 +136,7 @@ class Timeline:
         return self._boundaries[boundary] * self._unit / self.time_base
 
     def _numbers(self, index: int, following: int) -> tuple[int, int]:
-        """Of frames of a rate: from the first one at or after one boundary to the first one at or after another."""
+        """Numbers of frames of a rate: of the first at or after one boundary, and of the first at or after another."""
         end = ceil(self._at(following)) if following < len(self._boundaries) - 1 else self._frames_of_rate
         return min(ceil(self._at(index)), self._frames_of_rate), min(end, self._frames_of_rate)
 

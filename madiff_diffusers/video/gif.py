@@ -14,14 +14,14 @@ from .ffmpeg import file_url
 from .parts import joined_packets, read_index
 
 
-LEAST_DELAY = 2  # hundredths of a second that players show a frame of a GIF for; less than that, they make ten
+LEAST_DELAY = 2  # Hundredths of a second that a frame must last; players show what lasts less for ten.
 
-# How often a GIF is shown again, as FFmpeg takes it.
+# FFmpeg's numbers of times that a GIF is shown again.
 FOR_EVER, NEVER = 0, -1
 
 
 def loops_of(source: Source) -> int:
-    """How often a GIF is shown again; other kinds of files do not tell."""
+    """How often a source is shown again, if it is a GIF; for ever, if it is not."""
     if source.images is None:
         with suppress(OSError, SyntaxError), Image.open(source.path) as image:
             if image.format == "GIF":
@@ -30,7 +30,14 @@ def loops_of(source: Source) -> int:
 
 
 def assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: int, loops: int) -> None:
-    """Every frame with a palette of its own."""
+    """
+    Write a GIF, each of whose frames has a palette of its own.
+
+    Args:
+        output: the file.
+        encoding, parts, end: see `muxing.assemble`.
+        loops: how often the GIF is shown again.
+    """
     height, width = encoding.size
     unwritten, stream = encoding.unwritten_stream()
     stream.codec_context.open()
@@ -38,7 +45,9 @@ def assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: i
     decoder.extradata, decoder.width, decoder.height = stream.codec_context.extradata, width, height
     unwritten.close()
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format=encoding.pixel_format, time_base=Fraction(1, 100))
+    source = graph.add_buffer(
+        width=width, height=height, format=av.VideoFormat(encoding.pixel_format), time_base=Fraction(1, 100)
+    )
     split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
     use, sink = graph.add("paletteuse", "new=1:dither=bayer"), graph.add("buffersink")
     source.link_to(split)
@@ -48,7 +57,7 @@ def assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: i
     use.link_to(sink)
     graph.configure()
     last_time = max(time for time, _, _ in read_index(parts[-1]))
-    # Other frames last until the next begins; each is rounded by itself, so that errors do not add up.
+    # Other frames last until the next one begins. Times are rounded one by one, so that errors do not add up.
     last_delay = max(LEAST_DELAY, _hundredths(end, encoding) - _hundredths(last_time, encoding))
     options = {"loop": str(loops), "final_delay": str(last_delay)}
     with av.open(file_url(output), "w", format="gif", container_options=options) as file:
@@ -61,14 +70,14 @@ def assemble_gif(output: Path, encoding: Encoding, parts: Sequence[Path], end: i
         def drain() -> None:
             while True:
                 try:
-                    frame = graph.pull()
+                    frame = graph.vpull()
                 except (av.error.BlockingIOError, av.error.EOFError):
                     return
                 file.mux(video.encode(frame))
 
-        for packet in joined_packets(parts, end):
+        for packet, time in joined_packets(parts, end):
             for frame in decoder.decode(packet):
-                frame.pts, frame.time_base = _hundredths(packet.pts, encoding), Fraction(1, 100)
+                frame.pts, frame.time_base = _hundredths(time.shown, encoding), Fraction(1, 100)
                 graph.push(frame)
                 drain()
         graph.push(None)

@@ -1,11 +1,11 @@
-"""Images in order as a source of a video: their names, and each of them as a frame."""
+"""Images as the frames of a video: their names and order, and each of them decoded."""
 
 import re
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ..files import IMAGE_SUFFIXES, natural_order
 from ..image_io import upright
@@ -14,17 +14,20 @@ from .errors import VideoError
 from .ffmpeg import display_matrix, file_url, reason, turn
 
 
-# What a damaged header must not make us hold: 8192x8192 pixels, and frames that are shown for hours.
+# The most pixels of a frame, 8192x8192, so that a damaged header cannot fill the memory.
 MOST_PIXELS = 2**26
 
 
 def find_images(path: Path) -> tuple[list[Path] | None, list[Path]]:
     """
-    The images that a folder or pattern stands for, in the order of the numbers in their names, None for a file; and files beside them
-    that are no images.
+    Find the images that a folder or pattern stands for.
+
+    Returns:
+        the images in the order of the numbers in their names, or None for a single file; and the other files that the folder or pattern
+        stands for, which are no images.
 
     Raises:
-        VideoError: if there are none, or no such folder.
+        VideoError: if there are no images, or there is no such folder.
     """
     folder, pattern = (path, None) if path.is_dir() else (path.parent, path.name)
     if pattern is not None and (path.is_file() or not re.search(r"%\d*d|[*?]", pattern)):
@@ -46,7 +49,7 @@ def find_images(path: Path) -> tuple[list[Path] | None, list[Path]]:
 
 
 def is_named(name: str, pattern: str) -> bool:
-    """Whether a pattern with `%d`, `%05d`, `*` or `?` stands for a name."""
+    """Whether a name fits a pattern with `%d`, `%05d`, `*` or `?`."""
     expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
     expression = re.sub(r"%(0?)(\d*)d", lambda match: rf"\d{{{match[2]}}}" if match[2] else r"\d+", expression)
     return re.fullmatch(expression, name) is not None
@@ -54,10 +57,10 @@ def is_named(name: str, pattern: str) -> bool:
 
 def image_frame(path: Path) -> av.VideoFrame:
     """
-    An image file as a frame of RGB, or RGBA where something is not opaque, of 8 or 16 bits, turned upright.
+    Decode an image file, turned upright, to a frame of RGB, or of RGBA if something is not opaque, of 8 or 16 bits.
 
     Raises:
-        VideoError: if it cannot be read, or is larger than 8192x8192 pixels.
+        VideoError: if the file cannot be read, or has more than 8192x8192 pixels.
     """
     try:
         with Image.open(path) as image:
@@ -65,7 +68,7 @@ def image_frame(path: Path) -> av.VideoFrame:
             if not _is_for_ffmpeg(image):
                 return _frame_of(upright(image), path)
     except UnidentifiedImageError:
-        pass  # FFmpeg knows some more
+        pass  # FFmpeg knows more kinds of images.
     except VideoError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
@@ -78,7 +81,7 @@ def image_frame(path: Path) -> av.VideoFrame:
     _check_image_size(path, frame.width, frame.height)
     mirrored, rotation = turn(display_matrix(frame))
     if mirrored or rotation:
-        array = frame.to_ndarray(format="rgb48le")
+        array: np.ndarray = frame.to_ndarray(format="rgb48le")
         array = np.rot90(array[:, ::-1] if mirrored else array, rotation // 90)
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb48le")
     return frame
@@ -89,12 +92,12 @@ def _check_image_size(path: Path, width: int, height: int) -> None:
         raise VideoError(f"{path} must have at most 8192x8192 pixels, but has {width}x{height}")
 
 
-def _is_for_ffmpeg(image: Image.Image) -> bool:
-    """Whether Pillow would keep 8 bits of more; of grey, it keeps 16."""
+def _is_for_ffmpeg(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow would cut colours of more than 8 bits to 8 bits; of grey, it keeps 16 bits."""
     if image.mode[0] in "IF":
         return False
     settings = [tile.args for tile in image.tile]
-    # What Pillow scales down in a PPM file it tells with the greatest value.
+    # Of a PPM file whose values Pillow scales down, it tells the greatest value.
     is_scaled = image.format == "PPM" and any(
         isinstance(each, tuple) and isinstance(each[-1], int) and each[-1] > 255 for each in settings
     )

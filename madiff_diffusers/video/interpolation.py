@@ -3,11 +3,12 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from typing import cast
 
 import numpy as np
 import torch
 
-from ..pipeline_madiff import EncodedFrames, MADiffPipeline
+from ..pipeline_madiff import EncodedFrames, MADiffPipeline, MADiffPipelineOutput
 
 
 MOST_TOGETHER = 7  # Frames between two that may be held at once.
@@ -44,6 +45,7 @@ class FrameInterpolator:
         for first in range(0, len(times), at_once or 1):
             chosen = list(times[first : first + at_once])
             encoded = prev.encoded(self._pipeline), next_.encoded(self._pipeline)
+            assert encoded[0].latents is not None  # `encode_frames` has made them.
             generator = torch.Generator().manual_seed(self._seed)
             noise = torch.randn(1, 1, *encoded[0].latents.shape[1:], generator=generator)
             made = self._pipeline(
@@ -56,7 +58,7 @@ class FrameInterpolator:
                 latents=noise.expand(1, len(chosen), -1, -1, -1),
                 output_type="np",
             )
-            yield from made.frames[0]
+            yield from cast(np.ndarray, cast(MADiffPipelineOutput, made).frames)[0]
 
 
 class SourceFrame:

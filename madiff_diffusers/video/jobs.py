@@ -435,4 +435,5 @@ def _naming(output: Path) -> Iterator[None]:
             error.filename is not None and not isinstance(error, av.FFmpegError)
         ):
             raise
-        raise unwritable(output, error) from error
+        told = error if isinstance(error, OSError) else OSError(error.errno, error.strerror)
+        raise unwritable(output, told) from error

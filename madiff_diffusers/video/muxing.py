@@ -1,4 +1,4 @@
-"""The last step of a video: its parts in one file, beside what the source has besides pictures."""
+"""Muxing, the last step of a video: its parts go into one file, beside what the source has besides pictures."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -6,9 +6,11 @@ from contextlib import suppress
 from fractions import Fraction
 from math import gcd
 from pathlib import Path
-from typing import Any
 
 import av
+from av.audio.stream import AudioStream
+from av.stream import AttachmentStream, Stream
+from av.video.stream import VideoStream
 
 from .analysis import Analysis
 from .decoding import Source, main_stream
@@ -19,7 +21,7 @@ from .parts import joined_packets
 from .streams import AudioTranscoder, StreamRemuxer
 
 
-# What containers write by themselves, or what is not true any more.
+# Beginnings of the keys of metadata that files write by themselves, or that are not true any more.
 _OWN_METADATA = (
     "major_brand",
     "minor_version",
@@ -33,6 +35,7 @@ _OWN_METADATA = (
     "alpha_mode",
 )
 
+# Packets to be written, with what orders them: their time in seconds, and 0 for pictures, 1 for the rest.
 Timed = tuple[Fraction, int, list[av.Packet]]
 
 
@@ -51,26 +54,26 @@ def assemble(
     Write a file from parts.
 
     Args:
-        output: to be written.
-        encoding: of the parts.
-        parts: in order.
+        output: the file.
+        encoding: how the parts are encoded.
+        parts: the parts, in order.
         end: when the last frame ends, in units of the encoding's `time_base`.
-        source, analysis: where everything else comes from.
-        slow_motion: times that the result lasts longer than the source.
-        audio: "keep", or "stretch" or "drop" for slow motion.
-        is_partial: whether sound and the rest end with the last frame, not with the source's.
+        source, analysis: the source, from which everything else comes.
+        slow_motion: how many times as long as the source the result lasts.
+        audio: what becomes of sound: "keep", "stretch" or "drop".
+        is_partial: whether sound and the rest end with the last frame of the parts, and not of the source.
 
     Returns:
-        what of the source is not in the file, in words.
+        notes on what of the source is not in the file.
 
     Raises:
-        av.FFmpegError, OSError: if it cannot be written.
+        av.FFmpegError, OSError: if the file cannot be written.
     """
     if encoding.codec == "gif" or source.images is not None:
         write_pictures(output, encoding, parts, end, loops_of(source))
         return []
-    # What a file refuses shows when its header is written: a codec's flavour of sound, mostly, which can be encoded anew.
-    attempts = [
+    # Some streams are refused only when the header is written: mostly sound of some flavour of a codec, which can be encoded anew.
+    attempts: list[tuple[tuple[str, ...], bool]] = [
         (("audio", "subtitle", "attachment", "video"), False),
         (("audio", "subtitle"), False),
         (("audio", "subtitle"), True),
@@ -88,6 +91,7 @@ def assemble(
                 continue
             muxer.write(parts, end, analysis, is_partial)
             return muxer.notes
+    raise AssertionError("the last attempt returns or raises")
 
 
 def write_pictures(output: Path, encoding: Encoding, parts: Sequence[Path], end: int, loops: int = FOR_EVER) -> None:
@@ -96,10 +100,10 @@ def write_pictures(output: Path, encoding: Encoding, parts: Sequence[Path], end:
 
     Args:
         output, encoding, parts, end: see `assemble`.
-        loops: of a GIF: how often it is shown again.
+        loops: how often a GIF is shown again.
 
     Raises:
-        av.FFmpegError, OSError: if it cannot be written.
+        av.FFmpegError, OSError: if the file cannot be written.
     """
     if encoding.codec == "gif":
         assemble_gif(output, encoding, parts, end, loops)
@@ -110,27 +114,26 @@ def write_pictures(output: Path, encoding: Encoding, parts: Sequence[Path], end:
 
 
 def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
-    # "bitexact": without it, Matroska files have random numbers, and the same work gives other bytes.
+    # Without "bitexact", Matroska files would have random numbers, and the same work would give other bytes.
     options = {"fflags": "+bitexact"}
-    if encoding.container.format == "yuv4mpegpipe":  # which calls more than 8 bits experimental
+    if encoding.container.format == "yuv4mpegpipe":  # More than 8 bits are called experimental.
         options["strict"] = "-1"
     if encoding.container.format in ("mp4", "mov"):
         options["movflags"] = "+faststart"
-    if (
-        encoding.container.format == "avi"
-    ):  # it has no times, but would begin with empty frames for sound that begins before 0
+    # AVI has no times, but would begin with empty frames if sound begins before 0.
+    if encoding.container.format == "avi":
         options["avoid_negative_ts"] = "disabled"
     return av.open(file_url(output), "w", format=encoding.container.format, container_options=options)
 
 
 class Muxer:
     """
-    Puts the parts into a file, and beside them what the source has besides pictures.
+    Writer of the parts into a file, and of what the source has besides pictures.
 
     Args:
-        file: to be written.
+        file: the file to be written.
         container: the source.
-        encoding: of the parts.
+        encoding: how the parts are encoded.
         slow_motion, audio: see `assemble`.
         anew: whether all sound is encoded anew.
     """
@@ -145,28 +148,23 @@ class Muxer:
         anew: bool,
     ):
         self.notes: list[str] = []
-        self._file, self._container, self._encoding, self._slow_motion, self._audio, self._anew = (
-            file,
-            container,
-            encoding,
-            slow_motion,
-            audio,
-            anew,
-        )
+        self._file, self._container, self._encoding = file, container, encoding
+        self._slow_motion, self._audio, self._anew = slow_motion, audio, anew
         # Time 0 of the result is where the source's first stream begins.
         self._begin = Fraction(container.start_time or 0, av.time_base)
-        self._carried: dict[int, Any] = {}
+        # By the numbers of streams in the source.
+        self._carried: dict[int, StreamRemuxer | AudioTranscoder] = {}
 
-    def add_streams(self, kinds: Sequence[str], main: av.video.stream.VideoStream) -> None:
+    def add_streams(self, kinds: Sequence[str], main: VideoStream) -> None:
         """
-        Write the file's header.
+        Add all streams, and write the file's header.
 
         Args:
-            kinds: of streams to carry.
-            main: the source's pictures.
+            kinds: kinds of streams that are carried over.
+            main: the stream of the source's pictures.
 
         Raises:
-            av.FFmpegError, ValueError: if the file refuses them.
+            av.FFmpegError, ValueError: if the file refuses the streams.
         """
         file, container = self._file, self._container
         if self._encoding.container.format == "yuv4mpegpipe":
@@ -179,22 +177,24 @@ class Muxer:
             file.container_options["movflags"] = "+faststart+use_metadata_tags"
         chapters = container.chapters()
         for chapter in chapters:
-            for when in ("start", "end"):
-                chapter[when] = round((chapter[when] - self._begin / chapter["time_base"]) * self._slow_motion)
+            assert chapter["time_base"] is not None  # FFmpeg's chapters have one.
+            begin = self._begin / chapter["time_base"]
+            chapter["start"] = round((chapter["start"] - begin) * self._slow_motion)
+            chapter["end"] = round((chapter["end"] - begin) * self._slow_motion)
         file.set_chapters(chapters)
         for stream in container.streams:
-            if stream.index != main.index and stream.type != "data":  # chapters are data too
+            if stream.index != main.index and stream.type != "data":  # Chapters are data too.
                 self._add(stream, kinds, main)
         file.start_encoding()
 
-    def _add(self, stream: av.stream.Stream, kinds: Sequence[str], main: av.video.stream.VideoStream) -> None:
+    def _add(self, stream: Stream, kinds: Sequence[str], main: VideoStream) -> None:
         file, format_name = self._file, self._encoding.container.format
         codec = stream.codec_context.name if stream.codec_context else "of an unknown codec"
         name = f"stream {stream.index} ({stream.type}, {codec})"
         if stream.type == "audio" and self._audio == "drop":
             self.notes.append(f"{name} is left out, as asked")
             return
-        if stream.type == "attachment" and stream.type in kinds and format_name == "matroska":
+        if isinstance(stream, AttachmentStream) and stream.type in kinds and format_name == "matroska":
             file.add_attachment(
                 stream.metadata.get("filename", "attachment"),
                 stream.mimetype or "application/octet-stream",
@@ -210,37 +210,38 @@ class Muxer:
         ):
             self.notes.append(f"{name} cannot be kept in {format_name}")
             return
-        carry: Any = None
+        carried: StreamRemuxer | AudioTranscoder | None = None
         if stream.type != "audio" or not (slowed or self._anew):
-            # Not for a codec that this kind of file does not hold.
+            # PyAV raises ValueError for a codec that this kind of file does not hold.
             with suppress(ValueError):
-                carry = StreamRemuxer(
+                carried = StreamRemuxer(
                     file.add_stream_from_template(stream, opaque=True),
                     self._begin,
                     self._slow_motion,
                     stream.type,
                     format_name,
                 )
-        if carry is None and stream.type != "audio":
-            self.notes.append(f"{name} cannot be kept in {format_name}")
-            return
-        if carry is None:
-            carry = AudioTranscoder(file, stream, self._begin, self._slow_motion)
+        if carried is None:
+            if not isinstance(stream, AudioStream):
+                self.notes.append(f"{name} cannot be kept in {format_name}")
+                return
+            carried = AudioTranscoder(file, stream, self._begin, self._slow_motion)
             if not slowed:
                 self.notes.append(
-                    f"{name} is encoded anew as {carry.stream.codec_context.name}, because {format_name} does not hold it"
+                    f"{name} is encoded anew as {carried.stream.codec_context.name}, because {format_name} does not hold it"
                 )
-        carry.stream.metadata.update(carried_metadata(stream.metadata))
-        carry.stream.disposition = stream.disposition
-        self._carried[stream.index] = carry
-        apart = abs((stream.start_time or 0) * (stream.time_base or 0) - (main.start_time or 0) * main.time_base)
+        carried.stream.metadata.update(carried_metadata(stream.metadata))
+        carried.stream.disposition = stream.disposition
+        self._carried[stream.index] = carried
+        begins = Fraction(stream.start_time or 0) * (stream.time_base or 0)
+        apart = abs(begins - Fraction(main.start_time or 0) * (main.time_base or 0))
         if format_name == "avi" and stream.type == "audio" and apart > Fraction(1, 20):
             self.notes.append(
                 f"AVI cannot tell that {name} begins {float(apart):.2f} s apart from the pictures: choose another kind of file"
             )
 
     def write(self, parts: Sequence[Path], end: int, analysis: Analysis, is_partial: bool) -> None:
-        """Write everything in the order of time."""
+        """Write all packets in the order of their times; see `assemble`."""
         offset = (
             Fraction(0) if self._encoding.container.steady else (analysis.origin - self._begin) * self._slow_motion
         )
@@ -261,26 +262,24 @@ class Muxer:
 
 
 def carried_metadata(tags: dict[str, str]) -> dict[str, str]:
-    """Without what is not true any more, or is what containers write by themselves."""
+    """Metadata without what files write by themselves, or what is not true any more."""
     return {key: value for key, value in tags.items() if not key.lower().startswith(_OWN_METADATA)}
 
 
 def _video_packets(
-    stream: av.video.stream.VideoStream, encoding: Encoding, parts: Sequence[Path], end: int, offset: Fraction
+    stream: VideoStream, encoding: Encoding, parts: Sequence[Path], end: int, offset: Fraction
 ) -> Iterator[Timed]:
+    """The packets of all parts, for a stream and its encoding, moved by an offset in seconds."""
     unit = encoding.time_base
-    if offset:  # times of both in whole numbers, if they are not too large for files
+    if offset:  # A finer unit makes times and offset whole numbers, unless it is too fine for files.
         finer = Fraction(
             gcd(unit.numerator * offset.denominator, offset.numerator * unit.denominator),
             unit.denominator * offset.denominator,
         )
         unit = finer if finer.denominator <= 10_000_000 else unit
     scale, shift = int(encoding.time_base / unit), round(offset / unit)
-    for packet in joined_packets(parts, end):
-        packet.pts, packet.dts, packet.duration = (
-            packet.pts * scale + shift,
-            packet.dts * scale + shift,
-            packet.duration * scale,
-        )
+    for packet, time in joined_packets(parts, end):
+        decoded = time.decoded * scale + shift
+        packet.pts, packet.dts, packet.duration = time.shown * scale + shift, decoded, time.duration * scale
         packet.time_base, packet.stream = unit, stream
-        yield packet.dts * unit, 0, [packet]
+        yield decoded * unit, 0, [packet]

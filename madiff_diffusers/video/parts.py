@@ -1,6 +1,6 @@
 """Parts of a video: encoded one by one, and read again as one stream of packets.
 
-Every part is encoded by an encoder of its own, from a key frame on, so that a part is the same bytes whoever makes it, and whenever.
+Every part begins with a key frame and has an encoder of its own, so that its bytes are the same whichever process makes it, and when.
 """
 
 import json
@@ -12,7 +12,7 @@ from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -24,19 +24,19 @@ from .encoding import Encoding
 
 class PartWriter:
     """
-    Encodes frames into one part, which is there once it is closed, or not at all.
+    Encoder of frames into one part, which appears as a whole when it is closed.
 
     Args:
-        path: of the part: its packets; `PATH.json` tells where each begins and when it is shown, and is written last. For PNG files,
+        path: the file that gets the part's packets; `PATH.json`, which is written last, tells the time and size of each. For PNG files,
             a folder.
-        encoding: how.
-        colour: conversion of the source's pixels.
-        first: number of the part's first frame in the video, which names PNG files.
+        encoding: how frames are encoded.
+        colour: the conversion from RGB to the encoded pixels.
+        first: number of the part's first frame in the video, by which PNG files are named.
     """
 
     def __init__(self, path: Path, encoding: Encoding, colour: ColourPath, first: int):
         self.path, self.encoding, self._colour, self._number = path, encoding, colour, first
-        self._last: tuple[np.ndarray | None, Any] = (None, None)
+        self._last: tuple[np.ndarray, av.VideoFrame] | None = None
         self._index: list[tuple[int, int, bool]] = []
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._is_folder = encoding.codec == "png"
@@ -48,7 +48,7 @@ class PartWriter:
 
     def write(self, array: np.ndarray, time: int) -> None:
         """Add a frame: `(H, W, 3)` float32 RGB in [0, 1], at a time in units of the encoding's `time_base`."""
-        if self._last[0] is not array:
+        if self._last is None or self._last[0] is not array:
             self._last = array, self._converted(array)
         frame = self._last[1]
         if self._is_folder:
@@ -69,9 +69,9 @@ class PartWriter:
     def _keep(self, packets: Sequence[av.Packet]) -> None:
         for packet in packets:
             self._file.write(bytes(packet))
-            self._index.append(
-                (int(packet.pts * packet.time_base / self.encoding.time_base), packet.size, packet.is_keyframe)
-            )
+            assert packet.pts is not None  # Encoders give every packet its time.
+            time = int(packet.pts * packet.time_base / self.encoding.time_base)
+            self._index.append((time, packet.size, packet.is_keyframe))
 
     def close(self) -> None:
         """Finish the part."""
@@ -83,17 +83,17 @@ class PartWriter:
             write_text(index_path(self.path), json.dumps(self._index))
 
     def abandon(self) -> None:
-        """Leave nothing of it."""
+        """Remove what has been written."""
         if self._is_folder:
             shutil.rmtree(self._temporary, ignore_errors=True)
         else:
-            with suppress(OSError):  # of a full disk, which has been told
+            with suppress(OSError):  # A full disk has raised its error before.
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
 def png_bytes(frame: av.VideoFrame, pixel_aspect: Fraction | None = None) -> bytes:
-    """A PNG file of a frame's own pixels (VideoFrame.save makes 8 bits of them), and of their width by their height."""
+    """The bytes of a PNG file with all bits of a frame's pixels, of which VideoFrame.save would keep 8, and with their aspect."""
     encoder = av.CodecContext.create("png", "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = (
         frame.width,
@@ -102,35 +102,54 @@ def png_bytes(frame: av.VideoFrame, pixel_aspect: Fraction | None = None) -> byt
         Fraction(1),
     )
     if pixel_aspect is not None:
-        encoder.sample_aspect_ratio = (
-            1 / pixel_aspect
-        )  # FFmpeg writes it where PNG has pixels to the unit, across and down
+        # FFmpeg writes the aspect as the numbers of pixels to the unit, across and down.
+        encoder.sample_aspect_ratio = 1 / pixel_aspect
     frame.pts = None
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
 
 def index_path(part: Path) -> Path:
+    """The file that tells the time and size of each packet of a part."""
     return part.with_name(part.name + ".json")
 
 
 def is_complete(part: Path) -> bool:
+    """Whether a part has been written to its end."""
     return part.is_dir() or (part.is_file() and index_path(part).is_file())
 
 
-def joined_packets(parts: Sequence[Path], end: int) -> Iterator[av.Packet]:
+class PacketTime(NamedTuple):
     """
-    The packets of all parts in the order in which they are decoded, with times of decoding that fit together.
+    The time of a packet, in units of the encoding's `time_base`.
 
     Args:
-        parts: of one video, in order.
-        end: when its last frame ends; all times are in units of the encoding's `time_base`.
+        shown: when its frame is shown.
+        decoded: when it is decoded.
+        duration: how long its frame is shown.
+    """
+
+    shown: int
+    decoded: int
+    duration: int
+
+
+def joined_packets(parts: Sequence[Path], end: int) -> Iterator[tuple[av.Packet, PacketTime]]:
+    """
+    The packets of all parts in the order in which they are decoded.
+
+    Args:
+        parts: all parts of a video, in order.
+        end: when its last frame ends, in units of the encoding's `time_base`.
+
+    Yields:
+        a packet, and its time; times of decoding continue from part to part.
     """
     delay = 0
     for index in map(read_index, parts):
         ranks = {time: rank for rank, time in enumerate(sorted(time for time, _, _ in index))}
         delay = max([delay, *(place - ranks[time] for place, (time, _, _) in enumerate(index))])
-    # A frame is decoded when the one `delay` places before it is shown, and the first ones ahead of all; so far ahead that the times
-    # of decoding span what those of showing do, by which some tell how long a file is.
+    # A frame is decoded when the frame `delay` places before it is shown. The first `delay` frames are decoded before any is shown: so long
+    # before that the times of decoding span as much as those of showing, since some programs tell the length of a file by them.
     last_time = read_index(parts[-1])[-1][0]
     tail = deque(_shown_times(parts), maxlen=delay + 1)
     ahead = end - tail[0] - (next((time for time in tail if time > last_time), end) - last_time)
@@ -145,13 +164,8 @@ def joined_packets(parts: Sequence[Path], end: int) -> Iterator[av.Packet]:
         with open(part, "rb") as file:
             for time, size, is_key in index:
                 packet = av.Packet(file.read(size))
-                packet.pts, packet.dts, packet.duration, packet.is_keyframe = (
-                    time,
-                    next(decoded),
-                    ends[time] - time,
-                    is_key,
-                )
-                yield packet
+                packet.is_keyframe = is_key
+                yield packet, PacketTime(time, next(decoded), ends[time] - time)
 
 
 def _shown_times(parts: Sequence[Path]) -> Iterator[int]:
@@ -160,5 +174,5 @@ def _shown_times(parts: Sequence[Path]) -> Iterator[int]:
 
 
 def read_index(part: Path) -> list[tuple[int, int, bool]]:
-    """When each packet of a part is shown, how many bytes it has, and whether decoding can begin there."""
+    """For each packet of a part, when its frame is shown, how many bytes it has, and whether it is a key frame."""
     return json.loads(index_path(part).read_text(encoding="utf-8"))

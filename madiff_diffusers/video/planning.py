@@ -1,13 +1,13 @@
-"""Decisions about a video before any frame of it is made: the frames that are shown, the parts they are made in, the identity of the work."""
+"""Decisions before any frame is made: the frames that are shown, the parts they are made in, and the identity of the work."""
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil
-from typing import NamedTuple
 
 import torch
+from diffusers import ModelMixin
 
 from .. import __version__
 from ..pipeline_madiff import MADiffPipeline
@@ -24,7 +24,8 @@ from .options import CheckedOptions
 PART_SECONDS = 2
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """
     A stretch of the result that is made and kept by itself.
 
@@ -127,7 +128,7 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
     """Digest of everything that decides what frames a pipeline makes."""
     digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
     for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, torch.nn.Module):
+        if isinstance(component, ModelMixin):
             digest.update(json.dumps(dict(component.config), sort_keys=True, default=str).encode())
             for key, tensor in sorted(component.state_dict().items()):
                 digest.update(f"{name}.{key}".encode())

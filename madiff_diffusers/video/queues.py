@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class _End:
+    """What marks the end of the items."""
+
+
 @contextmanager
 def prefetch_queue(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
     """
@@ -19,12 +23,12 @@ def prefetch_queue(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
         items: the items. Where they are a generator, it is closed at the end.
         depth: the greatest number of items that wait to be used.
     """
-    end, iterator = object(), iter(items)
+    end, iterator = _End(), iter(items)
     pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     def take() -> Iterator[T]:
         waiting = deque(pool.submit(next, iterator, end) for _ in range(depth))
-        while (item := waiting.popleft().result()) is not end:
+        while not isinstance(item := waiting.popleft().result(), _End):
             waiting.append(pool.submit(next, iterator, end))
             yield item
 

@@ -1,4 +1,4 @@
-"""What a source of a video has besides plain pixels, as keys of `properties.PROPERTIES`; and what of it encoders are told."""
+"""Properties that a source has besides plain pixels, as keys of `properties.PROPERTIES`; and its metadata of HDR10."""
 
 from fractions import Fraction
 
@@ -15,18 +15,23 @@ from .ffmpeg import has_side_data, side_data
 from .muxing import carried_metadata
 
 
-# FFmpeg's numbers of them, of its AVFrameSideDataType.
+# FFmpeg's numbers of side data, of its AVFrameSideDataType.
 _MASTERING_DISPLAY, _LIGHT_LEVEL = 11, 14
 
-# Primaries and transfers that are BT.709's or sRGB's, as all players take them for, or not told.
+# Primaries and transfers that are not told, or are those of BT.709 or sRGB, which all players assume.
 _USUAL_PRIMARIES, _USUAL_TRANSFERS = (1, 2), (1, 2, 6, 13, 14, 15)
 
 
 def found_in_video(source: Source, analysis: Analysis) -> set[str]:
     """
+    Find the properties of a source.
+
     Args:
-        source: video file or images.
-        analysis: of it.
+        source: the source.
+        analysis: the source's.
+
+    Returns:
+        keys of `properties.PROPERTIES`.
     """
     tags, is_yuv = analysis.tags, not is_rgb(av.VideoFormat(analysis.pixel_format))
     usual_matrix = (1,) if analysis.size[0] >= 720 else (5, 6)
@@ -46,13 +51,13 @@ def found_in_video(source: Source, analysis: Analysis) -> set[str]:
 
 def _of_images(source: Source) -> set[str]:
     found: set[str] = set()
-    for path in source.images:
+    for path in source.images or []:
         try:
             with Image.open(path) as image:
                 found |= found_in_image(image)
-        except Exception:  # Pillow raises anything at what it does not know, and FFmpeg has read it or told of it
+        except Exception:  # Pillow raises errors of any kind at unknown files, which FFmpeg has read or told of.
             continue
-    return found - {"orientation"}  # images are turned as they are read
+    return found - {"orientation"}  # Images are turned when they are read.
 
 
 def _of_file(source: Source) -> set[str]:
@@ -61,7 +66,7 @@ def _of_file(source: Source) -> set[str]:
         others = [stream for stream in container.streams if stream.index != main.index]
         kinds = [stream.type for stream in others]
         chapters = container.chapters()
-        # Chapters are a stream of data too, in files of the MP4 family.
+        # In files of the MP4 family, chapters are a stream of data too.
         data = kinds.count("data") - (bool(chapters) and "mp4" in container.format.name)
         told = {
             "sound": "audio" in kinds,
@@ -80,30 +85,33 @@ def _of_file(source: Source) -> set[str]:
 
 
 def _first_frame(source: Source) -> av.VideoFrame | None:
-    """That can be decoded; of a source of its own, which counts damage for itself."""
+    """The first frame that can be decoded. It is read by another `Source`, so that this one keeps its counts of damage."""
     return next((frame for _, frame in Source(source.path).frames(skip_damage=True)), None)
 
 
 def hdr10_of(source: Source) -> Hdr10 | None:
-    """The metadata of HDR10 that a video begins with."""
+    """The metadata of HDR10 that a video begins with, if it has any."""
     if source.images is not None:
         return None
     frame = _first_frame(source)
-    display = None if frame is None else side_data(frame, _MASTERING_DISPLAY)
+    if frame is None:
+        return None
+    display = side_data(frame, _MASTERING_DISPLAY)
     if display is None:
         return None
-    # Three primaries and the white point, across and down, and the least and most light, each a numerator and a denominator; then
+    # The numbers are numerators and denominators of x and y of three primaries and the white point, and of the least and most light; and
     # whether colours and light are told.
     *numbers, has_primaries, has_luminance = np.frombuffer(display, np.int32).tolist()
     if not (has_primaries and has_luminance) or 0 in numbers[1::2]:
         return None
     fractions = [Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2])]
     light = side_data(frame, _LIGHT_LEVEL) or bytes(8)
-    return Hdr10(tuple(fractions[:8]), fractions[8], fractions[9], *np.frombuffer(light, np.uint32)[:2].tolist())
+    most, most_mean = np.frombuffer(light, np.uint32)[:2].tolist()
+    return Hdr10(tuple(fractions[:8]), fractions[8], fractions[9], most, most_mean)
 
 
 def found_in_frame(frame: av.VideoFrame) -> set[str]:
-    """What a frame carries beside its pixels."""
+    """Keys of `properties.PROPERTIES` whose side data a frame carries."""
     return {
         key
         for key, each in PROPERTIES.items()

@@ -1,24 +1,35 @@
-"""Streams beside the pictures: copied packet by packet, or sound that is encoded anew."""
+"""Streams beside the pictures: copied packet by packet, or, of sound, encoded anew."""
 
 from fractions import Fraction
-from typing import Any
+from typing import cast
 
 import av
+from av.audio.stream import AudioStream
+from av.stream import Stream
 
 
 _AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "vorbis": "libvorbis", "mp3": "libmp3lame"}
 
-# Seconds of a hole in the sound: shorter ones are rounding, longer ones a fault in its times.
+# Seconds of holes in the sound that are filled. Shorter ones come from rounding, and longer ones from faulty times.
 LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
 
-# Seconds of sound that codecs decode before what is heard.
+# Seconds of sound that decoders need before the sound that is heard.
 PRIMING = Fraction(1, 10)
 
 
 class StreamRemuxer:
-    """Packets as they are, at their times in the result."""
+    """
+    Copier of the packets of one stream to their times in the result.
 
-    def __init__(self, stream: Any, begin: Fraction, slow_motion: Fraction, kind: str, format_name: str):
+    Args:
+        stream: the stream that gets them.
+        begin: the time in the source, in seconds, that becomes 0.
+        slow_motion: how many times as long as the source the result lasts.
+        kind: the kind of stream, such as "audio".
+        format_name: FFmpeg's name of the kind of file.
+    """
+
+    def __init__(self, stream: Stream, begin: Fraction, slow_motion: Fraction, kind: str, format_name: str):
         self.stream, self._begin, self._slow_motion, self._kind, self._format_name = (
             stream,
             begin,
@@ -28,10 +39,11 @@ class StreamRemuxer:
         )
         self._last: int | None = None
 
-    def __call__(self, packet: av.Packet) -> list[av.Packet]:
+    def __call__(self, packet: "av.Packet[Stream]") -> list[av.Packet]:
+        """The packets to write for one of the source: one, or none."""
         if packet.size == 0:
             return []
-        # What an edit list leaves out is heard where files have no such lists; but for what codecs need to begin with.
+        # Sound that an edit list cuts off would be heard in files without such lists. What decoders need to begin with stays.
         if (
             packet.is_discard
             and self._kind == "audio"
@@ -41,15 +53,16 @@ class StreamRemuxer:
             if packet.pts * packet.time_base - self._begin < -PRIMING:
                 return []
         unit = self.stream.time_base
+        assert unit is not None  # The file has set it.
 
-        def moved(time: int) -> int:
-            return round((time * packet.time_base - self._begin) * self._slow_motion / unit)
+        def moved(time: int | None) -> int:
+            return 0 if time is None else round((time * packet.time_base - self._begin) * self._slow_motion / unit)
 
-        pts = packet.pts if packet.pts is not None else packet.dts
-        dts = packet.dts if packet.dts is not None else pts
-        dts, pts = (0, 0) if dts is None else (moved(dts), moved(pts))  # cover pictures have no time
+        # Cover pictures have no time.
+        dts = moved(packet.dts if packet.dts is not None else packet.pts)
+        pts = moved(packet.pts if packet.pts is not None else packet.dts)
         if self._last is not None and (dts < self._last or (dts == self._last and self._kind != "subtitle")):
-            return []  # files take none that is not later than the one before; damaged and glued ones have such
+            return []  # Damaged and glued files have packets that are not later than the one before; no file takes them.
         self._last = dts
         duration = round((packet.duration or 0) * packet.time_base * self._slow_motion / unit)
         packet.time_base, packet.stream = unit, self.stream
@@ -58,12 +71,20 @@ class StreamRemuxer:
 
 
 class AudioTranscoder:
-    """Sound that is decoded and encoded anew: slower at the same pitch, or for a file that does not hold its codec."""
+    """
+    Decoder and encoder of one stream of sound, which becomes slower at the same pitch, or gets a codec that the file can hold.
+
+    Args:
+        file: the file that gets the sound.
+        source: the stream.
+        begin: the time in the source, in seconds, that becomes 0.
+        slow_motion: how many times as long as the source the result lasts.
+    """
 
     def __init__(
         self,
         file: av.container.OutputContainer,
-        source: av.audio.stream.AudioStream,
+        source: AudioStream,
         begin: Fraction,
         slow_motion: Fraction,
     ):
@@ -78,24 +99,27 @@ class AudioTranscoder:
             if encoder == "libopus" or rate not in (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
             else rate
         )
-        self.stream = file.add_stream(encoder, rate=rate)
-        # The layouts that every encoder takes; 5.1 has two names for where its back speakers are.
+        self.stream = cast(AudioStream, file.add_stream(encoder, rate=rate))
+        # Every encoder takes these layouts. 5.1 has two names, by where its back speakers are.
         self.stream.layout = {1: "mono", 6: "5.1"}.get(source.codec_context.layout.nb_channels, "stereo")
         self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, rate)
         self._begin, self._slow_motion = begin, slow_motion
         self._graph: av.filter.Graph | None = None
         self._resampler = av.AudioResampler(self.stream.codec_context.format, self.stream.layout, rate)
-        # When the next sample that is decoded is due in the source, and the number of the next that is encoded.
+        # The time in the source when the next sample is due, and the number of the next sample to be encoded.
         self._due, self._position = Fraction(0), 0
 
-    def __call__(self, packet: av.Packet) -> list[av.Packet]:
+    def __call__(self, packet: "av.Packet[Stream]") -> list[av.Packet]:
+        """The packets to write, by now, after one of the source; an empty one of the source is its end."""
         try:
-            frames = packet.decode()
+            frames = [frame for frame in packet.decode() if isinstance(frame, av.AudioFrame)]
         except (av.FFmpegError, ValueError):
-            frames = []  # damaged: silence fills its place
-        encoded = []
+            frames = []  # Silence fills the place of what is damaged.
+        encoded: list[av.Packet] = []
         for frame in frames:
-            time = self._due if frame.pts is None else frame.pts * frame.time_base - self._begin
+            time = self._due
+            if frame.pts is not None and frame.time_base is not None:
+                time = frame.pts * frame.time_base - self._begin
             if self._graph is None:
                 self._graph, self._due = self._tempo(frame), time
                 self._position = round(time * self._slow_motion * self.stream.codec_context.sample_rate)
@@ -104,10 +128,10 @@ class AudioTranscoder:
                 self._due = time
             self._graph.push(frame)
             self._due += Fraction(frame.samples, frame.sample_rate)
-            encoded += self._encode_ready()
-        if packet.dts is None and packet.size == 0 and self._graph is not None:  # the end
+            encoded += self._encode_ready(self._graph)
+        if packet.dts is None and packet.size == 0 and self._graph is not None:  # The end.
             self._graph.push(None)
-            encoded += self._encode_ready()
+            encoded += self._encode_ready(self._graph)
             encoded += self.stream.encode(None)
         return encoded
 
@@ -122,18 +146,18 @@ class AudioTranscoder:
             )
         ]
         tempo = 1 / self._slow_motion
-        while tempo != 1:  # the filter takes 0.5 and more
+        while tempo != 1:  # The filter takes 0.5 and more.
             step = max(tempo, Fraction(1, 2))
             nodes.append(graph.add("atempo", f"{float(step):.9f}"))
             tempo /= step
         graph.link_nodes(*nodes, graph.add("abuffersink")).configure()
         return graph
 
-    def _encode_ready(self) -> list[av.Packet]:
-        packets = []
+    def _encode_ready(self, graph: av.filter.Graph) -> list[av.Packet]:
+        packets: list[av.Packet] = []
         while True:
             try:
-                frame = self._graph.pull()
+                frame = cast(av.AudioFrame, graph.pull())
             except (av.error.BlockingIOError, av.error.EOFError):
                 return packets
             for piece in self._resampler.resample(frame):
