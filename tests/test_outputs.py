@@ -62,6 +62,12 @@ def test_a_benchmark_of_any_names(tmp_path):
     assert [path.stem for path in triplet.files] == ["9", "10", "²3"]
 
 
+def test_a_folder_of_frames_of_any_names(pipeline, tmp_path):
+    for number, name in enumerate(("9", "10", "²3")):
+        image(tmp_path / "frames" / f"{name}.png", number)
+    assert run(pipeline, tmp_path / "frames", tmp_path / "out.mkv").frames == 3
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "new" / "file.txt"
     write_text(path, "first")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import av
 import numpy as np
 
-from ..files import UnwritableError, unwritable
+from ..files import UnwritableError, unwritable, write_text
 from ..pipeline_madiff import MADiffPipeline
 from .analysis import analyse
 from .colour import ColourPath, ColourTags
@@ -27,7 +27,7 @@ from .memory import tile_pixels_for, tiled
 from .muxing import assemble, write_pictures
 from .notes import notes_on_pictures, notes_on_source
 from .options import VideoOptions
-from .parts import PartWriter, is_complete, write_json
+from .parts import PartWriter, is_complete
 from .planning import Part, plan_parts, plan_timeline, work_identity
 from .preview import PreviewStrip
 from .progress import Progress, progress_bar
@@ -159,13 +159,8 @@ class VideoJob:
         self.folder.mkdir()
         pixels = self.analysis.size[0] * self.analysis.size[1]
         try:
-            write_json(
-                plan,
-                {
-                    **identity,
-                    "tile_pixels": tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps),
-                },
-            )
+            tile_pixels = tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps)
+            write_text(plan, json.dumps({**identity, "tile_pixels": tile_pixels}))
             self._try_encoding()
         except BaseException:
             shutil.rmtree(self.folder)

@@ -12,11 +12,12 @@ from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
 
+from ..files import write_text
 from .colour import ColourPath
 from .encoding import Encoding
 
@@ -79,7 +80,7 @@ class PartWriter:
             self._file.close()
         os.replace(self._temporary, self.path)
         if not self._is_folder:
-            write_json(index_path(self.path), self._index)
+            write_text(index_path(self.path), json.dumps(self._index))
 
     def abandon(self) -> None:
         """Remove what has been written."""
@@ -115,13 +116,6 @@ def index_path(part: Path) -> Path:
 def is_complete(part: Path) -> bool:
     """Whether a part has been written to its end."""
     return part.is_dir() or (part.is_file() and index_path(part).is_file())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that appears as a whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class PacketTime(NamedTuple):
