@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -79,8 +80,8 @@ class RefineGraph(Graph):
         self.outputs = ["refined_prev", "refined_next"]
 
     def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
-        frames = (tensors[f"frame_{which}"] for which in ("prev", "mid", "next"))
-        return self.hint_model.refine(*frames, (tensors["hints_prev"], tensors["hints_next"]))
+        prev, mid, next_ = (tensors[f"frame_{which}"] for which in ("prev", "mid", "next"))
+        return self.hint_model.refine(prev, mid, next_, (tensors["hints_prev"], tensors["hints_next"]))
 
 
 class DenoiseGraph(Graph):
@@ -172,7 +173,7 @@ def example_tensors(graphs: dict[str, Graph], size: tuple[int, int], batch: int 
         batch: pairs of frames.
     """
     generator = torch.Generator().manual_seed(0)
-    vqvae = graphs["decode"].vqvae
+    vqvae = cast(DecodeGraph, graphs["decode"]).vqvae
     tensors: Tensors = {"time": torch.full((batch,), 0.5), "timestep": torch.full((batch,), 999.0)}
     for name in ("frame_prev", "frame_next", "frame_mid"):
         tensors[name] = torch.rand(batch, 3, *size, generator=generator) * 2 - 1

@@ -29,7 +29,10 @@ COMPONENT_MODULES = ("eventgan", "motion_flow", "vq_magan")
 
 PipelineT = TypeVar("PipelineT", bound="CheckpointPipeline")
 
-_Base = DiffusionPipeline if TYPE_CHECKING else object  # what this is mixed into
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as _Base
+else:
+    _Base = object
 
 logger = logging.get_logger(__name__)
 

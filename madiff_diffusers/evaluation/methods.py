@@ -84,7 +84,7 @@ class Baseline:
             flow = dis_flow(grey[here], grey[there])
             frame = image.astype(np.float32) / 255
             warped.append(
-                cv2.remap(frame, places + way * flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+                cv2.remap(frame, places + way * flow, np.empty(0), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             )
         return to_uint8((1 - time) * warped[0] + time * warped[1])
 
