@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -28,6 +27,7 @@ from .frame_coding import EncodedFrames, FrameCoder, repeated
 from .hint_registry import build_hint_source, check_hint_source
 from .hub_repository import upload_repository as upload_repository
 from .image_processor import FrameInput, FrameProcessor, check_same_size
+from .model_cards import model_card as model_card
 from .motion_hints import HintSource, ModelHints, damp_hints
 from .optical_flow import dis_flow as dis_flow
 from .pipeline_files import CheckpointPipeline
@@ -45,19 +45,6 @@ from .pipeline_output import Frames, MADiffPipelineOutput
 from .precision import fastest_dtype as fastest_dtype
 from .sampling_steps import call_back, clean_latents
 from .tiling import Tiling
-
-
-EXAMPLE_DOC_STRING = """
-        Examples:
-            ```py
-            >>> from diffusers.utils import load_image
-            >>> from madiff_diffusers import MADiffPipeline
-
-            >>> pipe = MADiffPipeline.from_pretrained("madiff-compact")
-            >>> middle = pipe(load_image("prev.png"), load_image("next.png")).frames[0][0]
-            >>> middle.save("middle.png")
-            ```
-"""
 
 
 class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
@@ -205,7 +192,6 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         return self._interrupt
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         image_prev: FrameInput | EncodedFrames,
@@ -224,7 +210,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         times: Sequence[float | Fraction] | None = None,
         frames_per_batch: int = 1,
         recursive: bool | None = None,
-    ) -> MADiffPipelineOutput | tuple:
+    ):
         r"""
         Interpolate between two frames, or between the frames of several pairs. Each frame is made straight from the two that are
         given, whatever its instant, unless `recursive` says otherwise.
@@ -262,6 +248,14 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
                 checkpoint's default if not given.
 
         Examples:
+            ```py
+            >>> from diffusers.utils import load_image
+            >>> from madiff_diffusers import MADiffPipeline
+
+            >>> pipe = MADiffPipeline.from_pretrained("madiff-compact")
+            >>> middle = pipe(load_image("prev.png"), load_image("next.png")).frames[0][0]
+            >>> middle.save("middle.png")
+            ```
 
         Returns:
             [`MADiffPipelineOutput`], or a tuple of its `frames`.
