@@ -57,7 +57,8 @@ def dis_flow(
     if patch_stride is not None:
         dis.setPatchStride(patch_stride)
     with single_threaded_opencv():
-        return np.asarray(dis.calc(frame_from, frame_to, np.zeros((*frame_from.shape, 2), np.float32)))
+        # None, which OpenCV's types leave out: a flow in its place would be where the search begins.
+        return dis.calc(frame_from, frame_to, None)  # type: ignore[call-overload]
 
 
 def seen_from_the_end(flow: np.ndarray, rounds: int = 3) -> np.ndarray:

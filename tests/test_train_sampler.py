@@ -246,7 +246,7 @@ def test_a_time_limit_ends_it_with_its_schedule(config, clips, tmp_path):
 
 
 def test_hints_can_be_trained_first_and_alone(config, clips, tmp_path):
-    done = train(config, clips, tmp_path / "start", "--steps", "1")
+    done = train(config, clips, tmp_path / "start", "--max_train_steps", "1")
     assert done.returncode == 0, done.stderr
     init = ["--init", str(tmp_path / "start" / "pipeline")]
     for name, share in (("alone", "1"), ("first", "0.5")):
