@@ -83,9 +83,9 @@ class Baseline:
         for image, (here, there), way in ((prev, (1, 0), time), (next_, (0, 1), 1 - time)):
             flow = dis_flow(grey[here], grey[there])
             frame = image.astype(np.float32) / 255
-            warped.append(
-                cv2.remap(frame, places + way * flow, np.empty(0), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-            )
+            # None, which OpenCV's types leave out, says that both coordinates are in the array before it.
+            way_there = places + way * flow
+            warped.append(cv2.remap(frame, way_there, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))  # type: ignore[call-overload]
         return to_uint8((1 - time) * warped[0] + time * warped[1])
 
 
