@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
@@ -41,7 +41,13 @@ def check_safetensors(use_safetensors: bool | None, indexes: Iterable[Path] = ()
             raise ValueError(f"{index} must name .safetensors files alone: pickled weights are not read.")
 
 
-_Base = ModelMixin if TYPE_CHECKING else object  # what this is mixed into
+if TYPE_CHECKING:
+    from diffusers import ModelMixin as _Base
+else:
+    _Base = object
+
+
+ComponentT = TypeVar("ComponentT", bound="CheckpointComponent")
 
 
 class CheckpointComponent(_Base):
@@ -57,7 +63,9 @@ class CheckpointComponent(_Base):
         cls._auto_class = "AutoModel" if here else None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "CheckpointComponent":
+    def from_pretrained(
+        cls: type[ComponentT], pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> ComponentT:
         """As [`~ModelMixin.from_pretrained`], from safetensors alone.
 
         Raises:
@@ -71,7 +79,7 @@ class CheckpointComponent(_Base):
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns="*.index*.json", **hub))
         check_safetensors(None, (folder / (kwargs.get("subfolder") or "")).glob("*.index*.json"))
         asked = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        model, info = loaded = super().from_pretrained(
             pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
         )
         if info["missing_keys"]:  # which would be left as they were drawn
@@ -80,7 +88,7 @@ class CheckpointComponent(_Base):
                 f"{str(pretrained_model_name_or_path)!r} does not hold the weights of this {cls.__name__}: it lacks {missing[0]}"
                 + (f" and {len(missing) - 1} more." if missing[1:] else ".")
             )
-        return (model, info) if asked else model
+        return loaded if asked else model
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # its signature, in which pipelines look for `variant`
     def save_pretrained(

@@ -86,7 +86,8 @@ class EventGANModel(CheckpointComponent, ModelMixin, ConfigMixin):
         self.up_blocks = nn.ModuleList(EventConv(a + b, a) for a, b in reversed(list(zip(widths[:-1], widths[1:]))))
         self.conv_out = nn.Conv2d(base_channels, 2 * num_bins, 1)
         # Above zero, so that no channel starts on the flat side of the final ReLU.
-        nn.init.constant_(self.conv_out.bias, 0.1)
+        _, bias = self.conv_out.parameters()
+        nn.init.constant_(bias, 0.1)
         self.gradient_checkpointing = False
 
     def forward(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbours in MA-Sampling: encoded once, and shown to the denoiser and the decoder beside motion hints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -50,19 +51,23 @@ class FrameCoder:
         # Latents of news have no part in what frames are encoded to, and evidence of their own in the denoiser's condition.
         self.tells_news = bool(getattr(vqvae.config, "news_latents", False))
 
-    def encode(self, *neighbours: EncodedFrames) -> None:
-        """Encode those that are not encoded yet, together."""
+    def encode(self, *neighbours: EncodedFrames) -> list[FrameFeatures]:
+        """Encode those that are not encoded yet, together; the features of all."""
         left = [each for each in neighbours if each.features is None]
-        if not left:
-            return
+        if left:
+            self._encode(left)
+        return [each.features for each in neighbours if each.features is not None]
+
+    def _encode(self, left: Sequence[EncodedFrames]) -> None:
         frames = torch.cat([each.frames for each in left])
+        height, width = frames.shape[-2:]
 
         def encode(frames: torch.Tensor) -> list[torch.Tensor]:
             encoded = self.vqvae.encode(frames)
             features = [encoded.features.frame, *encoded.features.pyramid]
             return [*features, *([] if encoded.latents is None else [encoded.latents])]
 
-        made = encode(frames) if self.tiling is None else self.tiling(encode, [frames], *frames.shape[-2:])
+        made = encode(frames) if self.tiling is None else self.tiling(encode, [frames], height, width)
         if not self.tells_news:
             latents = (made.pop() * self.vqvae.config.scaling_factor).chunk(len(left))
             for each, own in zip(left, latents):
@@ -82,13 +87,18 @@ class FrameCoder:
 
     def condition(self, prev: EncodedFrames, next_: EncodedFrames, hints: HintPair) -> torch.Tensor:
         """What the denoiser sees beside the noisy latents, `(TB, …, h, w)`, of T instants' hints and both encoded neighbours."""
-        count = len(hints[0]) // len(prev.frames)
+        count, sides = len(hints[0]) // len(prev.frames), self.encode(prev, next_)
         if self.tells_news:
-            coarsest = [repeated(side.features.pyramid[-1], count) for side in (prev, next_)]
-            return self.vqvae.condition(*coarsest, *hints)
-        size, dtype = prev.latents.shape[-2:], self.vqvae.dtype
-        small = [self.vqvae.resize_hints(each, size).to(dtype) for each in hints]  # [TB,K,h,w] twice
-        return torch.cat([repeated(torch.cat([prev.latents, next_.latents], dim=1), count), *small], dim=1)
+            return self.vqvae.condition(*(repeated(side.pyramid[-1], count) for side in sides), *hints)
+        latents = torch.cat([each.latents for each in (prev, next_) if each.latents is not None], dim=1)
+        small = [
+            each.to(self.vqvae.dtype) for each in self.resize_hints(hints, latents.shape[-2:])
+        ]  # [TB,K,h,w] twice
+        return torch.cat([repeated(latents, count), *small], dim=1)
+
+    def resize_hints(self, hints: HintPair, size: Sequence[int]) -> HintPair:
+        """See [`VQMAGANModel.resize_hints`]."""
+        return self.vqvae.resize_hints(hints[0], size), self.vqvae.resize_hints(hints[1], size)
 
     def decode(
         self,
@@ -108,11 +118,9 @@ class FrameCoder:
         Returns:
             The frames, `(TB, 3, H, W)` float32 in [-1, 1].
         """
-        self.encode(prev, next_)
-        count, split = len(latents) // len(prev.frames), 1 + len(prev.features.pyramid)
-        features = [
-            repeated(each, count) for side in (prev, next_) for each in (side.features.frame, *side.features.pyramid)
-        ]
+        neighbours, count = self.encode(prev, next_), len(latents) // len(prev.frames)
+        split = 1 + len(neighbours[0].pyramid)
+        features = [repeated(each, count) for side in neighbours for each in (side.frame, *side.pyramid)]
         images = [(latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype), *hints, *features]
 
         def decode(
@@ -125,16 +133,16 @@ class FrameCoder:
                 ).sample
             ]
 
-        size = prev.frames.shape[-2:]
+        height, width = prev.frames.shape[-2:]
         if self.tiling is None:
             (decoded,) = decode(*images)
         else:
             # Warps reach as far as the hints tell.
             layout, reach = self.vqvae.hint_layout, 0.0
             if layout.has_offsets:
-                scale = size[0] / hints[0].shape[-2]
+                scale = height / hints[0].shape[-2]
                 reach = max(layout.offsets(each).abs().max().item() for each in hints) * scale
-            (decoded,) = self.tiling(decode, images, *size, reach)
+            (decoded,) = self.tiling(decode, images, height, width, reach)
         return decoded.float().clamp(-1, 1)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from diffusers import ModelMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, NullHints, StackedHints
@@ -133,12 +133,12 @@ def named_parts(name: str, source: HintSource) -> list[tuple[str, HintSource]]:
 
 def build_hint_source(
     name: str,
-    i2e: torch.nn.Module | None = None,
+    i2e: ModelMixin | None = None,
     tiling: Tiling | None = None,
     settings: dict[str, dict[str, Any]] | None = None,
     hint_channels: int | None = None,
     event_scale: int = 1,
-    hint_model: torch.nn.Module | None = None,
+    hint_model: ModelMixin | None = None,
 ) -> HintSource:
     """
     The hint source of a name: one of `HINT_SOURCES`, a registered one, `MODULE:CLASS`, or several joined by `+`. Flow stands last in a
@@ -179,7 +179,10 @@ def build_hint_source(
         left = (hint_channels or 0) - sum(source.hint_channels for source in stack.values())
         if i2e is None and (not stack or left < 1):
             raise ValueError(f"`hint_source={name!r}` needs an `i2e` model, but `i2e` is None.")
-        stack["events"] = NullHints(left) if i2e is None else EventHints(i2e, tiling, event_scale)
+        if i2e is None:
+            stack["events"] = NullHints(left)
+        else:
+            stack["events"] = EventHints(i2e, tiling, event_scale)
     sources = [stack[part] for part in parts]
     return sources[0] if len(sources) == 1 else StackedHints(sources)
 
@@ -222,9 +225,9 @@ def saved_name(kind: type) -> str:
 
 def describe_hint_source(
     source: HintSource,
-    i2e: torch.nn.Module | None,
+    i2e: ModelMixin | None,
     known: Sequence[dict[str, Any]] | None = None,
-    hint_model: torch.nn.Module | None = None,
+    hint_model: ModelMixin | None = None,
 ) -> tuple[str, dict[str, dict[str, Any]], list[type]]:
     """
     What a checkpoint keeps of a hint source: its name, its parts' settings, and the classes whose code must travel.
@@ -238,14 +241,23 @@ def describe_hint_source(
     Raises:
         ValueError: if it could not be built again from that.
     """
-    names, settings, kinds = [], {}, []
-    for number, part in enumerate(source.sources if type(source) is StackedHints else [source]):
-        kind = type(part)
-        if kind is EventHints and part.i2e is i2e or kind is NullHints and i2e is None:
+    names: list[str] = []
+    settings: dict[str, dict[str, Any]] = {}
+    kinds: list[type] = []
+    parts = source.sources if isinstance(source, StackedHints) and type(source) is StackedHints else [source]
+    for number, part in enumerate(parts):
+        kind = type(part)  # subclasses are classes of others
+        if (
+            kind is EventHints
+            and isinstance(part, EventHints)
+            and part.i2e is i2e
+            or kind is NullHints
+            and i2e is None
+        ):
             names.append("events")
-        elif kind is ModelHints and part.model is hint_model:
+        elif kind is ModelHints and isinstance(part, ModelHints) and part.model is hint_model:
             names.append("model")
-        elif kind is FlowHints:
+        elif kind is FlowHints and isinstance(part, FlowHints):
             names.append("fine_flow" if part.fine else "flow")
         else:
             name = saved_name(kind)
@@ -280,6 +292,7 @@ def load_hint_code(folder: Path, part: str) -> None:
     name = f"{stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None, "which a file of Python has"
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -288,7 +301,7 @@ def load_hint_code(folder: Path, part: str) -> None:
             raise ValueError(
                 f"The checkpoint's hint source {part!r} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
-    kind = getattr(sys.modules[name], attribute, None)
+    kind: Any = getattr(sys.modules[name], attribute, None)
     if part in _SOURCES and _SOURCES[part] is not kind:
         raise ValueError(
             f"Another hint source {part!r} is registered in this process already: the checkpoint's own code cannot take its place."

@@ -38,7 +38,9 @@ class FrameProcessor:
             TypeError: for any other type.
             ValueError: for any other shape or range, frames of different sizes, or an empty list.
         """
-        items = list(frames) if isinstance(frames, (list, tuple)) else [frames]
+        items: list[PIL.Image.Image | np.ndarray | torch.Tensor] = (
+            [*frames] if isinstance(frames, (list, tuple)) else [frames]
+        )
         if not items:
             raise ValueError(f"`{name}` must hold at least one frame, but is an empty list.")
         tensors = [self._one_to_tensor(item, name) for item in items]
@@ -141,7 +143,7 @@ def rgba_of_transparent(image: PIL.Image.Image) -> PIL.Image.Image | None:
     if not image.has_transparency_data or image.mode[0] in "IF":
         return None
     image = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
-    return image if image.getchannel("A").getextrema()[0] < 255 else None
+    return image if np.array(image.getchannel("A")).min() < 255 else None
 
 
 def check_same_size(prev: Sequence[int], next_: Sequence[int], names: Sequence[str]) -> None:

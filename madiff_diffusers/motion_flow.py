@@ -46,8 +46,8 @@ class FlowLevel(nn.Module):
         self.conv_in = _conv(in_channels, channels)
         self.layers = nn.Sequential(_conv(channels, channels), _conv(channels, channels), _conv(channels, channels))
         self.conv_out = nn.Conv2d(channels, flow_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, *seen: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(torch.cat(seen, dim=1))
@@ -148,14 +148,10 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         """Flow of every scale from the coarsest, in its pixels, and last at a size in pixels; from both neighbours' features."""
         batch = prev[0].shape[0]
         time = torch.as_tensor(time, dtype=torch.float32, device=prev[0].device).expand(batch).view(-1, 1, 1, 1)
-        flow, found = None, []
+        flow, found = prev[0].new_zeros(batch, 4, *prev[-1].shape[-2:], dtype=torch.float32), []
         for number in reversed(range(len(prev))):
             height, width = prev[number].shape[-2:]
-            flow = (
-                prev[0].new_zeros(batch, 4, height, width, dtype=torch.float32)
-                if flow is None
-                else _resize_flow(flow, (height, width))
-            )
+            flow = _resize_flow(flow, (height, width))
             warped_prev, warped_next = warp(prev[number], flow[:, :2]), warp(next_[number], flow[:, 2:])
             match = self.match[number]
             correlation = correlate(match(warped_prev), match(warped_next), self.config.reach[number])
@@ -194,15 +190,14 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         """As `estimates`, from the features of both neighbours in one batch, previous first, and of a guess. `flow` to start from
         is `(2B, 2, H, W)`."""
         padded = [side * 4 for side in mid[0].shape[-2:]]
-        if flow is not None:
+        if flow is None:
+            flow = mid[0].new_zeros(neighbours[0].shape[0], 2, *mid[-1].shape[-2:], dtype=torch.float32)
+        else:
             flow = F.pad(flow, (0, padded[1] - flow.shape[-1], 0, padded[0] - flow.shape[-2]), mode="replicate")
             flow = F.avg_pool2d(flow, 2 ** (len(mid) + 1)) / 2 ** (len(mid) + 1)
         found = []
         for number in reversed(range(len(mid))):
-            height, width = mid[number].shape[-2:]
-            if flow is None:
-                flow = mid[0].new_zeros(neighbours[0].shape[0], 2, height, width, dtype=torch.float32)
-            flow = _resize_flow(flow, (height, width))
+            flow = _resize_flow(flow, mid[number].shape[-2:])
             warped, match = warp(neighbours[number], flow), self.match[number]
             guess = torch.cat([mid[number], mid[number]])
             correlation = correlate(match(guess), match(warped), self.config.reach[number])

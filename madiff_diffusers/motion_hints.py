@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from einops import rearrange
 
 from .optical_flow import dis_flow, seen_from_the_end, single_threaded_opencv
@@ -58,20 +59,21 @@ class EventHints:
         scale: the model sees frames this many times smaller; their events are then spread over as many pixels.
     """
 
-    def __init__(self, i2e: torch.nn.Module, tiling: Tiling | None = None, scale: int = 1):
+    def __init__(self, i2e: ModelMixin, tiling: Tiling | None = None, scale: int = 1):
         self.i2e, self.tiling, self.scale = i2e, tiling, scale
-        self.hint_channels = 2 * i2e.config.num_bins
+        self.hint_channels: int = 2 * i2e.config.num_bins
 
     def events(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> HintPair:
         """Events from two batches of first frames to two of second frames, towards the previous and the next neighbour."""
-        first, second = to_grey(torch.cat(list(first))), to_grey(torch.cat(list(second)))
+        pair = [to_grey(torch.cat(list(frames))) for frames in (first, second)]
         if self.scale > 1:
-            first, second = F.avg_pool2d(first, self.scale), F.avg_pool2d(second, self.scale)
-        pair = first.to(self.i2e.dtype), second.to(self.i2e.dtype)
+            pair = [F.avg_pool2d(frames, self.scale) for frames in pair]
+        pair = [frames.to(self.i2e.dtype) for frames in pair]
         if self.tiling is None:
             events = self.i2e(*pair).events
         else:
-            (events,) = self.tiling(lambda first, second: [self.i2e(first, second).events], pair, *first.shape[-2:])
+            height, width = pair[0].shape[-2:]
+            (events,) = self.tiling(lambda first, second: [self.i2e(first, second).events], pair, height, width)
         events = events.float()
         if self.scale > 1:
             events = F.interpolate(events, scale_factor=float(self.scale), mode="nearest")
@@ -116,13 +118,13 @@ class FlowHints:
         reference = frames_from[0]
         from_images = [self._to_uint8(frame) for frame in frames_from]
         to_images = [self._to_uint8(frame) for frame in frames_to]
-        search = {"finest_scale": 0, "patch_stride": patch_stride} if self.fine else {}
+        flow_of = partial(dis_flow, finest_scale=0, patch_stride=patch_stride) if self.fine else dis_flow
 
         # Parallelism comes from the pairs, as many at once as fit; a frame alone may take more.
         needed = from_images[0].size * (FINE_FLOW_BYTES if self.fine else FLOW_BYTES)
         workers = max(1, min(len(from_images), cv2.getNumThreads(), MOST_FLOW_BYTES // needed))
         with single_threaded_opencv(), ThreadPoolExecutor(max_workers=workers) as pool:
-            flows = list(pool.map(partial(dis_flow, **search), from_images, to_images))
+            flows = list(pool.map(flow_of, from_images, to_images))
         flow = rearrange(torch.from_numpy(np.stack(flows)), "b h w c -> b c h w").contiguous()
         return flow.to(reference.device)
 
@@ -142,8 +144,8 @@ class FlowHints:
         return arriving[0] * (time / (1 - time)), arriving[1] * ((1 - time) / time)
 
     def _between_neighbours(self, frame_prev: torch.Tensor, frame_next: torch.Tensor) -> torch.Tensor:
-        """Flow `(2B, 2, H, W)` from the next frames to the previous ones, then from the previous to the next; computed once for
-        frames of which several instants are asked for."""
+        """Flow `(2B, 2, H, W)` from the next frames to the previous ones, then from the previous to the next; computed once,
+        though several instants between the same frames are asked for."""
         if frame_prev.is_inference() or frame_next.is_inference():  # whether they changed since cannot be told
             return self._flows([*frame_next, *frame_prev], [*frame_prev, *frame_next])
         versions = (frame_prev._version, frame_next._version)
@@ -182,7 +184,7 @@ class ModelHints:
 
     hint_channels = 2
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: ModelMixin):
         self.model = model
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:

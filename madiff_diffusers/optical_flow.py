@@ -9,7 +9,8 @@ import numpy as np
 
 
 # The number of OpenCV's threads is one for the process: the first to enter sets it, the last to leave sets it back.
-_opencv = {"lock": Lock(), "users": 0, "threads": 0}
+_lock = Lock()
+_opencv = {"users": 0, "threads": 0}
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def single_threaded_opencv() -> Iterator[None]:
     stripe, the same frames give the same flow on every machine. Any number of threads may be inside at once."""
     import cv2  # of opencv-python-headless
 
-    with _opencv["lock"]:
+    with _lock:
         if _opencv["users"] == 0:
             _opencv["threads"] = cv2.getNumThreads()
             cv2.setNumThreads(1)
@@ -26,7 +27,7 @@ def single_threaded_opencv() -> Iterator[None]:
     try:
         yield
     finally:
-        with _opencv["lock"]:
+        with _lock:
             _opencv["users"] -= 1
             if _opencv["users"] == 0:
                 cv2.setNumThreads(_opencv["threads"])
@@ -50,13 +51,14 @@ def dis_flow(
     import cv2  # of opencv-python-headless
 
     # A DIS object keeps buffers, so each call has its own.
-    dis = cv2.DISOpticalFlow_create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{preset.upper()}"))
+    dis = cv2.DISOpticalFlow.create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{preset.upper()}"))
     if finest_scale is not None:
         dis.setFinestScale(finest_scale)
     if patch_stride is not None:
         dis.setPatchStride(patch_stride)
+    nothing = np.empty((1, 1), np.uint8)  # no flow to start from: of zeros, DIS would make another one
     with single_threaded_opencv():
-        return dis.calc(frame_from, frame_to, None)
+        return np.asarray(dis.calc(frame_from, frame_to, nothing))
 
 
 def seen_from_the_end(flow: np.ndarray, rounds: int = 3) -> np.ndarray:

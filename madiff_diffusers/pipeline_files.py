@@ -31,7 +31,10 @@ CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoints"
 
 PipelineT = TypeVar("PipelineT", bound="CheckpointPipeline")
 
-_Base = DiffusionPipeline if TYPE_CHECKING else object  # what this is mixed into
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as _Base
+else:
+    _Base = object
 
 logger = logging.get_logger(__name__)
 

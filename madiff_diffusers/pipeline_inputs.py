@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 
 from .image_processor import OUTPUT_TYPES
 
@@ -19,6 +19,9 @@ HINT_POLICIES = ("sampling", "damped", "start")
 CALLBACK_TENSORS = ("latents", "hints_prev", "hints_next")
 
 
+Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
+
 class Sampling(NamedTuple):
     """How every frame of a call is made; see [`MADiffPipeline.__call__`]."""
 
@@ -27,7 +30,7 @@ class Sampling(NamedTuple):
     hint_interval: int
     generator: torch.Generator | list[torch.Generator] | None
     force_not_quantize: bool
-    callback: Callable[..., dict[str, torch.Tensor] | None] | None
+    callback: Callback | None
     callback_inputs: Sequence[str]
 
 
@@ -85,7 +88,9 @@ def check_inputs(
                 f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}."
             )
         given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
-        if not given or not all(isinstance(time, Real) and 0 < time < 1 for time in given):  # NaN fails, too
+        if not given or not all(
+            isinstance(time, Real) and time < 1 and not time <= 0 for time in given
+        ):  # NaN fails, too
             raise ValueError(f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}.")
         if len(set(map(float, given))) < len(given):
             raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
@@ -107,10 +112,10 @@ def check_inputs(
 
 def check_latents(
     latents: torch.Tensor | None, num_frames: int, frames: torch.Tensor, vqvae: ModelMixin
-) -> torch.Tensor | None:
-    """Noise to start from, `(B, F, C, h, w)` float32 on the device of the padded frames `(B, 3, H, W)`."""
+) -> list[torch.Tensor | None]:
+    """Noise to start from for each of the F frames, `(B, C, h, w)` float32 on the device of the padded frames `(B, 3, H, W)`."""
     if latents is None:
-        return None
+        return [None] * num_frames
     channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
     height, width = (side // vqvae.downsample_factor for side in frames.shape[-2:])
     shape = (len(frames), num_frames, channels, height, width)
@@ -118,7 +123,7 @@ def check_latents(
         latents = latents[:, None]
     if tuple(latents.shape) != shape:
         raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
-    return latents.to(device=frames.device, dtype=torch.float32)
+    return list(latents.to(device=frames.device, dtype=torch.float32).unbind(dim=1))
 
 
 def neighbours_of(times: list[Fraction], recursive: bool) -> dict[Fraction, tuple[Fraction, Fraction]]:

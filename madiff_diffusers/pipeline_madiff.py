@@ -4,7 +4,7 @@
 import importlib.util
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -33,6 +33,7 @@ from .optical_flow import dis_flow as dis_flow
 from .pipeline_files import CheckpointPipeline
 from .pipeline_inputs import (
     CALLBACK_TENSORS,
+    Callback,
     Sampling,
     check_inputs,
     check_latents,
@@ -40,7 +41,7 @@ from .pipeline_inputs import (
     check_settings,
     neighbours_of,
 )
-from .pipeline_output import MADiffPipelineOutput
+from .pipeline_output import Frames, MADiffPipelineOutput
 from .precision import fastest_dtype as fastest_dtype
 from .sampling_steps import call_back, clean_latents
 from .tiling import Tiling
@@ -218,7 +219,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         force_not_quantize: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         times: Sequence[float | Fraction] | None = None,
         frames_per_batch: int = 1,
@@ -291,9 +292,9 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         check_inputs(sampling, num_frames, times, frames_per_batch, output_type, batch_size)
         if times is None:
             times = [Fraction(number, int(num_frames) + 1) for number in range(1, int(num_frames) + 1)]
-        times = [Fraction(time) for time in times]
-        noise = check_latents(latents, len(times), prev.frames, self.vqvae)  # [B,F,C,h,w] or None
-        plan = neighbours_of(times, config.default_recursive if recursive is None else recursive)
+        instants = [Fraction(time) for time in times]
+        noise = dict(zip(instants, check_latents(latents, len(instants), prev.frames, self.vqvae)))
+        plan = neighbours_of(instants, config.default_recursive if recursive is None else recursive)
 
         # 2. Make the frames, some of those between the same two at once.
         self._interrupt = False
@@ -303,18 +304,15 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         frames: dict[Fraction, EncodedFrames] = {Fraction(0): prev, Fraction(1): next_}
         final_latents: dict[Fraction, torch.Tensor] = {}
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for (low, high), between in itertools.groupby(plan, key=plan.get):
-                between = list(between)
+            for (low, high), group in itertools.groupby(plan, key=plan.__getitem__):
+                between = list(group)
                 for first in range(0, len(between), frames_per_batch):
                     chosen = between[first : first + frames_per_batch]
-                    given = [
-                        None if noise is None or time not in times else noise[:, times.index(time)] for time in chosen
-                    ]
                     latents_made, made = self._interpolate(
                         frames[low],
                         frames[high],
                         [float((time - low) / (high - low)) for time in chosen],
-                        given,
+                        [noise.get(time) for time in chosen],
                         sampling,
                         progress_bar,
                         with_frames=output_type != "latent"
@@ -329,11 +327,11 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 
         # 3. Crop and convert.
         if output_type == "latent":
-            result = torch.stack([final_latents[time] for time in times], dim=1)  # [B,F,C,h,w]
+            result: Frames = torch.stack([final_latents[time] for time in instants], dim=1)  # [B,F,C,h,w]
         else:
-            result = torch.stack([frames[time].frames for time in times], dim=1)
-            result = self.frame_processor.crop(result, prev.size)  # [B,F,3,H,W]
-            result = self.frame_processor.postprocess(result, output_type)
+            made = torch.stack([frames[time].frames for time in instants], dim=1)
+            made = self.frame_processor.crop(made, prev.size)  # [B,F,3,H,W]
+            result = self.frame_processor.postprocess(made, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (result,)
@@ -360,7 +358,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         if isinstance(images, EncodedFrames):
             return images
         frames = self.frame_processor.to_tensor(images, name)  # [B,3,H,W]
-        return EncodedFrames(self.frame_processor.pad(frames).to(self._execution_device), tuple(frames.shape[-2:]))
+        height, width = frames.shape[-2:]
+        return EncodedFrames(self.frame_processor.pad(frames).to(self._execution_device), (height, width))
 
     def _interpolate(
         self,
@@ -383,18 +382,20 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         coarse_prev, coarse_next = coder.coarse(prev, scale), coder.coarse(next_, scale)
 
         # 1. Encode the neighbours, once for all steps.
-        coder.encode(prev, next_)
+        features, _ = coder.encode(prev, next_)
 
         # 2. Hints to begin with: nothing is known of the frames yet. News are about hints of full size.
         sides = (prev, next_) if coder.tells_news else (coarse_prev, coarse_next)
         starts = [hint_source.start(sides[0].frames, sides[1].frames, time) for time in times]
-        hints = starts[0] if count == 1 else tuple(torch.cat(each) for each in zip(*starts))  # [TB,K,H,W] twice
+        hints = starts[0]  # [TB,K,H,W] twice
+        if count > 1:
+            hints = torch.cat([each for each, _ in starts]), torch.cat([each for _, each in starts])
         frames_prev, frames_next = repeated(coarse_prev.frames, count), repeated(coarse_next.frames, count)
 
         # 3. Noise, at the end of the schedule.
         generator = sampling.generator
         self.scheduler.set_timesteps(int(sampling.num_inference_steps), device=device)
-        shape = (batch_size, self.unet.config.out_channels, *prev.features.pyramid[-1].shape[-2:])
+        shape = (batch_size, self.unet.config.out_channels, *features.pyramid[-1].shape[-2:])
         drawn = [
             randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if given is None else given
             for given in noise
@@ -423,14 +424,14 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             last = i == len(self.scheduler.timesteps) - 1
             if extracts and i % sampling.hint_interval == 0 and not (coder.tells_news and last):
                 scale = prev.frames.shape[-1] // frames_prev.shape[-1]
-                known = tuple(self.vqvae.resize_hints(each, frames_prev.shape[-2:]) for each in hints)
+                known = coder.resize_hints(hints, frames_prev.shape[-2:])
                 coarse_latents = F.avg_pool2d(clean, scale)
                 if coder.tells_news:  # which are as much smaller, too
                     coarse_latents = coarse_latents / scale
                 guess = coder.decode(coarse_prev, coarse_next, coarse_latents, known, instants)
                 continued = (known,) if isinstance(hint_source, ModelHints) else ()
                 refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
-                refined = tuple(self.vqvae.resize_hints(each, hints[0].shape[-2:]) for each in refined)
+                refined = coder.resize_hints(refined, hints[0].shape[-2:])
                 if sampling.hint_policy == "damped":
                     refined = damp_hints(hints, refined, 1 + i // sampling.hint_interval)
                 hints = refined
@@ -438,7 +439,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             # 4.3 the caller's turn, frame by frame
             if sampling.callback is not None:
                 tensors = {"latents": latents, "hints_prev": hints[0], "hints_next": hints[1]}
-                replaced = call_back(self, sampling, i, t, tensors, batch_size)
+                replaced = call_back(sampling.callback, sampling.callback_inputs, self, i, t, tensors, batch_size)
                 hints = (replaced.get("hints_prev", hints[0]), replaced.get("hints_next", hints[1]))
                 if "latents" in replaced:
                     latents = replaced["latents"]

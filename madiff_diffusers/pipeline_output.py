@@ -9,6 +9,9 @@ import torch
 from diffusers.utils import BaseOutput
 
 
+Frames = list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+
+
 @dataclass
 class MADiffPipelineOutput(BaseOutput):
     """
@@ -18,4 +21,4 @@ class MADiffPipelineOutput(BaseOutput):
             [0, 1]; for `"latent"` a tensor `(B, F, C, h, w)`.
     """
 
-    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+    frames: Frames

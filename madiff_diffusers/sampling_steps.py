@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of MA-Sampling takes from any scheduler, and what it hands to the caller."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from .pipeline_inputs import Sampling
+from .pipeline_inputs import Callback
 
 
 def clean_latents(
@@ -27,8 +29,9 @@ def clean_latents(
 
 
 def call_back(
+    callback: Callback,
+    names: Sequence[str],
     pipeline: DiffusionPipeline,
-    sampling: Sampling,
     step: int,
     timestep: torch.Tensor,
     tensors: dict[str, torch.Tensor],
@@ -36,14 +39,19 @@ def call_back(
 ) -> dict[str, torch.Tensor]:
     """Hand tensors `(T * B, …)` to the callback, frame by frame, and return those that it replaced.
 
+    Args:
+        callback: see [`MADiffPipeline.__call__`].
+        names: of the tensors that it is handed.
+        batch_size: B.
+
     Raises:
         TypeError: for a callback that returns neither a dictionary nor None.
     """
     parts = {name: list(tensor.split(batch_size)) for name, tensor in tensors.items()}
     replaced = set()
     for number in range(len(parts["latents"])):
-        given = {name: parts[name][number] for name in sampling.callback_inputs}
-        returned = sampling.callback(pipeline, step, timestep, given)
+        given = {name: parts[name][number] for name in names}
+        returned = callback(pipeline, step, timestep, given)
         if not isinstance(returned, (dict, type(None))):
             raise TypeError(
                 f"`callback_on_step_end` must return a dict of tensors, or None, but gave a {type(returned).__name__}."

@@ -5,8 +5,9 @@ The middle frame is encoded to a small latent; the decoder rebuilds it from that
 frames, whose features it warps along offsets that it estimates from motion hints (MA-WARP, MADiff, arXiv 2404.13534).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -77,8 +78,8 @@ def _norm(num_groups: int | None, channels: int) -> nn.Module:
 
 
 def _zero_init(module: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(module.weight)
-    nn.init.zeros_(module.bias)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
     return module
 
 
@@ -103,13 +104,11 @@ class ComparingConv2d(nn.Conv2d):
         super().__init__(channels * (3 if match else 2) + hint_channels + offset_channels, channels, 3, padding=1)
         self.sizes = [channels, channels, hint_channels, channels * match, offset_channels]
 
-    def forward(
-        self, hidden_states: torch.Tensor, features: torch.Tensor, hints: torch.Tensor, offsets: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`(2B, C, U, V)` from `(B, C, U, V)`, and features, hints and offsets `(2B, …, U, V)`."""
+    def forward(self, *parts: torch.Tensor) -> torch.Tensor:
+        """`(2B, C, U, V)` from h `(B, C, U, V)`, features `(2B, C, U, V)`, and hints and offsets in one tensor `(2B, …, U, V)`."""
+        hidden_states, features, motion = parts
         batch, channels = hidden_states.shape[:2]
         for_hidden, for_own, for_hints, for_other, for_offsets = self.weight.split(self.sizes, dim=1)
-        motion = hints if offsets is None else torch.cat([hints, offsets], dim=1)
         result = F.conv2d(motion, torch.cat([for_hints, for_offsets], dim=1), self.bias, padding=1)
         if for_other.shape[1]:
             both = F.conv2d(features, torch.cat([for_own, for_other]), padding=1)
@@ -169,6 +168,8 @@ class MidBlock(nn.Module):
 
 class MotionEncoder(nn.Module):
     """Frame → latents and a feature pyramid; one map per scale, at strides `stem_stride`, …, `f`."""
+
+    _gradient_checkpointing_func: Callable[..., Any]  # set with `gradient_checkpointing`
 
     def __init__(
         self,
@@ -288,7 +289,8 @@ class MAWarpBlock(nn.Module):
         looked_at = warp(features, start) if self.coarse_to_fine else features
         dtype = hidden_states.dtype
         compare, *layers = self.offset_net
-        estimate = compare(hidden_states, looked_at, hints.to(dtype), start.to(dtype) if self.coarse_to_fine else None)
+        motion = torch.cat([hints.to(dtype), start.to(dtype)], dim=1) if self.coarse_to_fine else hints.to(dtype)
+        estimate = compare(hidden_states, looked_at, motion)
         for layer in layers:
             estimate = layer(estimate)
         estimate = estimate.float()
@@ -317,7 +319,7 @@ class PaintHead(nn.Module):
         self.conv_out = nn.Conv2d(channels, out_channels * stride**2, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> torch.Tensor:
         return self.conv_out.weight
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -367,8 +369,9 @@ class WarpHead(nn.Module):
             )
 
     @property
-    def last_layer(self) -> nn.Parameter:
-        return self.conv_out.weight if self.refine is None else self.refine[-1].weight
+    def last_layer(self) -> torch.Tensor:
+        layer = self.conv_out if self.refine is None else self.refine[-1]
+        return next(layer.parameters())
 
     def forward(
         self,
@@ -393,6 +396,7 @@ class WarpHead(nn.Module):
         """
         hidden_states = self.act(self.conv_norm(hidden_states))
         if self.compare_warps:
+            assert warped is not None, "what is compared"
             hidden_states = torch.cat([hidden_states, *halves(warped)], dim=1)
         pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride).to(frames.dtype)
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
@@ -408,13 +412,15 @@ class WarpHead(nn.Module):
             difference = (prev - next_).abs().amax(dim=1, keepdim=True)
             difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
             moving = (difference / self.still_threshold).clamp(max=1)
-            share = 0.5 if share is None else share
-            image = moving * image + (1 - moving) * (share * prev + (1 - share) * next_)
+            of_prev = 0.5 if share is None else share
+            image = moving * image + (1 - moving) * (of_prev * prev + (1 - of_prev) * next_)
         return image, offsets, gate
 
 
 class MotionDecoder(nn.Module):
     """Latents, feature pyramids and hints → the middle frame, with an MA-WARP block after every scale."""
+
+    _gradient_checkpointing_func: Callable[..., Any]  # set with `gradient_checkpointing`
 
     def __init__(
         self,
@@ -485,12 +491,11 @@ class MotionDecoder(nn.Module):
 
         # 1. the coarsest scale
         hidden_states = self.mid_block(self.conv_in(latents))  # [B,C,H/f,W/f]
-        blocks = [(self.mid_warp, features[-1], hints[-1])]
-        blocks += list(zip(self.warps, features[-2::-1], hints[-2::-1]))
+        blocks = [self.mid_warp, *self.warps]
         carried = None
 
         # 2. up the scales, a warp after each
-        for i, (warp_block, feature, hint) in enumerate(blocks):
+        for i, (warp_block, feature, hint) in enumerate(zip(blocks, features[::-1], hints[::-1])):
             if i > 0:
                 hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
                 level = self.levels[i - 1]
@@ -521,6 +526,8 @@ class MotionDecoder(nn.Module):
 
 class PyramidEncoder(nn.Module):
     """Frame → feature pyramid alone: at each scale a convolution that halves the size, and another."""
+
+    _gradient_checkpointing_func: Callable[..., Any]  # set with `gradient_checkpointing`
 
     def __init__(self, in_channels: int, block_out_channels: Sequence[int], act_fn: str):
         super().__init__()
@@ -604,6 +611,8 @@ class NewsEncoder(nn.Module):
 class NewsDecoder(nn.Module):
     """Latents of motion news, feature pyramids and offsets → the middle frame: the latents move the first offsets and the gate
     directly, then a [`JointWarpBlock`] a scale, and a last warp of the frames themselves."""
+
+    _gradient_checkpointing_func: Callable[..., Any]  # set with `gradient_checkpointing`
 
     def __init__(
         self,
@@ -713,6 +722,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         evidence_reach (`int`): half-width of the window in which these are correlated, in latents.
     """
 
+    encoder: MotionEncoder | PyramidEncoder
+    decoder: MotionDecoder | NewsDecoder
+
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["quantize"]
 
@@ -780,15 +792,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                 latent_channels, out_channels, block_out_channels, act_fn, refine_channels, still_threshold
             )
             return
-        shared = {
-            "block_out_channels": block_out_channels,
-            "layers_per_block": layers_per_block,
-            "norm_num_groups": norm_num_groups,
-            "act_fn": act_fn,
-            "stem_stride": stem_stride,
-            "add_attention": mid_block_add_attention,
-        }
-        self.encoder = MotionEncoder(in_channels, latent_channels, **shared)
+        shared = (block_out_channels, layers_per_block, norm_num_groups, act_fn, stem_stride, mid_block_add_attention)
+        self.encoder = MotionEncoder(in_channels, latent_channels, *shared)
         self.quant_conv = nn.Conv2d(latent_channels, vq_embed_dim, 1)
         # legacy=False: beta weighs the commitment, not the codebook.
         self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, legacy=False)
@@ -796,7 +801,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         self.decoder = MotionDecoder(
             latent_channels,
             out_channels,
-            **shared,
+            *shared,
             layout=self.hint_layout,
             coarse_to_fine=coarse_to_fine,
             match_neighbours=match_neighbours,
@@ -827,7 +832,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         return 2 * (self.config.vq_embed_dim or self.config.latent_channels) + 2 * self.config.hint_channels
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> torch.Tensor:
         """Weight of the last layer, at which the adversarial loss is balanced (Esser et al., 2021, eq. 7)."""
         return self.decoder.head.last_layer
 
@@ -1008,7 +1013,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
         )
 
-    def resize_hints(self, hints: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def resize_hints(self, hints: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """Hints `(B, K, H, W)`, or their offsets alone, averaged to a smaller `size` or interpolated to a larger one; offsets are in
         pixels of that size then."""
         if hints.shape[-1] > size[1]:
