@@ -512,11 +512,8 @@ class MotionDecoder(nn.Module):
         # 3. the image, or the frames themselves; what the last warp found is where they start
         if isinstance(self.head, PaintHead):
             return self.head(hidden_states).to(frames.dtype), tuple(all_offsets), tuple(all_gates)
-        start = offsets
-        if frame_offsets is not None:  # only the corrections are resized: the hints are known at full resolution
-            start = start - hints[0][:, -2:].float()
-        if self.stem_stride > 1:
-            start = _upsample_offsets(start, self.stem_stride)
+        # Only the corrections are resized: the hints' own offsets are known at full resolution.
+        start = _upsample_offsets(corrections, self.stem_stride) if self.stem_stride > 1 else corrections
         if frame_offsets is not None:
             start = start + frame_offsets
         share = None if log_odds is None else torch.sigmoid(log_odds.to(frames.dtype))
