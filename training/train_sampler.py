@@ -480,8 +480,8 @@ def main(argv: list[str] | None = None) -> None:
             warps = (warp(batch["frame_prev"], of_prev) + warp(batch["frame_next"], of_next)) / 2
             losses["warps"] = charbonnier(warps, batch["frame_mid"])
             trainer.backward(losses["warps"] + flow_weight * losses["flow"])
-            trainer.update(network, optimizer)
-            trainer.finish_pass(losses)
+            trainer.optimizer_step(network, optimizer)
+            trainer.finish_micro_batch(losses)
             continue
         seen = (choice != 2).float().view(-1, 1, 1, 1)
         offset_losses = [
