@@ -64,6 +64,32 @@ def tiny() -> dict:
     return load_config("tiny")
 
 
+@pytest.fixture
+def tiny_news() -> dict:
+    """The `motion` configuration at the smallest size that has every part."""
+    config = load_config("motion")
+    config["hint_model"] = {
+        "channels": [4, 8, 8],
+        "start_channels": [8, 8],
+        "refine_channels": [8, 8],
+        "match_channels": 4,
+        "reach": [1, 2],
+    }
+    small = {
+        "block_out_channels": [6, 8],
+        "num_vq_embeddings": 32,
+        "refine_channels": 4,
+        "news_block_out_channels": [6, 8],
+        "evidence_channels": 4,
+    }
+    config["vqvae"].update(small)
+    channels = VQMAGANModel(**config["vqvae"]).condition_channels + config["vqvae"]["latent_channels"]
+    small = {"in_channels": channels, "block_out_channels": [8, 16], "norm_num_groups": 4}
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    config["unet"].update(small, **blocks)
+    return config
+
+
 def two_processes(module_and_options: list) -> list:
     """The command that runs a module on two processes; on CPUs (ACCELERATE_USE_CPU=true) they talk through gloo."""
     with socket.socket() as free:

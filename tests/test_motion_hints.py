@@ -1,13 +1,14 @@
 import math
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
 from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints, build_hint_source
 from madiff_diffusers.evaluation.hint_policies import from_neighbours
 from madiff_diffusers.motion_hints import damp_hints
-from madiff_diffusers.optical_flow import single_threaded_opencv
+from madiff_diffusers.optical_flow import dis_flow, single_threaded_opencv
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import moving_picture
 from training.hints import load_hint_source, start_hints
@@ -166,3 +167,14 @@ def test_events_of_smaller_frames_are_spread_over_as_many_pixels(i2e, tmp_path):
     for spread, expected in zip(hints, small):
         assert spread.shape[-2:] == prev.shape[-2:]
         assert torch.allclose(spread, expected.repeat_interleave(2, -1).repeat_interleave(2, -2), atol=1e-4)
+
+
+def test_optical_flow_is_opencv_s_from_nothing():
+    """A flow that DIS is given, be it zeros, is where its search begins: another result."""
+    earlier, later = (cv2.cvtColor(moving_picture(time, 96, 128), cv2.COLOR_RGB2GRAY) for time in (0, 6))
+    expected = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(earlier, later, None)
+    assert np.array_equal(dis_flow(earlier, later), expected)
+    zeros = np.zeros_like(expected)
+    assert not np.array_equal(
+        cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(earlier, later, zeros), expected
+    )

@@ -23,33 +23,7 @@ from madiff_diffusers import (
 )
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.warping import correlate, warp
-from tests.conftest import excite, load_config, moving_picture
-
-
-@pytest.fixture
-def tiny_news() -> dict:
-    """The `motion` configuration at the smallest size that has every part."""
-    config = load_config("motion")
-    config["hint_model"] = {
-        "channels": [4, 8, 8],
-        "start_channels": [8, 8],
-        "refine_channels": [8, 8],
-        "match_channels": 4,
-        "reach": [1, 2],
-    }
-    small = {
-        "block_out_channels": [6, 8],
-        "num_vq_embeddings": 32,
-        "refine_channels": 4,
-        "news_block_out_channels": [6, 8],
-        "evidence_channels": 4,
-    }
-    config["vqvae"].update(small)
-    channels = VQMAGANModel(**config["vqvae"]).condition_channels + config["vqvae"]["latent_channels"]
-    small = {"in_channels": channels, "block_out_channels": [8, 16], "norm_num_groups": 4}
-    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-    config["unet"].update(small, **blocks)
-    return config
+from tests.conftest import excite, moving_picture
 
 
 def build(config: dict) -> MADiffPipeline:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from madiff_diffusers import MADiffPipeline, RIFEFlowModel
 from madiff_diffusers.warping import warp
-from tests.conftest import REPOSITORY, load_config, moving_picture
+from tests.conftest import REPOSITORY, moving_picture
 from tests.processes import run_module
 from training.frame_bank import FrameBank, augment, composed
 from training.train_sampler import distance, disturbed
@@ -107,30 +107,7 @@ def test_disturbed_hints_are_a_share():
 
 
 @pytest.fixture
-def config(tmp_path) -> Path:
-    """The `motion` configuration at the smallest size that has every part."""
-    config = load_config("motion")
-    config["hint_model"] = {
-        "channels": [4, 8, 8],
-        "start_channels": [8, 8],
-        "refine_channels": [8, 8],
-        "match_channels": 4,
-        "reach": [1, 2],
-    }
-    small = {
-        "block_out_channels": [6, 8],
-        "num_vq_embeddings": 32,
-        "refine_channels": 4,
-        "news_block_out_channels": [6, 8],
-        "evidence_channels": 4,
-    }
-    config["vqvae"].update(small)
-    blocks = {
-        "down_block_types": ["DownBlock2D"] * 2,
-        "up_block_types": ["UpBlock2D"] * 2,
-        "block_out_channels": [8, 16],
-    }
-    config["unet"].update(blocks, in_channels=45, norm_num_groups=4)
+def config(tiny_news, tmp_path) -> Path:
     tiny = {
         "max_train_steps": 6,
         "train_batch_size": 3,
@@ -149,7 +126,7 @@ def config(tmp_path) -> Path:
         two_step_share=0.5,
         gaps=[1.0],
     )
-    config["train_sampler"] = tiny
+    config = {**tiny_news, "train_sampler": tiny}
     path = tmp_path / "motion.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
