@@ -132,7 +132,7 @@ class Demo:
     def __init__(self, pipeline: MADiffPipeline, limits: Limits = Limits(), name: str = "madiff-compact"):
         self.pipeline, self.limits, self.name = pipeline, limits, name
         pipeline.set_progress_bar_config(disable=True)
-        self._works: dict[str, Work] = {}  # by the page that waits for it
+        self._works: dict[str | None, Work] = {}  # by the page that waits for it
 
     def build(self) -> gr.Blocks:
         limits = self.limits
@@ -193,9 +193,9 @@ class Demo:
                     download = gr.DownloadButton("Download", elem_id="download", interactive=False)
                 video_status = gr.HTML(elem_id="video-status", min_height=40)
 
-            one = {"concurrency_limit": 1, "concurrency_id": SINGLE, "show_progress": "hidden"}
+            one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": SINGLE, "show_progress": "hidden"}
             make.click(self._make_pair, [prev, next_, count], [frames, pair_status, shown, compare, instant], **one)
-            moved = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+            moved: dict[str, Any] = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
             instant.input(show_instant, [frames, instant], [shown, compare], **moved)
             smooth.click(self._make_video, [video, fps, slow], [result, download, video_status], **one)
             for button, status in ((cancel_pair, pair_status), (cancel_video, video_status)):
@@ -332,9 +332,8 @@ class Demo:
 def picture_file(**settings: Any) -> gr.Image:
     """An image input that gives the uploaded file, readable or not; Gradio's own would refuse unreadable files with its own message."""
     picture = gr.Image(type="filepath", sources=["upload", "clipboard"], **settings)
-    picture.preprocess = lambda payload: (
-        None if payload is None else payload.path
-    )  # not of a subclass, for which Gradio writes files beside the code
+    # On the object, not in a subclass, for which Gradio writes files beside the code.
+    setattr(picture, "preprocess", lambda payload: None if payload is None else payload.path)
     return picture
 
 
