@@ -64,8 +64,7 @@ def tiny() -> dict:
     return load_config("tiny")
 
 
-@pytest.fixture
-def tiny_news() -> dict:
+def load_tiny_news() -> dict:
     """The `motion` configuration at the smallest size that has every part."""
     config = load_config("motion")
     config["hint_model"] = {
@@ -88,6 +87,11 @@ def tiny_news() -> dict:
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     config["unet"].update(small, **blocks)
     return config
+
+
+@pytest.fixture
+def tiny_news() -> dict:
+    return load_tiny_news()
 
 
 def two_processes(module_and_options: list) -> list:

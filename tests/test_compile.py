@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from madiff_diffusers.decoder_inputs import FrameFeatures
 from madiff_diffusers.onnx_export import build_graphs, example_tensors, frame_multiple
 from madiff_diffusers.warping import correlate
-from tests.conftest import load_config
-from tests.test_onnx_export import build, tiny_news
+from tests.conftest import load_config, load_tiny_news
+from tests.test_onnx_export import build
 
 
-CONFIGS = {"latents of frames": lambda: load_config("tiny"), "latents of news": tiny_news}
+CONFIGS = {"latents of frames": lambda: load_config("tiny"), "latents of news": load_tiny_news}
 
 
 def mark_sizes(value) -> None:

@@ -15,34 +15,11 @@ from madiff_diffusers import VQMAGANModel, onnx_export
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.onnx_export import build_graphs, example_tensors, export_onnx, frame_multiple
-from tests.conftest import REPOSITORY, build_pipeline, excite, load_config, moving_picture
+from tests.conftest import REPOSITORY, build_pipeline, excite, load_config, load_tiny_news, moving_picture
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-
-def tiny_news() -> dict:
-    """Configuration of the smallest networks with latents of news and a hint model."""
-    config = load_config("motion")
-    widths = {
-        "block_out_channels": [8, 8],
-        "news_block_out_channels": [8, 8],
-        "evidence_channels": 4,
-        "evidence_reach": 1,
-        "refine_channels": 4,
-    }
-    config["vqvae"].update(widths, num_vq_embeddings=64)
-    config["unet"].update(block_out_channels=[8, 8], norm_num_groups=4, in_channels=4 + 3 * 4 + 9 + 4)
-    config["unet"].update(down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)
-    config["hint_model"] = {
-        "channels": [4, 8, 8],
-        "start_channels": [8, 8],
-        "refine_channels": [8, 8],
-        "match_channels": 4,
-        "reach": [1, 2],
-    }
-    return config
 
 
 def build(config: dict) -> tuple:
@@ -92,7 +69,7 @@ def example(*arguments) -> np.ndarray:
 @pytest.fixture(scope="module")
 def news(tmp_path_factory) -> tuple:
     """Networks with latents of news, and the folder of their graphs."""
-    folder, parts = tmp_path_factory.mktemp("news"), build(tiny_news())
+    folder, parts = tmp_path_factory.mktemp("news"), build(load_tiny_news())
     export_onnx(folder, *parts)
     return folder, parts
 
@@ -163,7 +140,7 @@ def test_the_command_and_the_page_s_example_make_what_the_pipeline_makes(tmp_pat
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
-    vqvae, unet, scheduler, hint_model = build(tiny_news())
+    vqvae, unet, scheduler, hint_model = build(load_tiny_news())
     with pytest.raises(
         ValueError, match="`hint_model` must be a MotionHintModel or None to become a graph, but is a RIFEFlowModel"
     ):
@@ -204,7 +181,7 @@ def test_the_benchmark_compares_runtimes(tmp_path, capsys):
     from benchmarks.runtimes import main as benchmark
 
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tiny_news()))
+    config.write_text(yaml.safe_dump(load_tiny_news()))
     benchmark(["--size", "30x20", "--config", str(config), "--rounds", "1", "--json", str(tmp_path / "out.json")])
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert result["size"] == "32x24" and list(result["seconds"]) == ["encode", "hints", "denoise", "decode", "refine"]

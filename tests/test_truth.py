@@ -7,7 +7,6 @@ from diffusers import UNet2DModel
 
 from madiff_diffusers import MADiffPipeline, MotionHintModel, VQMAGANModel
 from tests.conftest import excite, moving_picture
-from tests.test_motion_news import tiny_news  # noqa: F401, a fixture
 from training.hints import draw_hints
 from training.train_sampler import SamplerNetwork
 
@@ -44,7 +43,7 @@ def test_hints_of_the_training_of_a_denoiser_know_the_truth_by_its_share_alone(p
 
 
 @pytest.mark.parametrize("two_steps", [False, True])
-def test_a_denoiser_of_news_sees_the_truth_in_its_noisy_latents_alone(tiny_news, two_steps):  # noqa: F811
+def test_a_denoiser_of_news_sees_the_truth_in_its_noisy_latents_alone(tiny_news, two_steps):
     torch.manual_seed(0)
     settings = dict(tiny_news["scheduler"])
     scheduler = getattr(diffusers, settings.pop("class"))(**settings)
