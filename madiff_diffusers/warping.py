@@ -27,14 +27,18 @@ def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Tensor:
     """Local correlation: the mean product of features `(B, C, U, V)` at each pixel of `first` and at every pixel of `second` within
     `reach` of it, row by row, `(B, (2 * reach + 1)², U, V)`; zeros lie outside."""
-    batch, _, height, width = first.shape
+    batch, channels, height, width = first.shape
     side = 2 * reach + 1
-    if (
-        torch.is_grad_enabled() and second.requires_grad
-    ):  # one kernel, and one for its gradient, at the price of a large copy
-        windows = F.unfold(second, side, padding=reach).view(batch, -1, side**2, height, width)
-        return (first.unsqueeze(2) * windows).mean(dim=1)
     padded = F.pad(second, (reach, reach, reach, reach))
+    if torch.is_grad_enabled() and second.requires_grad:
+        # Rows times rows, of which a band is kept: more products than are needed, but four times as fast with its gradient.
+        rows, others = first.permute(0, 2, 3, 1), padded.permute(0, 2, 1, 3)
+        bands = []
+        for y in range(side):
+            products = (rows @ others[:, y : y + height]).flatten(2)  # [B,U,V*(V+2*reach)]
+            # In rows that are one longer, the band's diagonals are columns.
+            bands.append(F.pad(products, (0, width)).view(batch, height, width, -1)[..., :side])
+        return torch.cat(bands, dim=-1).permute(0, 3, 1, 2) / channels
     shifted = [padded[:, :, y : y + height, x : x + width] for y in range(side) for x in range(side)]
     return torch.cat([(first * each).mean(dim=1, keepdim=True) for each in shifted], dim=1)
 
