@@ -9,7 +9,7 @@ are RGB, `(B, 3, H, W)` in `[-1, 1]`. An instant is a time in (0, 1): 0 is the p
 import importlib.util
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
@@ -27,7 +27,7 @@ from .tiling import Tiling
 HintPair = tuple[torch.Tensor, torch.Tensor]
 
 FLOW_BYTES, FINE_FLOW_BYTES = 60, 215  # buffers of DIS for each pixel, measured on 2560x1440
-MOST_FLOW_BYTES = 2**30  # of all flows at once
+MOST_FLOW_BYTES = 2**32  # of all flows at once: two of 3840x2160
 
 
 class HintSource(Protocol):
@@ -83,8 +83,8 @@ class EventHints:
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
         """Null hints: there is no middle frame to see events towards yet."""
         batch, _, height, width = frame_prev.shape
-        null = frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32)
-        return null, null.clone()
+        shape = (batch, self.hint_channels, height, width)
+        return frame_prev.new_zeros(shape, dtype=torch.float32), frame_prev.new_zeros(shape, dtype=torch.float32)
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         return self.events((frame_prev, frame_mid), (frame_mid, frame_next))
@@ -208,16 +208,17 @@ class StackedHints:
         self.sources = list(sources)
         self.hint_channels = sum(source.hint_channels for source in self.sources)
 
-    @staticmethod
-    def _stack(pairs: list[HintPair]) -> HintPair:
+    def _stack(self, ask: Callable[[HintSource], HintPair]) -> HintPair:
+        # The last is asked first: flow, which comes last in checkpoints, needs most memory on its way and leaves least.
+        pairs = [ask(source) for source in reversed(self.sources)][::-1]
         hints_prev, hints_next = zip(*pairs)
         return torch.cat(hints_prev, dim=1), torch.cat(hints_next, dim=1)
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
-        return self._stack([source.start(frame_prev, frame_next, time) for source in self.sources])
+        return self._stack(lambda source: source.start(frame_prev, frame_next, time))
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        return self._stack([source.from_guess(frame_prev, frame_mid, frame_next) for source in self.sources])
+        return self._stack(lambda source: source.from_guess(frame_prev, frame_mid, frame_next))
 
 
 class NullHints:
@@ -228,11 +229,19 @@ class NullHints:
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
         batch, _, height, width = frame_prev.shape
-        null = frame_prev.new_zeros((batch, self.hint_channels, height, width), dtype=torch.float32)
-        return null, null.clone()
+        shape = (batch, self.hint_channels, height, width)
+        return frame_prev.new_zeros(shape, dtype=torch.float32), frame_prev.new_zeros(shape, dtype=torch.float32)
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         return self.start(frame_prev, frame_next)
+
+
+def together(pairs: Sequence[HintPair]) -> HintPair:
+    """Several batches of hints in one, in the order given."""
+    if len(pairs) == 1:
+        return pairs[0]
+    hints_prev, hints_next = zip(*pairs)
+    return torch.cat(hints_prev), torch.cat(hints_next)
 
 
 def damp_hints(hints: HintPair, refined: HintPair, number: int) -> HintPair:

@@ -28,7 +28,7 @@ from .hint_registry import build_hint_source, check_hint_source
 from .hub_repository import upload_repository as upload_repository
 from .image_processor import FrameInput, FrameProcessor, check_same_size
 from .model_cards import model_card as model_card
-from .motion_hints import HintSource, ModelHints, damp_hints
+from .motion_hints import HintSource, ModelHints, damp_hints, together
 from .optical_flow import dis_flow as dis_flow
 from .pipeline_files import CheckpointPipeline
 from .pipeline_inputs import (
@@ -380,10 +380,9 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 
         # 2. Hints to begin with: nothing is known of the frames yet. News are about hints of full size.
         sides = (prev, next_) if coder.tells_news else (coarse_prev, coarse_next)
-        starts = [hint_source.start(sides[0].frames, sides[1].frames, time) for time in times]
-        hints = starts[0]  # [TB,K,H,W] twice
-        if count > 1:
-            hints = torch.cat([each for each, _ in starts]), torch.cat([each for _, each in starts])
+        hints = together(
+            [hint_source.start(sides[0].frames, sides[1].frames, time) for time in times]
+        )  # [TB,K,H,W] twice
         frames_prev, frames_next = repeated(coarse_prev.frames, count), repeated(coarse_next.frames, count)
 
         # 3. Noise, at the end of the schedule.
@@ -424,11 +423,15 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
                     coarse_latents = coarse_latents / scale
                 guess = coder.decode(coarse_prev, coarse_next, coarse_latents, known, instants)
                 continued = (known,) if isinstance(hint_source, ModelHints) else ()
+                number, size = 1 + i // sampling.hint_interval, hints[0].shape[-2:]
+                before = hints if sampling.hint_policy == "damped" and number > 1 else None
+                # Hints are the largest tensors here: those that nothing reads any more go before others come.
+                del hints, known
                 refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
-                refined = coder.resize_hints(refined, hints[0].shape[-2:])
-                if sampling.hint_policy == "damped":
-                    refined = damp_hints(hints, refined, 1 + i // sampling.hint_interval)
-                hints = refined
+                hints = coder.resize_hints(refined, size)
+                if before is not None:
+                    hints = damp_hints(before, hints, number)
+                del refined, before
 
             # 4.3 the caller's turn, frame by frame
             if sampling.callback is not None:
