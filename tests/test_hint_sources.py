@@ -26,7 +26,7 @@ from madiff_diffusers.hint_registry import _SOURCES, TRAVELLING
 from madiff_diffusers.motion_hints import NullHints
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import local_hub
-from tests.processes import run_module
+from tests.processes import run_python
 
 
 TOY = '''
@@ -276,7 +276,7 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
 
     def train(stage: str, *flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", f"training.{stage}", *shared, *flags]
-        return run_module(command, cwd=REPOSITORY, env=environment)
+        return run_python(command, cwd=REPOSITORY, env=environment)
 
     for stage, flags in (
         ("train_vq_magan", ["--output_dir", str(tmp_path / "vqvae")]),
@@ -310,9 +310,9 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
         "--checkpoint",
         str(tmp_path / "unet" / "pipeline"),
     ]
-    done = run_module(evaluate, cwd=tmp_path)
+    done = run_python(evaluate, cwd=tmp_path)
     assert done.returncode == 2 and "code that is not this package's" in done.stderr, done.stderr
-    done = run_module([*evaluate, "--trust-remote-code"], cwd=tmp_path)
+    done = run_python([*evaluate, "--trust-remote-code"], cwd=tmp_path)
     assert done.returncode == 0 and "| pipeline |" in done.stdout, done.stderr
     done = train("train_vq_magan", "--output_dir", str(tmp_path / "other"), "--hint_source", f"{toy}+flow")
     assert (
