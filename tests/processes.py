@@ -46,6 +46,8 @@ def _run(command: Sequence[str], cwd: str | None, environment: dict[str, str], p
     if cwd is not None:
         os.chdir(cwd)
     sys.path[:] = [os.getcwd(), *folders, *(path for path in sys.path if path not in ("", *former))]
+    # Loaders of data start as they do anywhere, not as this process was started.
+    multiprocessing.set_start_method(None, force=True)
     kind, what, *arguments = command
     sys.argv = [kind, *arguments]
     if kind == "-m":
