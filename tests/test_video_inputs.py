@@ -189,7 +189,9 @@ def test_a_gif_keeps_its_whole_time_and_its_loops(pipeline, tmp_path, loop):
 def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
     source = write_video(tmp_path / "in.mkv", drifting(7), range(7), Fraction(1, 15))
     for factor in (1, 2, 3):
-        interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, overwrite=True, progress=False)
+        interpolate_video(
+            pipeline, source, tmp_path / "out.gif", steps=1, factor=factor, overwrite=True, progress=False
+        )
         durations, loop = gif_times(tmp_path / "out.gif")
         ends = np.cumsum(durations)
         assert np.abs(ends - np.arange(1, len(ends) + 1) * 1000 / 15 / factor).max() <= 5 and loop == 0
@@ -199,7 +201,7 @@ def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
 def test_players_keep_the_delays_of_a_gif(pipeline, tmp_path, rate, factor, shown):
     """Whole hundredths of a second, two and more; what is less, players show as ten."""
     source = write_video(tmp_path / "in.mkv", drifting(rate // 2), range(rate // 2), Fraction(1, rate))
-    result = interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, progress=False)
+    result = interpolate_video(pipeline, source, tmp_path / "out.gif", steps=1, factor=factor, progress=False)
     durations, _ = gif_times(tmp_path / "out.gif")
     assert (
         min(durations) >= 20
