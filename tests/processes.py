@@ -29,23 +29,34 @@ PRELOADED = [
 # What libraries read when they are imported: a command that sets one of these begins from nothing.
 READ_AT_IMPORT = ("HF_", "OMP_", "PYTHON", "TORCH", "HOME", "XDG_", "PATH", "LD_")
 
+
+def _named_paths(environment: Mapping[str, str]) -> list[str]:
+    return [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+# Where modules are found before any test adds to it.
+PATHS = [path for path in sys.path if path not in ("", *_named_paths(os.environ))]
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(PRELOADED)
 
 
-def _run(command: Sequence[str], cwd: str | None, environment: dict[str, str], printed: Sequence[Connection]) -> None:
-    """What Python does with the arguments `command`, in a process that has run before."""
+def _run(
+    command: Sequence[str],
+    cwd: str | None,
+    environment: dict[str, str],
+    paths: Sequence[str],
+    printed: Sequence[Connection],
+) -> None:
+    """What Python does with the arguments `command`, in a process that has imported much already."""
     for number, end in zip((1, 2), printed):
         os.dup2(end.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    folders, former = (
-        [path for path in each.get("PYTHONPATH", "").split(os.pathsep) if path] for each in (environment, os.environ)
-    )
     os.environ.clear()
     os.environ.update(environment)
     if cwd is not None:
         os.chdir(cwd)
-    sys.path[:] = [os.getcwd(), *folders, *(path for path in sys.path if path not in ("", *former))]
+    sys.path[:] = [os.getcwd(), *_named_paths(environment), *paths]
     # Loaders of data start as they do anywhere, not as this process was started.
     multiprocessing.set_start_method(None, force=True)
     kind, what, *arguments = command
@@ -62,7 +73,7 @@ class Forked:
     def __init__(self, command: Sequence[str], cwd: str | None, environment: dict[str, str], stdout, stderr):
         self.stdout: IO[str] | None = None
         with self._end(stdout) as out, self._end(out if stderr == subprocess.STDOUT else stderr) as err:
-            self._process = _server.Process(target=_run, args=(command, cwd, environment, (out, err)))
+            self._process = _server.Process(target=_run, args=(command, cwd, environment, PATHS, (out, err)))
             self._process.start()
         self.pid = self._process.pid
 
