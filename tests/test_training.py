@@ -79,8 +79,16 @@ def succeed(arguments: list, **environment: str) -> str:
     return done.stdout
 
 
+PIPED = {"cwd": REPOSITORY, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+
+
 def start(arguments: list) -> subprocess.Popen | Forked:
-    return start_python(arguments, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return start_python(arguments, **PIPED)
+
+
+def start_launcher(arguments: list) -> subprocess.Popen:
+    """Never forked: what it starts knows it by its command line."""
+    return subprocess.Popen(arguments, text=True, **PIPED)
 
 
 def stop_at(process: subprocess.Popen | Forked, line_start: str, number: int) -> str:
@@ -385,7 +393,7 @@ def test_two_processes_go_on_where_they_were_killed(clips, trained, tmp_path):
     ]
     straight, broken = (link("vqvae", trained, tmp_path / name) for name in ("straight", "broken"))
     succeed(two_processes(arguments("vqvae", clips, straight, *flags)))
-    process = start(two_processes(arguments("vqvae", clips, broken, *flags)))
+    process = start_launcher(two_processes(arguments("vqvae", clips, broken, *flags)))
     for line in process.stdout:
         if line.startswith("step=3 "):
             family = psutil.Process(process.pid)
@@ -419,12 +427,12 @@ def test_a_signal_saves_and_ends_the_run(number, code, clips, trained, tmp_path)
 def test_a_signal_to_the_launcher_saves(processes, clips, tmp_path):
     flags = ["--max_train_steps", "400", "--checkpointing_steps", "1000"]
     launcher = two_processes if processes == 2 else one_process
-    process = start(launcher(arguments("i2e", clips, tmp_path, *flags)))
+    process = start_launcher(launcher(arguments("i2e", clips, tmp_path, *flags)))
     printed = stop_at(process, "step=3 ", signal.SIGTERM)
     assert process.returncode != 0
     step = int(re.search(r"stopped by SIGTERM at step (\d+), which is saved", printed).group(1))
     assert [path.name for path in (tmp_path / "i2e" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
-    process = start(launcher(arguments("i2e", clips, tmp_path, *flags)))
+    process = start_launcher(launcher(arguments("i2e", clips, tmp_path, *flags)))
     assert f"resumed at step {step}" in stop_at(process, f"step={step + 1} ", signal.SIGTERM)
 
 
