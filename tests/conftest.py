@@ -1,7 +1,6 @@
 """Fixtures: the networks of the `tiny` configuration, pictures, and video clips made from CC0 photographs."""
 
 import os
-import socket
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from diffusers import UNet2DModel
 from skimage import data
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
+from tests.processes import free_port
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -96,9 +96,6 @@ def tiny_news() -> dict:
 
 def two_processes(module_and_options: list) -> list:
     """The command that runs a module on two processes; on CPUs (ACCELERATE_USE_CPU=true) they talk through gloo."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
     launch = [
         sys.executable,
         "-m",
@@ -116,7 +113,7 @@ def two_processes(module_and_options: list) -> list:
         "--dynamo_backend",
         "no",
         "--main_process_port",
-        port,
+        str(free_port()),
         "-m",
         *module_and_options,
     ]

@@ -13,6 +13,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import is_accelerate_version, is_torch_version
 
 from tests.conftest import REPOSITORY, load_config
+from tests.processes import run_python
 
 
 FOLDER = REPOSITORY / "training" / "accelerate"
@@ -98,9 +99,7 @@ print("sharded")
 @needs_fsdp2
 def test_the_denoiser_can_be_sharded():
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
+    done = run_python([sys.executable, "-c", CHILD], cwd=REPOSITORY, env=environment)
     assert done.stdout.strip().endswith("sharded"), done.stderr
 
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
 from benchmarks.pipeline import CALLS, STAGES, main
 from tests.conftest import REPOSITORY
+from tests.processes import run_python
 
 
 @pytest.mark.parametrize("factor", [None, 4])
@@ -33,7 +33,7 @@ def test_pipeline(factor, checkpoint, tmp_path, capsys):
             "1",
         ]
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        done = run_python(command, cwd=REPOSITORY, env=environment)
         assert done.returncode == 0, done.stderr
         printed = done.stdout
     result = json.loads((tmp_path / "out.json").read_text())

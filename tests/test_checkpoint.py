@@ -43,11 +43,23 @@ def test_is_small_and_safe(compact):
     assert all(model.dtype == torch.float32 for model in models)
 
 
-def test_loads_without_a_network(tmp_path):
-    code = "from madiff_diffusers import MADiffPipeline; MADiffPipeline.from_pretrained('madiff-compact')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def fresh_process(tmp_path_factory) -> subprocess.CompletedProcess:
+    """One that has no network and only a new cache; it loads the checkpoint, makes the frame between a pair of 720p, and tells its peak memory."""
+    code = (
+        "import resource, numpy as np; from madiff_diffusers import MADiffPipeline; "
+        "pipe = MADiffPipeline.from_pretrained('madiff-compact'); print('loaded'); "
+        "frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8); "
+        "pipe(frame, frame[:, ::-1].copy()); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    folder = tmp_path_factory.mktemp("cache")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
+
+
+def test_loads_without_a_network(fresh_process):
+    assert fresh_process.stdout.startswith("loaded"), fresh_process.stderr
 
 
 def test_half_precision_makes_the_same_frames(compact):
@@ -128,17 +140,9 @@ def test_event_hints_are_used(compact):
     assert (with_events - without).abs().max() > 1 / 255
 
 
-def test_peak_memory_of_a_720p_pair():
-    code = (
-        "import resource, numpy as np; from madiff_diffusers import MADiffPipeline; "
-        "pipe = MADiffPipeline.from_pretrained('madiff-compact'); "
-        "frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8); "
-        "pipe(frame, frame[:, ::-1].copy()); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kilobytes = int(done.stdout.split()[-1]) // (1024 if sys.platform == "darwin" else 1)
+def test_peak_memory_of_a_720p_pair(fresh_process):
+    assert fresh_process.returncode == 0, fresh_process.stderr
+    kilobytes = int(fresh_process.stdout.split()[-1]) // (1024 if sys.platform == "darwin" else 1)
     assert kilobytes <= 3 * 2**20
 
 

@@ -19,13 +19,13 @@ from madiff_diffusers.image_io import read_image, write_image
 from madiff_diffusers.precision import best_device
 from madiff_diffusers.video.formats import CODECS
 from tests.conftest import moving_picture
-from tests.processes import run_module
+from tests.processes import run_python, start_python
 from tests.test_eventgan import original_state
 from tests.video_files import drifting, write_video
 
 
 def madiff(*arguments) -> subprocess.CompletedProcess:
-    return run_module([sys.executable, "-m", "madiff_diffusers", *arguments])
+    return run_python([sys.executable, "-m", "madiff_diffusers", *arguments])
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_the_bar_shows_on_any_terminal(checkpoint, tmp_path, size):
         str(checkpoint),
     ]
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower, env=environment)
+    process = start_python(command, env=environment, stdout=subprocess.DEVNULL, stderr=follower)
     os.close(follower)
     printed = b""
     try:

@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.image_io import read_image
 from madiff_diffusers.space import GRADIO, REQUIREMENTS
 from tests.conftest import REPOSITORY, moving_picture
+from tests.processes import free_port
 from tests.video_files import drifting, read, write_video
 
 
@@ -34,12 +34,6 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 needs_browser = pytest.mark.skipif(
     BROWSER is None or importlib.util.find_spec("playwright") is None, reason="needs Chromium and playwright"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_options_are_checked_before_a_model_is_loaded(capsys):

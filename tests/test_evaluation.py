@@ -36,7 +36,7 @@ from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
 from madiff_diffusers.image_io import read_image
 from tests.conftest import moving_picture, two_processes
-from tests.processes import run_module
+from tests.processes import run_python, start_python
 from tests.test_metrics import load_scorer, random_backbone_file
 
 
@@ -99,7 +99,7 @@ def peer(tmp_path) -> Path:
 
 def madiff(*arguments, cwd=None, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "madiff_diffusers", *arguments]
-    return run_module(command, cwd=cwd, env={**ENVIRONMENT, **environment})
+    return run_python(command, cwd=cwd, env={**ENVIRONMENT, **environment})
 
 
 def scorer() -> Scorer:
@@ -499,9 +499,7 @@ def test_killed_half_way_the_same_command_makes_only_what_is_left(root, peer, mo
         "0",
     ]
     calls, frames = peer / "calls", peer / "out" / "frames" / "peers_slow" / "ucf101"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "madiff_diffusers", *map(str, arguments)], cwd=peer, env=ENVIRONMENT
-    )
+    process = start_python([sys.executable, "-m", "madiff_diffusers", *arguments], cwd=peer, env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while len(list(frames.glob("*.png"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -543,7 +541,7 @@ def test_two_processes_give_the_table_of_one(root, checkpoint, tmp_path):
     options += ["--metrics", "psnr", "ssim", "--gallery", "1"]
     assert main([*map(str, options), "-o", str(tmp_path / "one")]) == 0
     command = two_processes(["madiff_diffusers", *map(str, options), "-o", str(tmp_path / "two")])
-    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"})
+    done = run_python(command, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("### ucf101") == 1
     one, two = results(tmp_path / "one"), results(tmp_path / "two")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers.utils import HF_MODULES_CACHE
 from PIL import Image
 
 from madiff_diffusers import (
@@ -26,7 +28,7 @@ from madiff_diffusers.hint_registry import _SOURCES, TRAVELLING
 from madiff_diffusers.motion_hints import NullHints
 from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
 from tests.local_hub import local_hub
-from tests.processes import run_module
+from tests.processes import run_python
 
 
 TOY = '''
@@ -89,7 +91,9 @@ def made_elsewhere(folder: Path, pair: tuple, tmp_path: Path, kind: str = "MADif
     """What a process gives that has the checkpoint and nothing else of the source."""
     module = "madiff_diffusers" if kind == "MADiffPipeline" else "diffusers"
     torch.save([frame[:1] for frame in pair], tmp_path / "pair.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # Code of checkpoints that were loaded before.
+    shutil.rmtree(HF_MODULES_CACHE, ignore_errors=True)
     command = [
         sys.executable,
         "-c",
@@ -98,11 +102,14 @@ def made_elsewhere(folder: Path, pair: tuple, tmp_path: Path, kind: str = "MADif
         str(tmp_path / "pair.pt"),
         str(tmp_path / "made.pt"),
     ]
-    done = subprocess.run(
-        [*command, *([again] if again else [])], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    done = run_python([*command, *([again] if again else [])], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "made.pt")
+
+
+def alike(made: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Another process, and weights that lie elsewhere in memory, may round otherwise."""
+    return torch.allclose(made, expected, atol=1e-5)
 
 
 def made_here(pipeline: MADiffPipeline, pair: tuple) -> torch.Tensor:
@@ -120,10 +127,10 @@ def test_a_source_travels_with_its_checkpoint(toy, pair, tmp_path):
     expected = made_here(pipeline, pair)
     for kind in ("MADiffPipeline", "DiffusionPipeline"):
         made = made_elsewhere(tmp_path / "saved", pair, tmp_path, kind, again=str(tmp_path / kind))
-        assert torch.equal(made["frames"], expected)
+        assert alike(made["frames"], expected)
         assert (made["source"], made["settings"]) == (f"events+{toy}", {toy: {"scale": 3.0}})
         again = made_elsewhere(tmp_path / kind, pair, tmp_path, "DiffusionPipeline")
-        assert torch.equal(again["frames"], expected), "what is loaded can be saved"
+        assert alike(again["frames"], expected), "what is loaded can be saved"
     plain = MADiffPipeline.from_pretrained(tmp_path / "saved")  # the class is known in this process
     plain.hints = StackedHints([EventHints(plain.i2e), FlowHints()])
     plain.save_pretrained(tmp_path / "plain")
@@ -142,12 +149,7 @@ def test_an_assigned_source_survives_and_goes_on_to_other_pipelines(toy, pair, t
     assert torch.equal(made_here(MADiffPipeline.from_pipe(pipeline), pair), expected)
     pipeline.save_pretrained(tmp_path / "saved")
     made = made_elsewhere(tmp_path / "saved", pair, tmp_path)
-    # Another process may round otherwise.
-    assert (
-        torch.allclose(made["frames"], expected, atol=1e-5)
-        and made["source"] == toy
-        and made["settings"] == {toy: {"scale": 2.0}}
-    )
+    assert alike(made["frames"], expected) and made["source"] == toy and made["settings"] == {toy: {"scale": 2.0}}
     pipeline.hints = None
     assert torch.equal(made_here(pipeline, pair), flow)
 
@@ -276,7 +278,7 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
 
     def train(stage: str, *flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", f"training.{stage}", *shared, *flags]
-        return run_module(command, cwd=REPOSITORY, env=environment)
+        return run_python(command, cwd=REPOSITORY, env=environment)
 
     for stage, flags in (
         ("train_vq_magan", ["--output_dir", str(tmp_path / "vqvae")]),
@@ -310,9 +312,9 @@ def test_trained_saved_loaded_and_used(toy, clips, pair, tmp_path):
         "--checkpoint",
         str(tmp_path / "unet" / "pipeline"),
     ]
-    done = run_module(evaluate, cwd=tmp_path)
+    done = run_python(evaluate, cwd=tmp_path)
     assert done.returncode == 2 and "code that is not this package's" in done.stderr, done.stderr
-    done = run_module([*evaluate, "--trust-remote-code"], cwd=tmp_path)
+    done = run_python([*evaluate, "--trust-remote-code"], cwd=tmp_path)
     assert done.returncode == 0 and "| pipeline |" in done.stdout, done.stderr
     done = train("train_vq_magan", "--output_dir", str(tmp_path / "other"), "--hint_source", f"{toy}+flow")
     assert (

@@ -40,20 +40,22 @@ def random_lpips(net: str = "alex") -> nn.Module:
         return lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
 
 
-def random_backbone_file(path: Path, seed: int, net: str = "alex") -> str:
-    """A file of AlexNet's or VGG's feature layers, with random weights."""
-    torch.manual_seed(seed)
-    state = {
-        ".".join(["features", *name.split(".")[1:]]): value
-        for name, value in random_lpips(net).net.state_dict().items()
-    }
-    save_file(state, path)
+def backbone_file(path: Path, metric: nn.Module) -> str:
+    """A file of the feature layers of a metric's network."""
+    layers = metric.net.state_dict().items()
+    save_file({".".join(["features", *name.split(".")[1:]]): value for name, value in layers}, path)
     return str(path)
 
 
-@pytest.fixture
-def random_backbone(tmp_path) -> str:
-    return random_backbone_file(tmp_path / "alexnet.safetensors", 0)
+def random_backbone_file(path: Path, seed: int) -> str:
+    """A file of AlexNet's feature layers, with random weights."""
+    torch.manual_seed(seed)
+    return backbone_file(path, random_lpips())
+
+
+@pytest.fixture(scope="module")
+def random_backbone(tmp_path_factory) -> str:
+    return random_backbone_file(tmp_path_factory.mktemp("backbone") / "alexnet.safetensors", 0)
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:
@@ -94,9 +96,10 @@ def test_lpips_is_the_package_s(random_backbone):
 
 def test_lpips_of_vgg_is_the_package_s(tmp_path, random_backbone):
     frames = [moving_picture(time, 64, 80) for time in (-1, 0, 1, 2)]
-    file = random_backbone_file(tmp_path / "vgg.safetensors", 0, "vgg")
     torch.manual_seed(0)
-    expected = random_lpips("vgg")(tensor(frames[3]), tensor(frames[1])).item()
+    package = random_lpips("vgg")
+    file = backbone_file(tmp_path / "vgg.safetensors", package)
+    expected = package(tensor(frames[3]), tensor(frames[1])).item()
     scorer = Scorer(["lpips_vgg", "lpips"], lpips_backbone=random_backbone, lpips_vgg_backbone=file)
     (scores,) = scorer.score([(frames[0], frames[1], frames[2], frames[3])])
     assert list(scores) == ["lpips", "lpips_vgg"] and scores["lpips_vgg"] == expected != scores["lpips"]

@@ -19,6 +19,7 @@ from madiff_diffusers.evaluation.benchmarks import BENCHMARKS
 from madiff_diffusers.evaluation.evaluate import QUESTIONS
 from madiff_diffusers.evaluation.metrics import METRICS
 from tests.conftest import REPOSITORY
+from tests.processes import run_python
 from tests.video_files import phone_clip, read
 from training.data.sources import LAYOUTS
 from training.options import RunOptions
@@ -50,9 +51,7 @@ def test_the_first_command_makes_the_picture_that_is_shown(tmp_path):
     arguments = shlex.split(interpolating)
     assert arguments[0] == ".venv/bin/madiff"
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
-    done = subprocess.run(
-        [sys.executable, "-m", "madiff_diffusers", *arguments[1:]], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_python([sys.executable, "-m", "madiff_diffusers", *arguments[1:]], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == printed.removeprefix("# ")
     made, shown = (
@@ -79,7 +78,7 @@ def test_python_snippets_run(page, tmp_path):
     code = "\n".join(blocks("python", page)).replace(".resize((640, 480))", ".resize((96, 64))")
     if not torch.cuda.is_available():
         code = code.replace('.to("cuda")', '.to("cpu")')
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = run_python([sys.executable, "-c", code], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -167,14 +166,8 @@ def test_training_commands_have_options_that_exist(name):
 def test_parameters_are_what_the_command_prints():
     text = (REPOSITORY / "training" / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "numel" in block)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python([sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr
     printed = {tuple(line.split()[:2]): line.split(maxsplit=2)[2] for line in done.stdout.splitlines()}
     shown = {}
     for name, *cells in (

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from madiff_diffusers import MADiffPipeline, RIFEFlowModel
 from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, moving_picture
-from tests.processes import run_module
+from tests.processes import run_python
 from training.frame_bank import FrameBank, augment, composed
 from training.train_sampler import distance, disturbed
 
@@ -148,7 +148,7 @@ def command(config: Path, clips: Path, output: Path, *flags: str) -> list:
 
 
 def train(*arguments) -> subprocess.CompletedProcess:
-    return run_module(command(*arguments), cwd=REPOSITORY)
+    return run_python(command(*arguments), cwd=REPOSITORY)
 
 
 def weights(folder: Path) -> dict:

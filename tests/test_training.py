@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import REPOSITORY, load_config, moving_picture, two_processes
 from tests.local_hub import local_hub
-from tests.processes import run_module
+from tests.processes import Forked, run_python, run_two_ranks, start_python
 from training.adversary import PatchDiscriminator
 from training.losses import adaptive_weight, discriminator_hinge_loss
 from training.options import REMOVED, RENAMED, parse_options
@@ -70,7 +70,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true
 
 def launch(arguments: list, **environment: str) -> subprocess.CompletedProcess:
     environment = {**ENVIRONMENT, **environment}
-    return run_module(arguments, cwd=REPOSITORY, env=environment)
+    return run_python(arguments, cwd=REPOSITORY, env=environment)
 
 
 def succeed(arguments: list, **environment: str) -> str:
@@ -79,20 +79,25 @@ def succeed(arguments: list, **environment: str) -> str:
     return done.stdout
 
 
-def start(arguments: list) -> subprocess.Popen:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        arguments, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
-    )
+PIPED = {"cwd": REPOSITORY, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 
 
-def stop_at(process: subprocess.Popen, line_start: str, number: int) -> str:
+def start(arguments: list) -> subprocess.Popen | Forked:
+    return start_python(arguments, **PIPED)
+
+
+def start_launcher(arguments: list) -> subprocess.Popen:
+    """Never forked: what it starts knows it by its command line."""
+    return subprocess.Popen(arguments, text=True, **PIPED)
+
+
+def stop_at(process: subprocess.Popen | Forked, line_start: str, number: int) -> str:
     """Signal a process once it prints a line; its output, after it has ended."""
     printed = []
     for line in process.stdout:
         printed.append(line)
         if line.startswith(line_start):
-            os.kill(process.pid, number)
+            process.send_signal(number)
     process.wait()
     return "".join(printed)
 
@@ -294,7 +299,15 @@ def test_the_result_is_sent_to_the_hub_with_a_filled_card(clips, trained):
 # ---- several processes ----
 
 
-def compare_launches(stage, clips, trained, tmp_path, *flags) -> None:
+def launch_two(arguments: list) -> subprocess.CompletedProcess:
+    return launch(two_processes(arguments))
+
+
+def fork_two(arguments: list) -> subprocess.CompletedProcess:
+    return run_two_ranks([sys.executable, "-m", *arguments], cwd=REPOSITORY, env=ENVIRONMENT)
+
+
+def compare_launches(run_two, stage, clips, trained, tmp_path, *flags) -> None:
     """Two processes, and one that accumulates two passes, come to the same weights, scores and log."""
     folders = []
     for name in ("two", "one"):
@@ -302,7 +315,8 @@ def compare_launches(stage, clips, trained, tmp_path, *flags) -> None:
         options = ["--max_train_steps", "5", *flags, "--validation", f"videos:{clips}", *VALIDATION]
         options += ["--validation_steps", "5", *(["--disc_start", "1"] if stage != "unet" else [])]
         if name == "two":
-            succeed(two_processes(arguments(stage, clips, runs, *options)))
+            done = run_two(arguments(stage, clips, runs, *options))
+            assert done.returncode == 0, done.stderr
             environment = yaml.safe_load((runs / stage / "environment.yaml").read_text())
             assert environment["processes"] == 2 and environment["distribution"] == "MULTI_CPU"
         else:
@@ -321,13 +335,13 @@ def compare_launches(stage, clips, trained, tmp_path, *flags) -> None:
 
 
 def test_two_processes_equal_accumulation(clips, trained, tmp_path):
-    compare_launches("vqvae", clips, trained, tmp_path, "--revive_every", "2")
+    compare_launches(fork_two, "vqvae", clips, trained, tmp_path, "--revive_every", "2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["i2e", "unet"])
 def test_two_processes_equal_accumulation_in_the_other_stages(stage, clips, trained, tmp_path):
-    compare_launches(stage, clips, trained, tmp_path)
+    compare_launches(launch_two, stage, clips, trained, tmp_path)
 
 
 # ---- interrupted runs ----
@@ -379,7 +393,7 @@ def test_two_processes_go_on_where_they_were_killed(clips, trained, tmp_path):
     ]
     straight, broken = (link("vqvae", trained, tmp_path / name) for name in ("straight", "broken"))
     succeed(two_processes(arguments("vqvae", clips, straight, *flags)))
-    process = start(two_processes(arguments("vqvae", clips, broken, *flags)))
+    process = start_launcher(two_processes(arguments("vqvae", clips, broken, *flags)))
     for line in process.stdout:
         if line.startswith("step=3 "):
             family = psutil.Process(process.pid)
@@ -413,12 +427,12 @@ def test_a_signal_saves_and_ends_the_run(number, code, clips, trained, tmp_path)
 def test_a_signal_to_the_launcher_saves(processes, clips, tmp_path):
     flags = ["--max_train_steps", "400", "--checkpointing_steps", "1000"]
     launcher = two_processes if processes == 2 else one_process
-    process = start(launcher(arguments("i2e", clips, tmp_path, *flags)))
+    process = start_launcher(launcher(arguments("i2e", clips, tmp_path, *flags)))
     printed = stop_at(process, "step=3 ", signal.SIGTERM)
     assert process.returncode != 0
     step = int(re.search(r"stopped by SIGTERM at step (\d+), which is saved", printed).group(1))
     assert [path.name for path in (tmp_path / "i2e" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
-    process = start(launcher(arguments("i2e", clips, tmp_path, *flags)))
+    process = start_launcher(launcher(arguments("i2e", clips, tmp_path, *flags)))
     assert f"resumed at step {step}" in stop_at(process, f"step={step + 1} ", signal.SIGTERM)
 
 

@@ -28,8 +28,9 @@ from tests.video_files import decode, drifting, film_clip, phone_clip, read, wri
 LOSSLESS = {"codec": "ffv1"}
 
 
-def run(pipeline, source, output, **options):
-    return interpolate_video(pipeline, source, output, progress=False, **options)
+def run(pipeline, source, output, steps: int | None = 1, **options):
+    """With one step of sampling, unless the pictures themselves are looked at."""
+    return interpolate_video(pipeline, source, output, steps=steps, progress=False, **options)
 
 
 def test_what_a_phone_records(pipeline, tmp_path):

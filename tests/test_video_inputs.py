@@ -1,6 +1,5 @@
 """What cameras, editors and careless people hand in: every kind of image, and sources that change on the way."""
 
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +16,7 @@ from madiff_diffusers.video.decoding import Source
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.images import image_frame
 from tests.conftest import moving_picture
+from tests.processes import run_python
 from tests.video_files import decode, drifting, write_video
 
 
@@ -39,24 +39,9 @@ def test_colour_profiles_are_no_obstacle(checkpoint, tmp_path):
     """In a process of its own: what is read wrongly here ends the process."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     folder_of(tmp_path / "icc", pictures(), icc_profile=profile)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "madiff_diffusers",
-            "video",
-            str(tmp_path / "icc"),
-            str(tmp_path / "out.mkv"),
-            "--factor",
-            "1",
-            "--codec",
-            "ffv1",
-            "--checkpoint",
-            str(checkpoint),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    options = ["--factor", "1", "--codec", "ffv1", "--checkpoint", checkpoint]
+    command = [sys.executable, "-m", "madiff_diffusers", "video", tmp_path / "icc", tmp_path / "out.mkv", *options]
+    done = run_python(command)
     assert done.returncode == 0, (done.returncode, done.stderr)
     assert all(map(np.array_equal, decode(tmp_path / "out.mkv"), drifting(3)))
 
@@ -70,7 +55,7 @@ def test_a_motion_jpeg_with_a_profile_and_exif(tmp_path):
         b"".join((tmp_path / "frames" / f"{number}.jpg").read_bytes() for number in range(3))
     )
     code = "import sys; from madiff_diffusers.video.analysis import analyse; from madiff_diffusers.video.decoding import Source; print(len(analyse(Source(sys.argv[1])).starts))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "film.mjpeg")], capture_output=True, text=True)
+    done = run_python([sys.executable, "-c", code, str(tmp_path / "film.mjpeg")])
     assert done.returncode == 0 and done.stdout == "3\n", (done.returncode, done.stderr)
 
 
@@ -204,7 +189,9 @@ def test_a_gif_keeps_its_whole_time_and_its_loops(pipeline, tmp_path, loop):
 def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
     source = write_video(tmp_path / "in.mkv", drifting(7), range(7), Fraction(1, 15))
     for factor in (1, 2, 3):
-        interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, overwrite=True, progress=False)
+        interpolate_video(
+            pipeline, source, tmp_path / "out.gif", steps=1, factor=factor, overwrite=True, progress=False
+        )
         durations, loop = gif_times(tmp_path / "out.gif")
         ends = np.cumsum(durations)
         assert np.abs(ends - np.arange(1, len(ends) + 1) * 1000 / 15 / factor).max() <= 5 and loop == 0
@@ -214,7 +201,7 @@ def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
 def test_players_keep_the_delays_of_a_gif(pipeline, tmp_path, rate, factor, shown):
     """Whole hundredths of a second, two and more; what is less, players show as ten."""
     source = write_video(tmp_path / "in.mkv", drifting(rate // 2), range(rate // 2), Fraction(1, rate))
-    result = interpolate_video(pipeline, source, tmp_path / "out.gif", factor=factor, progress=False)
+    result = interpolate_video(pipeline, source, tmp_path / "out.gif", steps=1, factor=factor, progress=False)
     durations, _ = gif_times(tmp_path / "out.gif")
     assert (
         min(durations) >= 20

@@ -23,6 +23,7 @@ from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.options import VideoOptions
 from tests.conftest import moving_picture, two_processes
+from tests.processes import run_python, start_python
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
 
 
@@ -55,11 +56,7 @@ def wait_for(condition, seconds: float = 90) -> None:
 
 def test_the_command(checkpoint, tmp_path):
     source, out = phone_clip(tmp_path / "in.mp4", 6), tmp_path / "out.mp4"
-    done = subprocess.run(
-        command(source, out, checkpoint, "--fps", "59.94", "--preview", tmp_path / "strip.png"),
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(command(source, out, checkpoint, "--fps", "59.94", "--preview", tmp_path / "strip.png"))
     assert done.returncode == 0 and done.stdout.strip() == str(out), done.stderr
     assert read(out).rate == Fraction(60000, 1001) and "frame/s" in done.stderr
     assert Image.open(tmp_path / "strip.png").size == (8 * 120, 194), "eight portraits of 180 rows, and captions"
@@ -93,7 +90,7 @@ def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
     dice, killed = random.Random(0), 0
     for number in range(count):
         before = len(list((tmp_path / "out.mkv.parts").glob("*.json"))) if number else 0
-        process = subprocess.Popen(
+        process = start_python(
             command(film, out, checkpoint, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
         wait_for(lambda: (tmp_path / "out.mkv.parts" / "job.json").is_file() or process.poll() is not None)
@@ -105,7 +102,7 @@ def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
             break
         assert len(list((tmp_path / "out.mkv.parts").glob("*.json"))) >= before, "what is done stays"
     assert killed == count
-    done = subprocess.run(command(film, out, checkpoint, "--resume"), capture_output=True, text=True)
+    done = run_python(command(film, out, checkpoint, "--resume"))
     assert done.returncode == 0, done.stderr
     assert digest(out) == digest(whole) and not (tmp_path / "out.mkv.parts").exists()
 
