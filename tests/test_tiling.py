@@ -1,5 +1,8 @@
 """Networks on overlapping tiles."""
 
+import platform
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.tiling import Tiling
 from madiff_diffusers.video.memory import bytes_per_pixel, tile_pixels_for
 from tests.conftest import moving_picture, photograph
+from tests.processes import run_python
 
 
 @pytest.mark.parametrize(
@@ -100,3 +104,21 @@ def test_tiles_fit_a_memory(pipeline):
     four_k = 3840 * 2160
     tiles = [tile_pixels_for(pipeline, four_k, gigabytes * 2**30) for gigabytes in (1, 8, 12)]
     assert tiles[0] == 1 < tiles[1] < tiles[2] < four_k
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_is_given_back_at_the_end():
+    code = (
+        "import numpy as np\n"
+        "from madiff_diffusers.video.memory import freed_memory_kept\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 // 2**20\n"
+        "def take(): np.ones(2**26, np.uint8)\n"
+        "take(); before = resident()\n"
+        "with freed_memory_kept(False): take()\n"
+        "told = resident() - before\n"
+        "with freed_memory_kept(True): take(); kept = resident() - before\n"
+        "print(told, kept, resident() - before)"
+    )
+    result = run_python([sys.executable, "-c", code])
+    told, kept, after = map(int, result.stdout.split())
+    assert told < 8 and kept >= 60 and after < 8, result.stderr

@@ -23,7 +23,7 @@ from .errors import VideoError
 from .formats import container_of
 from .frame_times import ShownFrame
 from .interpolation import FrameInterpolator, FrameWindow
-from .memory import tile_pixels_for, tiled
+from .memory import freed_memory_kept, tile_pixels_for, tiled
 from .muxing import assemble, write_pictures
 from .notes import notes_on_pictures, notes_on_source
 from .options import VideoOptions
@@ -201,6 +201,7 @@ class VideoJob:
         made = 0
         with (
             tiled(self.pipeline, tile_pixels),
+            freed_memory_kept(tile_pixels is None),  # tiles are for where memory is short
             prefetch_queue(self._decoded(todo), QUEUE) as decoded,
             CallQueue(QUEUE) as encoder,
         ):
