@@ -23,7 +23,7 @@ class Tiling:
         self.pixels, self.multiple = pixels, multiple
 
     def tiles(self, height: int, width: int, margin: int = 0) -> tuple[list[Span], list[Span]]:
-        """First and last rows and columns of tiles. Tiles overlap by a quarter of their side, and with a margin all around they have as
+        """First and last rows and columns of tiles. Tiles overlap by an eighth of their side, and with a margin all around they have as
         many pixels as they may."""
         side = self._side(int(self.pixels**0.5) - 2 * margin)
         rows = self._spans(height, side)
@@ -38,7 +38,7 @@ class Tiling:
         """The fewest spans of at most `side` that cover a length, as short as they can be."""
         if length <= side:
             return [(0, length)]
-        overlap = max(1, side // 4 // self.multiple) * self.multiple
+        overlap = max(1, side // 8 // self.multiple) * self.multiple
         count = -(-(length - overlap) // (side - overlap))
         side = -(-(length + (count - 1) * overlap) // (count * self.multiple)) * self.multiple
         starts = [number * (length - side) // (count - 1) // self.multiple * self.multiple for number in range(count)]
