@@ -68,6 +68,8 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
             widths throughout share theirs.
         match_channels (`int`): of the features that are correlated.
         reach (`tuple` of `int`): half-widths of the correlation's window at strides 4, 8, …, in pixels of that scale.
+        start_scale (`int`): how many times smaller the frames are seen first; what is found there is where the flow between the frames
+            themselves starts, so that motion is found that is as many times larger. 1: they are seen once.
     """
 
     _supports_gradient_checkpointing = False
@@ -80,8 +82,11 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         refine_channels: tuple[int, ...] = (24, 40, 64, 64),
         match_channels: int = 24,
         reach: tuple[int, ...] = (2, 3, 4, 4),
+        start_scale: int = 1,
     ):
         super().__init__()
+        if start_scale < 1:
+            raise ValueError(f"`start_scale` must be 1 or more, but is {start_scale}.")
         count = len(channels) - 1
         if count < 1 or not len(start_channels) == len(refine_channels) == len(reach) == count:
             raise ValueError(
@@ -109,12 +114,16 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
 
     @property
     def multiple(self) -> int:
-        """Frame sizes are padded to multiples of this."""
+        """Frames whose sizes are multiples of this are not padded at any scale."""
+        return self._coarsest_stride * self.config.start_scale
+
+    @property
+    def _coarsest_stride(self) -> int:
         return 2 ** len(self.config.channels)
 
     def features(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Features of frames `(B, 3, H, W)` in [-1, 1], at strides 4, 8, …; sizes are padded to multiples of `multiple`."""
-        multiple = self.multiple
+        """Features of frames `(B, 3, H, W)` in [-1, 1], at strides 4, 8, …; sizes are padded to multiples of the coarsest."""
+        multiple = self._coarsest_stride
         padding = (0, -frames.shape[-1] % multiple, 0, -frames.shape[-2] % multiple)
         hidden_states = frames.to(self.dtype)
         if any(padding):
@@ -136,7 +145,23 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         Returns:
             Flow from the instant to the previous frame and to the next, each `(B, 2, H, W)` float32, (x, y) in pixels.
         """
-        return self.estimates(self.features(frame_prev), self.features(frame_next), frame_prev.shape[-2:], time)[-1]
+        return self.starts(frame_prev, frame_next, time)[-1]
+
+    def starts(
+        self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor
+    ) -> tuple[FlowPair, ...]:
+        """`estimates` of the frames at `start_scale`, where that is another, and then of the frames themselves; arguments as for `forward`."""
+        found: tuple[FlowPair, ...] = ()
+        flow = None
+        for scale in sorted({1, self.config.start_scale}, reverse=True):
+            seen = torch.cat([frame_prev, frame_next])
+            if scale > 1:
+                seen = F.avg_pool2d(seen, scale)
+            features = [halves(each) for each in self.features(seen)]
+            prev, next_ = zip(*features)
+            found += self.estimates(prev, next_, seen.shape[-2:], time, flow)
+            flow = _resize_flow(torch.cat(found[-1], dim=1), frame_prev.shape[-2:])
+        return found
 
     def estimates(
         self,
@@ -144,11 +169,13 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         next_: Sequence[torch.Tensor],
         size: Sequence[int],
         time: float | torch.Tensor,
+        flow: torch.Tensor | None = None,
     ) -> tuple[FlowPair, ...]:
-        """Flow of every scale from the coarsest, in its pixels, and last at a size in pixels; from both neighbours' features."""
+        """Flow of every scale from the coarsest, in its pixels, and last at a size in pixels; from both neighbours' features. `flow` to
+        start from is `(B, 4, H, W)`."""
         batch = prev[0].shape[0]
         time = torch.as_tensor(time, dtype=torch.float32, device=prev[0].device).expand(batch).view(-1, 1, 1, 1)
-        flow, found = prev[0].new_zeros(batch, 4, *prev[-1].shape[-2:], dtype=torch.float32), []
+        flow, found = self._at_coarsest(flow, prev, 4), []
         for number in reversed(range(len(prev))):
             height, width = prev[number].shape[-2:]
             flow = _resize_flow(flow, (height, width))
@@ -189,12 +216,7 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
     ) -> tuple[FlowPair, ...]:
         """As `estimates`, from the features of both neighbours in one batch, previous first, and of a guess. `flow` to start from
         is `(2B, 2, H, W)`."""
-        padded = [side * 4 for side in mid[0].shape[-2:]]
-        if flow is None:
-            flow = mid[0].new_zeros(neighbours[0].shape[0], 2, *mid[-1].shape[-2:], dtype=torch.float32)
-        else:
-            flow = F.pad(flow, (0, padded[1] - flow.shape[-1], 0, padded[0] - flow.shape[-2]), mode="replicate")
-            flow = F.avg_pool2d(flow, 2 ** (len(mid) + 1)) / 2 ** (len(mid) + 1)
+        flow = self._at_coarsest(flow, neighbours, 2)
         found = []
         for number in reversed(range(len(mid))):
             flow = _resize_flow(flow, mid[number].shape[-2:])
@@ -206,6 +228,17 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
             )
             found.append(halves(flow))
         return (*found, self._at_size(torch.cat(halves(flow), dim=1), size))
+
+    @staticmethod
+    def _at_coarsest(flow: torch.Tensor | None, features: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
+        """Flow of frames as flow at the coarsest scale of their features; zeros where there is none."""
+        if flow is None:
+            batch, _, height, width = features[-1].shape
+            return features[-1].new_zeros(batch, channels, height, width, dtype=torch.float32)
+        height, width = (side * 4 for side in features[0].shape[-2:])
+        flow = F.pad(flow, (0, width - flow.shape[-1], 0, height - flow.shape[-2]), mode="replicate")
+        stride = 2 ** (len(features) + 1)
+        return F.avg_pool2d(flow, stride) / stride
 
     @staticmethod
     def _at_size(flow: torch.Tensor, size: Sequence[int]) -> FlowPair:

@@ -73,6 +73,7 @@ def load_tiny_news() -> dict:
         "refine_channels": [8, 8],
         "match_channels": 4,
         "reach": [1, 2],
+        "start_scale": 2,
     }
     small = {
         "block_out_channels": [6, 8],

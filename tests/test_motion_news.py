@@ -130,6 +130,35 @@ def test_hints_have_the_frames_size_and_follow_the_instant(pipeline, size):
     assert not torch.equal(model(prev, next_, 0.3)[0], model(prev, next_, 0.7)[0])
 
 
+def test_frames_are_seen_smaller_first_where_the_model_says_so(tiny_news):
+    frames = [
+        torch.from_numpy(moving_picture(time, 64, 128)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in (-1, 1)
+    ]
+    config = {**tiny_news["hint_model"], "start_scale": 2}
+    twice = excite(MotionHintModel(**config))
+    once = MotionHintModel(**{**config, "start_scale": 1})
+    once.load_state_dict(twice.state_dict())
+    small = once.starts(*(F.avg_pool2d(frame, 2) for frame in frames), 0.5)
+    found = twice.starts(*frames, 0.5)
+    count = len(small)
+    assert len(found) == 2 * count
+    assert all(torch.equal(one, other) for pair in zip(found[:count], small) for one, other in zip(*pair))
+    # From there the frames' own scales go on: with flow that no layer changes, twice the pixels are left.
+    for level in twice.start_levels:
+        torch.nn.init.zeros_(level.conv_out.weight)
+        torch.nn.init.constant_(level.conv_out.bias, 0.125)
+    still = [each.mean().item() for pair in twice.starts(*frames, 0.5) for each in pair[:1]]
+    scales = count - 1
+    alone = 0.125 * sum(2**number for number in range(scales))  # pixels of the finest scale
+    assert still[count - 1] == pytest.approx(4 * alone, rel=1e-5)
+    assert still[-1] == pytest.approx(3 * 4 * alone, rel=1e-5), "twice as many of the small frames', and as many anew"
+
+
+def test_a_start_scale_is_a_positive_number(tiny_news):
+    with pytest.raises(ValueError, match="`start_scale` must be 1 or more, but is 0"):
+        MotionHintModel(**{**tiny_news["hint_model"], "start_scale": 0})
+
+
 def test_a_small_model_learns_a_shift():
     """Gradients reach every part that `forward` and `refine` read, and the flow is in pixels of the frames."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ resume, run the same command again.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def distance(flow: torch.Tensor, truth: torch.Tensor, weight: torch.Tensor) -> t
     return (weight * (squared + 0.01).sqrt()).mean()
 
 
+def crop_multiple(hint_model: MotionHintModel) -> int:
+    """What sizes of frames must be multiples of, so that they are seen without padding as a guess is, at half size, and as at the start."""
+    return math.lcm(hint_model.config.start_scale, 2) * 2 ** len(hint_model.config.channels)
+
+
 def charbonnier(sample: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return ((sample - truth) ** 2 + 1e-6).sqrt().mean()
 
@@ -164,13 +170,11 @@ class SamplerNetwork(nn.Module):
             hints_only: whether it ends with the hints, of the instant and of the true middle frame; nothing is drawn then.
         """
         prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
-        size, vqvae = prev.shape[-2:], self.vqvae
+        vqvae = self.vqvae
         found: dict[str, Any] = {}
 
         # 1. hints of the instant, and what a guess (here the truth) would tell, at half size
-        features = self.hint_model.features(torch.cat([prev, next_]))
-        estimates = self.hint_model.estimates(*zip(*(each.chunk(2) for each in features)), size, time)
-        found["estimates"] = [torch.cat(each, dim=1) for each in estimates]
+        found["estimates"] = [torch.cat(each, dim=1) for each in self.hint_model.starts(prev, next_, time)]
         hints = disturb(found["estimates"][-1])
 
         small = [F.avg_pool2d(each, 2) for each in (prev, next_, mid)]
@@ -309,7 +313,7 @@ def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork
     """Score held-out windows: the pipeline's frame; the frame of latents that are zero, and the mean of the warped neighbours; and how much of
     the true latents the denoiser tells, R² = 1 - mse / mean square, at the first step."""
     device = trainer.accelerator.device
-    windows = validation_windows(trainer.options, frames=3, multiple=2 * network.hint_model.multiple)
+    windows = validation_windows(trainer.options, frames=3, multiple=crop_multiple(network.hint_model))
 
     def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
         prev, mid, next_ = to_frames(windows[index], device)
@@ -397,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.resume()
 
     # 2. data; frames at half size, too, must be what the hint model's scales divide
-    multiple = 2 * bare.hint_model.multiple
+    multiple = crop_multiple(bare.hint_model)
     if options.resolution % multiple:
         raise ValueError(f"`resolution` must be a multiple of {multiple}, but is {options.resolution}.")
     sizes = [max(round(options.resolution * scale / 8) * 8, 8) for scale in options.scales]
