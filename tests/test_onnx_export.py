@@ -80,12 +80,8 @@ def test_latents_of_news(news):
     check(folder, parts)
     about = json.loads((folder / "madiff.json").read_text())
     assert list(about["graphs"]) == ["encode", "hints", "denoise", "decode", "refine"]
-    assert (about["frame_multiple"], about["downsample_factor"], about["latent_channels"], about["hint_channels"]) == (
-        8,
-        4,
-        4,
-        2,
-    )
+    sizes = [about[name] for name in ("frame_multiple", "downsample_factor", "latent_channels", "hint_channels")]
+    assert sizes == [16, 4, 4, 2]
     assert about["graphs"]["denoise"]["inputs"][:3] == ["latents", "timestep", "time"]
 
 
@@ -93,8 +89,8 @@ def test_latents_of_news(news):
 @torch.no_grad()
 def test_the_page_s_example_makes_a_step_with_learned_hints(news):
     folder, (vqvae, unet, _, hint_model) = news
-    prev, next_ = (moving_picture(time, 24, 40) for time in (-1, 1))  # multiples of 8: nothing is padded
-    noise = torch.randn(1, 4, 6, 10)
+    prev, next_ = (moving_picture(time, 32, 48) for time in (-1, 1))  # multiples of 16: nothing is padded
+    noise = torch.randn(1, 4, 8, 12)
     frame = example(folder, prev, next_, 0.25, None, noise.numpy())
 
     first, second = (torch.from_numpy(each).permute(2, 0, 1)[None] / 127.5 - 1 for each in (prev, next_))
@@ -107,7 +103,7 @@ def test_the_page_s_example_makes_a_step_with_learned_hints(news):
         .round()[0]
         .permute(1, 2, 0)
     )
-    assert frame.shape == (24, 40, 3) and np.abs(frame - expected.numpy()).max() <= 1
+    assert frame.shape == (32, 48, 3) and np.abs(frame - expected.numpy()).max() <= 1
 
 
 @pytest.mark.slow
