@@ -1017,10 +1017,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         pixels of that size then."""
         if hints.shape[-1] > size[1]:
             ratio = (hints.shape[-2] // size[0], hints.shape[-1] // size[1])
-            if ratio == (
-                2,
-                2,
-            ):  # what is half-way between two pixels and two rows is their mean, found three times as fast
+            # What is half-way between two pixels and two rows is their mean, found three times as fast.
+            if tuple(hints.shape[-2:]) == (2 * size[0], 2 * size[1]):
                 resized = F.interpolate(hints, size=tuple(size), mode="bilinear", align_corners=False)
             else:
                 resized = F.avg_pool2d(hints, ratio)

@@ -1,5 +1,6 @@
 """Networks on overlapping tiles."""
 
+import os
 import platform
 import sys
 
@@ -122,3 +123,5 @@ def test_freed_memory_is_given_back_at_the_end():
     result = run_python([sys.executable, "-c", code])
     told, kept, after = map(int, result.stdout.split())
     assert told < 8 and kept >= 60 and after < 8, result.stderr
+    own = run_python([sys.executable, "-c", code], env={**os.environ, "MALLOC_ARENA_MAX": "4"})
+    assert int(own.stdout.split()[1]) < 8, "settings of the user's own are left as they are"

@@ -2,6 +2,7 @@
 is kept."""
 
 import ctypes
+import os
 import platform
 import weakref
 from collections.abc import Iterator
@@ -85,20 +86,23 @@ def freed_memory_kept(kept: bool) -> Iterator[None]:
     Let the C library keep freed memory for a while, if `kept`.
 
     glibc gives large blocks back to the system as soon as they are freed, and the system clears them anew for the next layer, which
-    takes up to a third of the time of large frames. Other C libraries are left as they are.
+    takes up to a third of the time of large frames. Other C libraries are left as they are, and so are settings of the user's own.
     """
-    if not (kept and platform.libc_ver()[0] == "glibc"):
+    own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if not kept or own or platform.libc_ver()[0] != "glibc":
         yield
         return
     library = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
     library.mallopt(mmap_max, 0)
     library.mallopt(trim_threshold, -1)
     try:
         yield
     finally:
+        # To where glibc's own thresholds go once large blocks were freed: after a call they no longer move by themselves.
         library.mallopt(mmap_max, 65536)
-        library.mallopt(trim_threshold, 128 * 1024)
+        library.mallopt(mmap_threshold, 32 * 2**20)
+        library.mallopt(trim_threshold, 64 * 2**20)
         library.malloc_trim(0)
 
 
