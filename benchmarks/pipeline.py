@@ -1,6 +1,6 @@
 """Where the pipeline's time goes, stage by stage, and how it compares with another method's.
 
-    python -m benchmarks.pipeline [--size 640x480] [--peer module:function] [--factor 4] [--json FILE]
+    python -m benchmarks.pipeline [--size 640x480] [--peer module:function] [--factor 4] [--tile-pixels N] [--json FILE]
 
 The frames are a made picture that moves by some pixels. After a warm-up, the medians of some rounds are printed; what is compared is run
 turn by turn in this process. Nothing else should run on the machine.
@@ -14,7 +14,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.commands.common import DTYPES, CommandError, checkpoint_folder, chosen_dtype, load_pipeline
 from madiff_diffusers.evaluation.methods import FunctionMethod
 from madiff_diffusers.evaluation.runs import describe_environment
+from madiff_diffusers.video.memory import freed_memory_kept
 
 
 STAGES = ("encode", "hints start", "hints from guess", "denoise", "decode guess", "decode last", "rest")
@@ -105,11 +106,12 @@ def stages_of(
         start, before = clock(pipeline), flop()
         call()
         whole = Stage(1, clock(pipeline) - start, flop() - before)
-    last = max(i for i, (name, _) in enumerate(seen) if name == "decode")
+    # The frame's own decodes, one for each of its tiles, follow on everything that is not one.
+    last = max((i for i, (name, _) in enumerate(seen) if name != "decode"), default=-1)
     stages = {name: Stage(0, 0.0, 0) for name in STAGES}
     for i, (name, part) in enumerate(seen):
         if name == "decode":
-            name = "decode last" if i == last else "decode guess"
+            name = "decode last" if i > last else "decode guess"
         stages[name] = Stage(*(sum(each) for each in zip(stages[name], part)))
     stages["rest"] = Stage(
         0,
@@ -209,6 +211,12 @@ def main(argv: list[str] | None = None) -> None:
         choices=(4, 8),
         help="also make so many frames of one, straight, recursively and as separate pairs",
     )
+    parser.add_argument("--tile-pixels", type=parse_count, metavar="N", help="work by tiles of at most so many pixels")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="keep memory that is freed for what comes next, as `madiff video` does (Linux)",
+    )
     parser.add_argument(
         "--threads", type=parse_count, metavar="N", help="of torch and OpenCV (default: as they choose)"
     )
@@ -228,6 +236,13 @@ def main(argv: list[str] | None = None) -> None:
     except CommandError as error:
         parser.error(str(error))
     pipeline.set_progress_bar_config(disable=True)
+    if args.tile_pixels is not None:
+        pipeline.enable_tiling(args.tile_pixels)
+    with freed_memory_kept(sparing=args.tile_pixels is not None) if args.keep_memory else nullcontext():
+        measure(parser, args, pipeline)
+
+
+def measure(parser: argparse.ArgumentParser, args: argparse.Namespace, pipeline: MADiffPipeline) -> None:
     frames = panned_frames(*args.size, count=args.factor or 2)
 
     def make(prev: np.ndarray, next_: np.ndarray, **arguments) -> None:
@@ -245,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint": args.checkpoint,
         "device": args.device,
         "dtype": str(pipeline.vqvae.dtype).removeprefix("torch."),
+        "tile_pixels": args.tile_pixels,
+        "memory_kept": args.keep_memory,
     }
     result.update(rounds=args.rounds, stages=stages, seconds=total, peak_gib=peak, environment=environment)
     machine = environment["hardware"]["gpu" if pipeline.device.type == "cuda" else "cpu"]

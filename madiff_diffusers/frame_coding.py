@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbours in MA-Sampling: encoded once, and shown to the denoiser and the decoder beside motion hints."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -11,7 +11,10 @@ from diffusers import ModelMixin
 
 from .decoder_inputs import FrameFeatures
 from .motion_hints import HintPair
-from .tiling import Tiling
+from .tiling import Tile, Tiling
+
+
+REACH_BESIDE_HINTS = 32  # pixels that the decoder's offsets may lead beyond those of the hints
 
 
 @dataclass
@@ -62,18 +65,25 @@ class FrameCoder:
         frames = torch.cat([each.frames for each in left])
         height, width = frames.shape[-2:]
 
-        def encode(frames: torch.Tensor) -> list[torch.Tensor]:
+        def encode(_: Tile, frames: torch.Tensor) -> list[torch.Tensor]:
             encoded = self.vqvae.encode(frames)
-            features = [encoded.features.frame, *encoded.features.pyramid]
-            return [*features, *([] if encoded.latents is None else [encoded.latents])]
+            return [*encoded.features.pyramid, *([] if encoded.latents is None else [encoded.latents])]
 
-        made = encode(frames) if self.tiling is None else self.tiling(encode, [frames], height, width)
+        made = self._by_tiles(encode, [frames], height, width)
         if not self.tells_news:
             latents = (made.pop() * self.vqvae.config.scaling_factor).chunk(len(left))
             for each, own in zip(left, latents):
                 each.latents = own
-        for each, (frame, *pyramid) in zip(left, zip(*(feature.chunk(len(left)) for feature in made))):
-            each.features = FrameFeatures(frame, tuple(pyramid))
+        for each, pyramid in zip(left, zip(*(feature.chunk(len(left)) for feature in made))):
+            each.features = FrameFeatures(each.frames, pyramid)
+
+    def _by_tiles(
+        self, function: Callable[..., list[torch.Tensor]], images: Sequence[torch.Tensor], height: int, width: int
+    ) -> list[torch.Tensor]:
+        """See [`Tiling`]; without one, the frame is a single tile."""
+        if self.tiling is None:
+            return function(Tile(0, height, 0, width), *images)
+        return self.tiling(function, images, height, width)
 
     def coarse(self, each: EncodedFrames, scale: int) -> EncodedFrames:
         """The same frames, `scale` times smaller; made once."""
@@ -119,30 +129,26 @@ class FrameCoder:
             The frames, `(TB, 3, H, W)` float32 in [-1, 1].
         """
         neighbours, count = self.encode(prev, next_), len(latents) // len(prev.frames)
-        split = 1 + len(neighbours[0].pyramid)
-        features = [repeated(each, count) for side in neighbours for each in (side.frame, *side.pyramid)]
-        images = [(latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype), *hints, *features]
-
-        def decode(
-            latents: torch.Tensor, hints_prev: torch.Tensor, hints_next: torch.Tensor, *features: torch.Tensor
-        ) -> list[torch.Tensor]:
-            sides = [FrameFeatures(each[0], tuple(each[1:])) for each in (features[:split], features[split:])]
-            return [
-                self.vqvae.decode(
-                    latents, *sides, hints_prev, hints_next, self.force_not_quantize, time=instants
-                ).sample
-            ]
-
         height, width = prev.frames.shape[-2:]
-        if self.tiling is None:
-            (decoded,) = decode(*images)
-        else:
-            # Warps reach as far as the hints tell.
-            layout, reach = self.vqvae.hint_layout, 0.0
-            if layout.has_offsets:
-                scale = height / hints[0].shape[-2]
-                reach = max(layout.offsets(each).abs().max().item() for each in hints) * scale
-            (decoded,) = self.tiling(decode, images, height, width, reach)
+        layout = self.vqvae.hint_layout
+
+        def decode(tile: Tile, latents: torch.Tensor, *hints: torch.Tensor) -> list[torch.Tensor]:
+            whole, origin = Tile(0, height, 0, width), None
+            seen = whole
+            if tile != whole:
+                # Warps reach out of the tile as far as its hints tell, and by what the decoder adds to them.
+                reach = float(REACH_BESIDE_HINTS)
+                if layout.has_offsets:
+                    scale = (tile.bottom - tile.top) / hints[0].shape[-2]
+                    reach += max(layout.offsets(each).abs().max().item() for each in hints) * scale
+                seen = tile.widened(reach, self.vqvae.downsample_factor, height, width)
+                origin = (tile.top - seen.top, tile.left - seen.left)
+            sides = [side.map(lambda each: repeated(seen.cut_out(each, height), count)) for side in neighbours]
+            arguments = (latents, *sides, *hints, self.force_not_quantize)
+            return [self.vqvae.decode(*arguments, time=instants, origin=origin).sample]
+
+        images = [(latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype), *hints]
+        (decoded,) = self._by_tiles(decode, images, height, width)
         return decoded.float().clamp(-1, 1)
 
 

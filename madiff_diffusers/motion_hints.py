@@ -50,6 +50,13 @@ def to_grey(frames: torch.Tensor) -> torch.Tensor:
     return (frames * weights.view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
 
+def null_hints(frames: torch.Tensor, channels: int) -> HintPair:
+    """Zeros for frames `(B, 3, H, W)`: views of a single one, which take no memory."""
+    batch, _, height, width = frames.shape
+    zeros = frames.new_zeros((), dtype=torch.float32).expand(batch, channels, height, width)
+    return zeros, zeros
+
+
 class EventHints:
     """Event volumes from an [`EventGANModel`]: `m_prev = f_I2E(prev, mid)`, `m_next = f_I2E(mid, next)` (MADiff).
 
@@ -73,7 +80,7 @@ class EventHints:
             events = self.i2e(*pair).events
         else:
             height, width = pair[0].shape[-2:]
-            (events,) = self.tiling(lambda first, second: [self.i2e(first, second).events], pair, height, width)
+            (events,) = self.tiling(lambda _, first, second: [self.i2e(first, second).events], pair, height, width)
         events = events.float()
         if self.scale > 1:
             events = F.interpolate(events, scale_factor=float(self.scale), mode="nearest")
@@ -82,9 +89,7 @@ class EventHints:
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
         """Null hints: there is no middle frame to see events towards yet."""
-        batch, _, height, width = frame_prev.shape
-        shape = (batch, self.hint_channels, height, width)
-        return frame_prev.new_zeros(shape, dtype=torch.float32), frame_prev.new_zeros(shape, dtype=torch.float32)
+        return null_hints(frame_prev, self.hint_channels)
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         return self.events((frame_prev, frame_mid), (frame_mid, frame_next))
@@ -228,9 +233,7 @@ class NullHints:
         self.hint_channels = hint_channels
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
-        batch, _, height, width = frame_prev.shape
-        shape = (batch, self.hint_channels, height, width)
-        return frame_prev.new_zeros(shape, dtype=torch.float32), frame_prev.new_zeros(shape, dtype=torch.float32)
+        return null_hints(frame_prev, self.hint_channels)
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         return self.start(frame_prev, frame_next)

@@ -44,7 +44,7 @@ from .pipeline_inputs import (
 from .pipeline_output import Frames, MADiffPipelineOutput
 from .precision import fastest_dtype as fastest_dtype
 from .sampling_steps import call_back, clean_latents
-from .tiling import Tiling
+from .tiling import TILE_PIXELS, Tiling
 
 
 class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
@@ -162,13 +162,13 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
                 )
         self._hints = source
 
-    def enable_tiling(self, tile_pixels: int = 1024 * 1024) -> None:
+    def enable_tiling(self, tile_pixels: int = TILE_PIXELS) -> None:
         """
         Encode, decode and extract event hints by overlapping tiles, blended, where frames have more pixels: memory then grows little
         with the frames' size. Optical flow and the denoiser see whole frames.
 
         Args:
-            tile_pixels (`int`, defaults to 1024 * 1024): pixels of a tile.
+            tile_pixels (`int`, defaults to 480,000): most pixels of a tile; larger tiles take longer on a CPU.
 
         Raises:
             ValueError: if that is not positive.

@@ -3,11 +3,42 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
+from .warping import laid_out_as
+
 
 Span = tuple[int, int]
+
+# Of a tile of so many pixels, all tensors of the networks that ship are smaller than 32 MiB, float32: what the C library keeps of
+# freed memory. Larger tiles take longer.
+TILE_PIXELS = 480_000
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a part of a frame, in pixels: from the first to the one after the last."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def cut_out(self, image: torch.Tensor, height: int) -> torch.Tensor:
+        """This part of an image of a frame so high, which may be a whole number of times smaller than the frame; a view."""
+        scale = height // image.shape[-2]
+        return image[..., self.top // scale : self.bottom // scale, self.left // scale : self.right // scale]
+
+    def widened(self, reach: float, multiple: int, height: int, width: int) -> "Tile":
+        """This part and what lies around it as far as `reach` pixels, up to multiples and the borders of the frame."""
+        margin = math.ceil(reach / multiple) * multiple
+        return Tile(
+            max(0, self.top - margin),
+            min(height, self.bottom + margin),
+            max(0, self.left - margin),
+            min(width, self.right + margin),
+        )
 
 
 class Tiling:
@@ -22,14 +53,18 @@ class Tiling:
     def __init__(self, pixels: int, multiple: int):
         self.pixels, self.multiple = pixels, multiple
 
-    def tiles(self, height: int, width: int, margin: int = 0) -> tuple[list[Span], list[Span]]:
-        """First and last rows and columns of tiles. Tiles overlap by an eighth of their side, and with a margin all around they have as
-        many pixels as they may."""
-        side = self._side(int(self.pixels**0.5) - 2 * margin)
-        rows = self._spans(height, side)
-        # What the height leaves over goes to the width.
-        tallest = min(height, max(end - start for start, end in rows) + 2 * margin)
-        return rows, self._spans(width, self._side(self.pixels // tallest - 2 * margin))
+    def tiles(self, height: int, width: int) -> tuple[list[Span], list[Span]]:
+        """First and last rows and columns of tiles, which overlap by an eighth of their side: of all such ways to cut a frame, the one
+        whose tiles have the fewest pixels together, and of those the one with the fewest tiles."""
+        ways: list[tuple[int, int, list[Span], list[Span]]] = []
+        for side in range(4 * self.multiple, max(height, 4 * self.multiple) + 1, self.multiple):
+            rows = self._spans(height, side)
+            tallest = _longest(rows)
+            columns = self._spans(width, self._side(self.pixels // tallest))
+            covered, count = tallest * _longest(columns), len(rows) * len(columns)
+            if covered <= self.pixels or not ways:  # the least tiles, at any rate
+                ways.append((covered * count, count, rows, columns))
+        return min(ways)[2:]
 
     def _side(self, pixels: int) -> int:
         return max(4 * self.multiple, pixels // self.multiple * self.multiple)
@@ -50,48 +85,37 @@ class Tiling:
         images: Sequence[torch.Tensor],
         height: int,
         width: int,
-        reach: float = 0.0,
     ) -> list[torch.Tensor]:
         """
         What a function makes of images, tile by tile.
 
         Args:
-            function: takes as many `(B, C, h, w)` as there are `images`, and returns tensors of this kind, each of the frame's size
-                divided by a whole number, at most `multiple`.
+            function: takes the [`Tile`] and as many `(B, C, h, w)`, which are cut out of `images`, and returns tensors of this kind,
+                each of the tile's size divided by a whole number, at most `multiple`.
             images: tensors of the whole frame.
             height, width: size of the frame, multiples of `multiple`.
-            reach: distance in pixels that a tile's result depends on; the function is given that much more all around.
         """
-        margin = 0
-        if height * width > self.pixels:
-            # Not so much that the least tiles would have more pixels than they may.
-            most = max(2 * self.multiple, (int(self.pixels**0.5) // self.multiple - 4) // 2 * self.multiple)
-            margin = min(math.ceil(reach / self.multiple) * self.multiple, most)
-        rows, columns = self.tiles(height, width, margin)
+        rows, columns = self.tiles(height, width)
         if len(rows) == len(columns) == 1:
-            return list(function(*images))
+            return list(function(Tile(0, height, 0, width), *images))
         row_weights, column_weights = _weights(height, rows), _weights(width, columns)
         whole: list[torch.Tensor] = []
         for (top, bottom), row_weight in zip(rows, row_weights):
             for (left, right), column_weight in zip(columns, column_weights):
-                upper, lower = max(0, top - margin), min(height, bottom + margin)
-                first, last = max(0, left - margin), min(width, right + margin)
-                made = function(*(self._crop(image, height, upper, lower, first, last) for image in images))
+                tile = Tile(top, bottom, left, right)
+                made = function(tile, *(tile.cut_out(image, height) for image in images))
                 for number, part in enumerate(made):
-                    scale = (lower - upper) // part.shape[-2]
-                    rows_of_tile = slice((top - upper) // scale, (bottom - upper) // scale)
-                    part = part[..., rows_of_tile, (left - first) // scale : (right - first) // scale]
+                    scale = (bottom - top) // part.shape[-2]
                     if number == len(whole):
-                        whole.append(part.new_zeros((*part.shape[:-2], height // scale, width // scale)))
+                        empty = part.new_zeros((*part.shape[:-2], height // scale, width // scale))
+                        whole.append(laid_out_as(part, empty))
                     weight = torch.outer(_reduced(row_weight, scale), _reduced(column_weight, scale)).to(part)
                     whole[number][..., top // scale : bottom // scale, left // scale : right // scale] += part * weight
         return whole
 
-    @staticmethod
-    def _crop(image: torch.Tensor, height: int, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
-        scale = height // image.shape[-2]
-        part = image[..., top // scale : bottom // scale, left // scale : right // scale]
-        return part.contiguous(memory_format=torch.channels_last) if part.shape[1] > 1 else part.contiguous()
+
+def _longest(spans: Sequence[Span]) -> int:
+    return max(end - start for start, end in spans)
 
 
 def _weights(length: int, spans: Sequence[Span]) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from .components import CheckpointComponent
 from .decoder_inputs import FrameFeatures, HintLayout
-from .warping import correlate, halves, laid_out_as, warp
+from .warping import Origin, correlate, halves, laid_out_as, part_of, warp
 
 
 @dataclass
@@ -63,6 +63,11 @@ class VQMAGANDecoderOutput(DecoderOutput):
 def _upsample_offsets(offsets: torch.Tensor, factor: int = 2) -> torch.Tensor:
     """Offsets of one scale expressed at a `factor` times finer one: resized, and `factor` times as many pixels."""
     return factor * F.interpolate(offsets, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def _at_stride(origin: Origin, stride: int) -> Origin:
+    """An origin in pixels as one in those of a feature map."""
+    return None if origin is None else (origin[0] // stride, origin[1] // stride)
 
 
 def _activation(act_fn: str) -> nn.Module:
@@ -261,6 +266,7 @@ class MAWarpBlock(nn.Module):
         hints: torch.Tensor,
         corrections: torch.Tensor | None,
         log_odds: torch.Tensor | None = None,
+        origin: Origin = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Both directions run in one batch: the first half of each `2B` tensor is for the previous frame.
@@ -271,6 +277,7 @@ class MAWarpBlock(nn.Module):
             hints (`(2B, K, U, V)`): m_prev and m_next at this scale, in float32 whatever the dtype of the rest.
             corrections (`(2B, 2, U, V)`, *optional*): what coarser scales added to the hints' own offsets.
             log_odds (`(B, 1, 1, 1)`, *optional*): of the previous frame, from which the gate starts; 0 if not given.
+            origin: where in `features`, which may be larger then, everything else begins.
 
         Returns:
             `(h̃, corrections, offsets, gate, warped)`, of shapes `(B, C, U, V)`, `(2B, 2, U, V)` twice, `(B, 1, U, V)` and
@@ -286,7 +293,10 @@ class MAWarpBlock(nn.Module):
         start = start + corrections
 
         # 2. offsets, for both neighbours in one batch
-        looked_at = warp(features, start) if self.coarse_to_fine else features
+        if self.coarse_to_fine:
+            looked_at = warp(features, start, origin)
+        else:
+            looked_at = part_of(features, start.shape[-2:], origin)
         dtype = hidden_states.dtype
         compare, *layers = self.offset_net
         motion = torch.cat([hints.to(dtype), start.to(dtype)], dim=1) if self.coarse_to_fine else hints.to(dtype)
@@ -297,7 +307,7 @@ class MAWarpBlock(nn.Module):
         offsets = start + estimate
 
         # 3. warp, blend, add
-        warped = warp(features, offsets)
+        warped = warp(features, offsets, origin)
         warped_prev, warped_next = halves(warped)  # [B,C,U,V]
         first, *layers = self.gate_net
         logits = first(warped_prev, warped_next)
@@ -381,6 +391,7 @@ class WarpHead(nn.Module):
         warped: torch.Tensor | None = None,
         log_odds: torch.Tensor | None = None,
         share: torch.Tensor | None = None,
+        origin: Origin = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -390,6 +401,7 @@ class WarpHead(nn.Module):
             warped (`(2B, C, H / stride, W / stride)`): the neighbours' finest features as the last warp left them.
             log_odds (`(B, 1, 1, 1)` or `(B, 1, H, W)`, *optional*): see `MAWarpBlock`.
             share (`(B, 1, 1, 1)`, *optional*): of the previous frame where nothing moves; half if not given.
+            origin: where in `frames`, which may be larger then, everything else begins.
 
         Returns:
             `(image, offsets, gate)`.
@@ -402,13 +414,13 @@ class WarpHead(nn.Module):
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
         logits = pixels[:, 4:5]
         gate = torch.sigmoid(logits if log_odds is None else logits + log_odds.to(frames.dtype))
-        warped_prev, warped_next = halves(warp(frames, offsets))  # [B,3,H,W]
+        warped_prev, warped_next = halves(warp(frames, offsets, origin))  # [B,3,H,W]
         image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
         if self.refine is not None:
             seen = torch.cat([warped_prev, warped_next, image, gate], dim=1).to(hidden_states.dtype)
             image = image + self.refine(seen).to(frames.dtype)
         if self.still_threshold > 0:
-            prev, next_ = halves(frames)
+            prev, next_ = halves(part_of(frames, offsets.shape[-2:], origin))
             difference = (prev - next_).abs().amax(dim=1, keepdim=True)
             difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
             moving = (difference / self.still_threshold).clamp(max=1)
@@ -473,6 +485,7 @@ class MotionDecoder(nn.Module):
         hints: Sequence[torch.Tensor],
         frame_offsets: torch.Tensor | None = None,
         log_odds: torch.Tensor | None = None,
+        origin: Origin = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """
         Args:
@@ -482,6 +495,7 @@ class MotionDecoder(nn.Module):
             hints: m_prev and m_next in one batch of `2B`, one tensor per feature map, in their order.
             frame_offsets (`(2B, 2, H, W)`, *optional*): offsets that the hints tell of the frames themselves.
             log_odds (`(B, 1, 1, 1)`, *optional*): see `MAWarpBlock`.
+            origin: where in `frames` and `features`, which may be larger then, everything else begins; in pixels of the frames.
 
         Returns:
             `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`].
@@ -500,7 +514,8 @@ class MotionDecoder(nn.Module):
                 hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
                 level = self.levels[i - 1]
                 hidden_states = level(hidden_states) if run is None else run(level, hidden_states)
-            arguments = (hidden_states, feature, hint, carried, log_odds)
+            stride = self.stem_stride * 2 ** (len(self.levels) - i)
+            arguments = (hidden_states, feature, hint, carried, log_odds, _at_stride(origin, stride))
             hidden_states, corrections, offsets, gate, warped = (
                 warp_block(*arguments) if run is None else run(warp_block, *arguments)
             )
@@ -517,7 +532,7 @@ class MotionDecoder(nn.Module):
         if frame_offsets is not None:
             start = start + frame_offsets
         share = None if log_odds is None else torch.sigmoid(log_odds.to(frames.dtype))
-        image, offsets, gate = self.head(hidden_states, frames, start, warped, log_odds, share)
+        image, offsets, gate = self.head(hidden_states, frames, start, warped, log_odds, share, origin)
         return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
 
 
@@ -565,7 +580,12 @@ class JointWarpBlock(nn.Module):
         self.conv_out = _zero_init(nn.Conv2d(channels, 5, 3, padding=1))
 
     def forward(
-        self, hidden_states: torch.Tensor, features: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        features: torch.Tensor,
+        offsets: torch.Tensor,
+        logits: torch.Tensor,
+        origin: Origin = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -573,22 +593,23 @@ class JointWarpBlock(nn.Module):
             features (`(2B, C, U, V)`): φ_prev and φ_next.
             offsets (`(B, 4, U, V)`): Ω⁰, float32, in pixels of this scale.
             logits (`(B, 1, U, V)`): of the gate so far, float32.
+            origin: where in `features`, which may be larger then, everything else begins.
 
         Returns:
             `(h̃, offsets, logits)`.
         """
         dtype = hidden_states.dtype
         hidden_states = self.conv_hidden(hidden_states)
-        if hidden_states.shape[-1] != features.shape[-1]:
+        if hidden_states.shape[-1] != offsets.shape[-1]:
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         both = torch.cat([offsets[:, :2], offsets[:, 2:]])
-        warped_prev, warped_next = halves(warp(features, both))
+        warped_prev, warped_next = halves(warp(features, both, origin))
         motion = torch.cat([0.25 * offsets, logits], dim=1).to(dtype)
         hidden_states = self.act(self.conv_in(hidden_states, warped_prev, warped_next, motion))
         hidden_states = self.residual(hidden_states)
         change = self.conv_out(self.act(hidden_states)).float()
         offsets, logits = offsets + change[:, :4], logits + change[:, 4:]
-        warped_prev, warped_next = halves(warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]])))
+        warped_prev, warped_next = halves(warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]]), origin))
         gate = torch.sigmoid(logits).to(dtype)
         return gate * warped_prev + (1 - gate) * warped_next + hidden_states, offsets, logits
 
@@ -643,6 +664,7 @@ class NewsDecoder(nn.Module):
         features: Sequence[torch.Tensor],
         hints: torch.Tensor,
         log_odds: torch.Tensor,
+        origin: Origin = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """
         Args:
@@ -651,6 +673,7 @@ class NewsDecoder(nn.Module):
             features: φ_prev and φ_next in one batch, finest first.
             hints (`(B, 4, H / f, W / f)`): offsets that the hints tell, in pixels of that scale, float32.
             log_odds (`(B, 1, 1, 1)`): of the previous frame, from which the gate starts.
+            origin: see `MotionDecoder`.
 
         Returns:
             `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`]; before the blocks' offsets come those that the latents made of the hints.
@@ -664,14 +687,15 @@ class NewsDecoder(nn.Module):
             if number:
                 offsets = _upsample_offsets(offsets)
                 logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
-            arguments = (hidden_states, features[-1 - number], offsets, logits)
+            stride = 2 ** (len(self.warps) - number)
+            arguments = (hidden_states, features[-1 - number], offsets, logits, _at_stride(origin, stride))
             hidden_states, offsets, logits = block(*arguments) if run is None else run(block, *arguments)
             all_offsets.append(offsets)
             all_gates.append(torch.sigmoid(logits))
         start = _upsample_offsets(torch.cat([offsets[:, :2], offsets[:, 2:]]))
         logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
         share = torch.sigmoid(log_odds.to(frames.dtype))
-        image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share)
+        image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin)
         return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
 
 
@@ -938,6 +962,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         force_not_quantize: bool = False,
         return_dict: bool = True,
         time: float | torch.Tensor = 0.5,
+        origin: Origin = None,
     ) -> VQMAGANDecoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -949,11 +974,14 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             force_not_quantize (`bool`): decode the latents as they are.
             time (`float` or `torch.Tensor` of shape `(B,)`): instant of the middle frame, in (0, 1); read where the model is
                 `time_conditioned`.
+            origin (`tuple` of `int`, *optional*): decode a part of the frame, of which `h` and the hints are, that begins at this row
+                and column, multiples of `downsample_factor`; features are of a larger part, into which the warps reach.
 
         Returns:
             [`VQMAGANDecoderOutput`], or `(sample, commit_loss)`.
         """
-        height, width = features_prev.frame.shape[-2:]
+        factor = self.downsample_factor
+        height, width = features_prev.frame.shape[-2:] if origin is None else [side * factor for side in h.shape[-2:]]
         for name, hints in (("hints_prev", hints_prev), ("hints_next", hints_next)):
             ratio = height // hints.shape[-2]
             if hints.shape[1] != self.config.hint_channels or (hints.shape[-2] * ratio, hints.shape[-1] * ratio) != (
@@ -976,10 +1004,10 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         features = [torch.cat(pair) for pair in zip(features_prev.pyramid, features_next.pyramid)]
         if self.config.news_latents:
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
-            size = features[-1].shape[-2:]
+            size = h.shape[-2:]
             small = [self.resize_hints(layout.offsets(each), size).float() for each in (hints_prev, hints_next)]
             arguments = (quantized.to(self.dtype), frames, features, torch.cat(small, dim=1))
-            sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time))
+            sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time), origin)
             if not return_dict:
                 return sample, commit_loss
             return VQMAGANDecoderOutput(
@@ -989,6 +1017,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         pyramid, pooled = [], [hints_prev, hints_next]
         for feature in features:
             size = feature.shape[-2:]
+            if origin is not None:
+                stride = frames.shape[-1] // size[-1]
+                size = torch.Size((height // stride, width // stride))
             if size[-1] <= pooled[0].shape[-1]:  # a mean of means of equal cells is their mean
                 pooled = [self.resize_hints(each, size) for each in pooled]
                 resized = pooled
@@ -1004,7 +1035,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0])
             log_odds = torch.log((1 - time) / time).to(h.dtype).view(-1, 1, 1, 1)
         sample, offsets, gates = self.decoder(
-            self.post_quant_conv(quantized), frames, features, pyramid, offsets, log_odds
+            self.post_quant_conv(quantized), frames, features, pyramid, offsets, log_odds, origin
         )
         if not return_dict:
             return sample, commit_loss

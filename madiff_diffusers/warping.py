@@ -1,20 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features and frames moved along offsets, and compared with each other pixel by pixel."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 
-def warp(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Backward warp: `out(p) = image(p + offsets(p))`.
+Origin = (
+    tuple[int, int] | None
+)  # row and column of a part's first pixel in what it is a part of; None: it is all of it
 
-    Convention: `image` is `(B, C, H, W)`; `offsets` is `(B, 2, H, W)`, (x, y) in pixels, x to the right and y down.
-    Bilinear, border padding, pixel centres at half-integers (`align_corners=False`). Coordinates are computed in
+
+def part_of(image: torch.Tensor, size: Sequence[int], origin: Origin) -> torch.Tensor:
+    """The part of an image `(B, C, H, W)` that begins at `origin` and has a height and width of `size`."""
+    if origin is None:
+        return image
+    return image[..., origin[0] : origin[0] + size[0], origin[1] : origin[1] + size[1]]
+
+
+def warp(image: torch.Tensor, offsets: torch.Tensor, origin: Origin = None) -> torch.Tensor:
+    """Backward warp: `out(p) = image(origin + p + offsets(p))`.
+
+    Convention: `image` is `(B, C, H, W)`; `offsets` is `(B, 2, H, W)`, (x, y) in pixels, x to the right and y down; or with an
+    `origin`, of a part of the image. Bilinear, border padding, pixel centres at half-integers (`align_corners=False`). Coordinates are computed in
     float32 whatever the dtype of `image`, since half precision cannot address pixels of a large frame.
     """
     height, width = image.shape[-2:]
-    x = torch.arange(width, device=image.device, dtype=torch.float32) + 0.5
-    y = torch.arange(height, device=image.device, dtype=torch.float32) + 0.5
+    top, left = (0, 0) if origin is None else origin
+    x = torch.arange(offsets.shape[-1], device=image.device, dtype=torch.float32) + (left + 0.5)
+    y = torch.arange(offsets.shape[-2], device=image.device, dtype=torch.float32) + (top + 0.5)
     offsets = offsets.float()
     # Clamped to the outermost pixel centres, which is border padding on every device (MPS lacks the mode).
     grid_x = (x[None, None, :] + offsets[:, 0]).clamp(0.5, width - 0.5) * (2 / width) - 1

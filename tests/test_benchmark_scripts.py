@@ -64,6 +64,25 @@ def test_pipeline(factor, checkpoint, tmp_path, capsys):
         assert f"| {way} | {encodes} | 6 | 9 | 3 | 6 |" in printed
 
 
+def test_pipeline_by_tiles(checkpoint, tmp_path):
+    """What is decoded for the frame itself is told apart from its guesses, however many tiles there are."""
+    flags = [
+        "--size",
+        "576x64",
+        "--checkpoint",
+        str(checkpoint),
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    main([*flags, "--tile-pixels", "1", "--keep-memory"])
+    result = json.loads((tmp_path / "out.json").read_text())
+    calls = {name: stage["calls"] for name, stage in result["stages"].items()}
+    assert calls["decode last"] == calls["encode"] > 1 and calls["decode guess"] == 2 * calls["encode"]
+    assert (result["tile_pixels"], result["memory_kept"]) == (1, True)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -146,6 +146,13 @@ def test_warp_moves_by_pixels_and_repeats_the_border():
     assert torch.allclose(warp(image, offsets)[0, 0, 1], torch.tensor([3.0, 4.0, 5.0, 5.0]), atol=1e-5)
 
 
+def test_the_warp_of_a_part_reaches_out_of_it():
+    image = torch.rand(2, 3, 12, 40)
+    offsets = 9 * torch.randn(2, 2, 12, 40)
+    part = warp(image, offsets[..., 4:8, 8:24], origin=(4, 8))
+    assert torch.allclose(part, warp(image, offsets)[..., 4:8, 8:24], atol=1e-5)
+
+
 def test_warp_in_half_precision_still_addresses_pixels_of_a_wide_frame():
     image = torch.arange(3000.0).view(1, 1, 1, 3000) / 3000
     warped = warp(image.bfloat16(), torch.full((1, 2, 1, 3000), 5.0))

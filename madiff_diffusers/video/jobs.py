@@ -201,7 +201,7 @@ class VideoJob:
         made = 0
         with (
             tiled(self.pipeline, tile_pixels),
-            freed_memory_kept(tile_pixels is None),  # tiles are for where memory is short
+            freed_memory_kept(sparing=tile_pixels is not None),  # tiles are for where memory is short
             prefetch_queue(self._decoded(todo), QUEUE) as decoded,
             CallQueue(QUEUE) as encoder,
         ):

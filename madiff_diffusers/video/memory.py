@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..pipeline_madiff import MADiffPipeline
+from ..tiling import TILE_PIXELS
 
 
 PROBE = 256  # Height and width of the frame that memory is measured on.
@@ -21,7 +22,8 @@ PROBE = 256  # Height and width of the frame that memory is measured on.
 BESIDE_TENSORS = 2.5
 PROCESS_BYTES = 1.1e9  # Memory of a process that has made no frame: torch, and the weights of a small checkpoint.
 FRAME_BYTES = 250  # Memory for each pixel of frames that wait to be used or encoded, and of the encoder.
-WHOLE_BYTES = 450  # Memory for each pixel of motion hints and features, which are of the whole frame even with tiles.
+WHOLE_BYTES = 200  # Memory for each pixel of motion hints and features, which are of the whole frame even with tiles.
+LARGEST_KEPT = 32 * 2**20  # Bytes: the largest block that glibc can be told to keep when larger ones are given back.
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -77,31 +79,35 @@ def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, step
         return None
     # Hints, features and frames are whole, however small the tiles.
     left -= pixels * WHOLE_BYTES
-    return max(1, int(left / each))
+    return max(1, min(TILE_PIXELS, int(left / each)))
 
 
 @contextmanager
-def freed_memory_kept(kept: bool) -> Iterator[None]:
+def freed_memory_kept(sparing: bool) -> Iterator[None]:
     """
-    Let the C library keep freed memory for a while, if `kept`.
+    Let the C library keep freed memory for a while: all of it, or if `sparing` what tiles free, but not what is of whole frames.
 
     glibc gives large blocks back to the system as soon as they are freed, and the system clears them anew for the next layer, which
     takes up to a third of the time of large frames. Other C libraries are left as they are, and so are settings of the user's own.
     """
     own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if not kept or own or platform.libc_ver()[0] != "glibc":
+    if own or platform.libc_ver()[0] != "glibc":
         yield
         return
     library = ctypes.CDLL(None)
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
-    library.mallopt(mmap_max, 0)
-    library.mallopt(trim_threshold, -1)
+    if sparing:
+        library.mallopt(mmap_threshold, LARGEST_KEPT)
+        library.mallopt(trim_threshold, 2**30)
+    else:
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, -1)
     try:
         yield
     finally:
         # To where glibc's own thresholds go once large blocks were freed: after a call they no longer move by themselves.
         library.mallopt(mmap_max, 65536)
-        library.mallopt(mmap_threshold, 32 * 2**20)
+        library.mallopt(mmap_threshold, LARGEST_KEPT)
         library.mallopt(trim_threshold, 64 * 2**20)
         library.malloc_trim(0)
 
