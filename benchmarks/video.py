@@ -17,7 +17,7 @@ import torch
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.video.colour import ColourPath, ColourTags
-from madiff_diffusers.video.interpolation import FrameInterpolator, SourceFrame
+from madiff_diffusers.video.interpolation import FrameInterpolator, Pair, SourceFrame
 
 
 def cut(clip: Path, frames: int, out: Path) -> list:
@@ -52,7 +52,7 @@ def main() -> None:
             start, interpolator, prev = time.perf_counter(), FrameInterpolator(pipeline), SourceFrame(arrays[0])
             for array in arrays[1:]:
                 next_ = SourceFrame(array)
-                list(interpolator.between(prev, next_, [Fraction(1, 2)]))
+                list(interpolator.between([Pair(prev, next_, [Fraction(1, 2)])]))
                 prev = next_
             return (time.perf_counter() - start) / (len(arrays) - 1)
 

@@ -10,7 +10,7 @@ import torch
 from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.precision import best_device, fastest_dtype
 from madiff_diffusers.video.frame_times import Timeline
-from madiff_diffusers.video.interpolation import FrameInterpolator, SourceFrame
+from madiff_diffusers.video.interpolation import FrameInterpolator, Pair, SourceFrame
 
 
 DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -132,11 +132,8 @@ class MADiffInterpolate:
         result, prev = [], SourceFrame(frames[0])
         for index, shown in enumerate(timeline.shown()):
             next_ = SourceFrame(frames[index + 1]) if index + 1 < len(frames) else None
-            made = (
-                interpolator.between(prev, next_, [frame.position for frame in shown if frame.position])
-                if next_
-                else iter(())
-            )
+            times = [frame.position for frame in shown if frame.position]
+            made = interpolator.between([Pair(prev, next_, times)] if times else [])
             for frame in shown[:1] if next_ is None and rate is None else shown:
                 result.append(torch.from_numpy(next(made) if frame.position else frames[frame.index]))
                 if check:

@@ -38,6 +38,25 @@ class EncodedFrames:
     features: FrameFeatures | None = None
     coarse: Optional["EncodedFrames"] = None
 
+    @classmethod
+    def together(cls, parts: Sequence["EncodedFrames"]) -> "EncodedFrames":
+        """Encoded frames of one size in one batch, in the order given."""
+        if len(parts) == 1:
+            return parts[0]
+        latents = [each.latents for each in parts if each.latents is not None]
+        features = [each.features for each in parts if each.features is not None]
+        frames, *pyramid = (torch.cat(each) for each in zip(*((each.frame, *each.pyramid) for each in features)))
+        return cls(
+            frames, parts[0].size, torch.cat(latents) if latents else None, FrameFeatures(frames, tuple(pyramid))
+        )
+
+    def one_by_one(self) -> list["EncodedFrames"]:
+        """Each of a batch of encoded frames on its own."""
+        assert self.features is not None, "encoded"
+        features = [self.features.map(lambda each: each[number : number + 1]) for number in range(len(self.frames))]
+        latents = [None] * len(self.frames) if self.latents is None else list(self.latents.split(1))
+        return [EncodedFrames(own.frame, self.size, code, own) for own, code in zip(features, latents)]
+
 
 class FrameCoder:
     """

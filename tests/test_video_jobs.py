@@ -411,6 +411,27 @@ def test_large_frames_are_made_by_tiles(pipeline, tmp_path):
     assert max(sizes) == (256, 256) and pipeline.tiling is own
 
 
+@pytest.mark.parametrize("rate", [{"factor": 2}, {"fps": 10}])
+def test_several_frames_at_once_are_the_same_frames(pipeline, film, tmp_path, rate):
+    batches = []
+    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: batches.append(len(output[0])))
+
+    def frames(batch: int) -> np.ndarray:
+        batches.clear()
+        output = tmp_path / f"out{batch}"
+        interpolate_video(pipeline, film, output, **rate, batch=batch, progress=False)
+        return np.stack([np.asarray(Image.open(path), dtype=np.int16) for path in sorted(output.iterdir())])
+
+    alone = frames(1)
+    assert set(batches) == {1}
+    together = frames(3)
+    # Parts of eight pairs have groups of three and rests of two, the last one of one; at ten frames a second, from four, gaps that are next
+    # to each other have other instants, two each, which are made at once.
+    assert set(batches) == ({1, 2, 3} if "factor" in rate else {2}), batches
+    # Rounding may give a latent that lies between two codes the other one, in a network that learned nothing.
+    assert (np.abs(together - alone) > 1).mean() <= 1e-3
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_length(checkpoint, tmp_path):
     script = (

@@ -115,6 +115,12 @@ class VideoCommand(BaseCommand):
             "--seed", type=int, metavar="S", help="seed of the noise, the same for every frame (default: 0)"
         )
         command.add_argument(
+            "--batch",
+            type=int,
+            metavar="N",
+            help="pairs of frames that are made at once (default: 1 on a CPU; on a GPU as many as fit, 8 at most)",
+        )
+        command.add_argument(
             "--max-memory",
             metavar="SIZE",
             help="memory that the process may take; frames too large for it are made in tiles (default: 8GiB)",

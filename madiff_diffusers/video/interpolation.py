@@ -1,9 +1,10 @@
 """Interpolation between frames of a stream, each of which the networks encode once for all frames that are made beside it."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,6 +15,14 @@ from ..pipeline_madiff import EncodedFrames, MADiffPipeline, MADiffPipelineOutpu
 MOST_TOGETHER = 7  # Frames between two that may be held at once.
 
 
+class Pair(NamedTuple):
+    """Two frames of a source, and the instants between them, from 0 to 1, at which frames are made, in their order."""
+
+    prev: "SourceFrame"
+    next: "SourceFrame"
+    times: Sequence[Fraction]
+
+
 class FrameInterpolator:
     """
     Maker of frames between two.
@@ -22,45 +31,56 @@ class FrameInterpolator:
         pipeline: the pipeline that makes them.
         steps: sampling steps; the checkpoint's own if not given.
         seed: the seed of the noise, which is the same for all frames, so that it does not flicker.
-        frames_per_batch: the number of frames between two that are made at once.
+        at_once: the number of pairs of frames that the networks see at once; where many frames are made between two, that of instants.
     """
 
-    def __init__(self, pipeline: MADiffPipeline, steps: int | None = None, seed: int = 0, frames_per_batch: int = 1):
-        self._pipeline, self._steps, self._seed, self._frames_per_batch = pipeline, steps, seed, frames_per_batch
+    def __init__(self, pipeline: MADiffPipeline, steps: int | None = None, seed: int = 0, at_once: int = 1):
+        self._pipeline, self._steps, self._seed, self._at_once = pipeline, steps, seed, at_once
 
-    def between(self, prev: "SourceFrame", next_: "SourceFrame", times: Sequence[Fraction]) -> Iterator[np.ndarray]:
+    def between(self, pairs: Sequence[Pair]) -> Iterator[np.ndarray]:
         """
-        Make the frames at some instants between two.
+        Make frames between neighbours.
 
         Args:
-            prev, next_: the two frames.
-            times: the instants, in their order, between 0 and 1.
+            pairs: `at_once` pairs or fewer.
 
         Yields:
-            one frame for each instant, `(H, W, 3)` float32 RGB in [0, 1].
+            pair by pair, one frame for each instant, `(H, W, 3)` float32 RGB in [0, 1].
         """
-        # Middles of middles are asked for together, unless they are so many that they would take too much memory.
-        recursive = self._pipeline.config.default_recursive and len(times) <= MOST_TOGETHER
-        at_once = len(times) if recursive else self._frames_per_batch
+        for times, group in itertools.groupby(pairs, key=lambda pair: list(pair.times)):
+            alike = list(group)
+            if len(times) <= MOST_TOGETHER:
+                for frames in self._made(alike, times, self._pipeline.config.default_recursive):
+                    yield from frames
+                continue
+            # Middles of middles are not asked for here: together, they would take too much memory.
+            for pair, first in itertools.product(alike, range(0, len(times), self._at_once)):
+                (frames,) = self._made([pair], times[first : first + self._at_once], recursive=False)
+                yield from frames
+
+    def _made(self, pairs: Sequence[Pair], times: Sequence[Fraction], recursive: bool) -> np.ndarray:
+        """Frames `(B, F, H, W, 3)` of pairs whose instants are the same."""
+        encode_together([frame for pair in pairs for frame in (pair.prev, pair.next)], self._pipeline)
+        prev, next_ = (
+            EncodedFrames.together([each.encoded for each in side]) for side in zip(*(p[:2] for p in pairs))
+        )
         vqvae = self._pipeline.vqvae
         channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
-        for first in range(0, len(times), at_once or 1):
-            chosen = list(times[first : first + at_once])
-            encoded = prev.encoded(self._pipeline), next_.encoded(self._pipeline)
-            height, width = (side // vqvae.downsample_factor for side in encoded[0].frames.shape[-2:])
-            generator = torch.Generator().manual_seed(self._seed)
-            noise = torch.randn(1, 1, channels, height, width, generator=generator)
-            made = self._pipeline(
-                *encoded,
-                times=chosen,
-                frames_per_batch=self._frames_per_batch,
-                recursive=recursive,
-                num_inference_steps=self._steps,
-                generator=generator,
-                latents=noise.expand(1, len(chosen), -1, -1, -1),
-                output_type="np",
-            )
-            yield from cast(np.ndarray, cast(MADiffPipelineOutput, made).frames)[0]
+        height, width = (side // vqvae.downsample_factor for side in prev.frames.shape[-2:])
+        generators = [torch.Generator().manual_seed(self._seed) for _ in pairs]
+        noise = [torch.randn(1, 1, channels, height, width, generator=generator) for generator in generators]
+        made = self._pipeline(
+            prev,
+            next_,
+            times=times,
+            frames_per_batch=self._at_once if len(pairs) == 1 and not recursive else 1,
+            recursive=recursive,
+            num_inference_steps=self._steps,
+            generator=generators,
+            latents=torch.cat(noise).expand(-1, len(times), -1, -1, -1),
+            output_type="np",
+        )
+        return cast(np.ndarray, cast(MADiffPipelineOutput, made).frames)
 
 
 class SourceFrame:
@@ -75,24 +95,34 @@ class SourceFrame:
         self.frame = frame
         self._encoded: EncodedFrames | None = None
 
-    def encoded(self, pipeline: MADiffPipeline) -> EncodedFrames:
-        """The frame as the networks encode it; they do so once."""
-        if self._encoded is None:
-            self._encoded = pipeline.encode_frames(np.clip(self.frame, 0, 1))
+    @property
+    def encoded(self) -> EncodedFrames:
+        """What `encode_together` made of the frame."""
+        assert self._encoded is not None, "encoded"
         return self._encoded
+
+
+def encode_together(frames: Sequence[SourceFrame], pipeline: MADiffPipeline) -> None:
+    """Encode those of some frames that are not encoded yet."""
+    left = list({id(frame): frame for frame in frames if frame._encoded is None}.values())
+    if left:
+        encoded = pipeline.encode_frames([np.clip(frame.frame, 0, 1) for frame in left])
+        for frame, own in zip(left, encoded.one_by_one()):
+            frame._encoded = own
 
 
 class FrameWindow:
     """
-    A window of the latest two frames of a stream.
+    A window of the latest frames of a stream.
 
     Args:
         frames: pairs of a place and a frame, the places increasing.
+        count: of frames that the window holds.
     """
 
-    def __init__(self, frames: Iterable[tuple[int, np.ndarray]]):
+    def __init__(self, frames: Iterable[tuple[int, np.ndarray]], count: int = 2):
         self._frames = iter(frames)
-        self._held: deque[tuple[int, SourceFrame]] = deque(maxlen=2)
+        self._held: deque[tuple[int, SourceFrame]] = deque(maxlen=count)
 
     def get(self, place: int) -> SourceFrame:
         """The frame of a place that is not before the window."""

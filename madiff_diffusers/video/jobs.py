@@ -1,5 +1,6 @@
 """Whole videos: planned once, made part by part, put together at the end; stopped, resumed and shared among processes."""
 
+import itertools
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ from .encoding import choose_encoding, told_tags
 from .errors import VideoError
 from .formats import container_of
 from .frame_times import ShownFrame
-from .interpolation import FrameInterpolator, FrameWindow
-from .memory import freed_memory_kept, tile_pixels_for, tiled
+from .interpolation import FrameInterpolator, FrameWindow, Pair
+from .memory import freed_memory_kept, pairs_that_fit, tile_pixels_for, tiled
 from .muxing import assemble, write_pictures
 from .notes import notes_on_pictures, notes_on_source
 from .options import VideoOptions
@@ -160,7 +161,10 @@ class VideoJob:
         pixels = self.analysis.size[0] * self.analysis.size[1]
         try:
             tile_pixels = tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps)
-            write_text(plan, json.dumps({**identity, "tile_pixels": tile_pixels}))
+            batch = self.options.batch
+            if batch is None:
+                batch = 1 if tile_pixels else pairs_that_fit(self.pipeline, pixels, self.options.steps)
+            write_text(plan, json.dumps({**identity, "tile_pixels": tile_pixels, "at_once": batch}))
             self._try_encoding()
         except BaseException:
             shutil.rmtree(self.folder)
@@ -195,8 +199,9 @@ class VideoJob:
             the number of frames that the pipeline made.
         """
         todo = [part for part in parts if not is_complete(self.path(part))]
-        tile_pixels = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["tile_pixels"]
-        interpolator = FrameInterpolator(self.pipeline, self.options.steps, self.options.seed)
+        plan = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+        tile_pixels, at_once = plan["tile_pixels"], plan["at_once"]
+        interpolator = FrameInterpolator(self.pipeline, self.options.steps, self.options.seed, at_once)
         strip = None if preview is None else PreviewStrip(preview)
         made = 0
         with (
@@ -205,17 +210,16 @@ class VideoJob:
             prefetch_queue(self._decoded(todo), QUEUE) as decoded,
             CallQueue(QUEUE) as encoder,
         ):
-            window = FrameWindow(decoded)
+            window = FrameWindow(decoded, at_once + 1)
             for part in todo:
                 writer = PartWriter(self.path(part), self.encoding, self.written_colour, part.number)
                 try:
-                    for place, shown in zip(range(part.first, part.last), self.timeline.shown(part.first, part.last)):
-                        for frame, array in self._frames_of(place, shown, window, interpolator):
-                            encoder.submit(writer.write, array, frame.time)
-                            made += bool(frame.position)
-                            if strip is not None:
-                                strip.add(self._caption(frame), self._upright(array))
-                            advance(1)
+                    for frame, array in self._frames_of(part, window, interpolator, at_once):
+                        encoder.submit(writer.write, array, frame.time)
+                        made += bool(frame.position)
+                        if strip is not None:
+                            strip.add(self._caption(frame), self._upright(array))
+                        advance(1)
                     encoder.wait()
                     writer.close()
                 except BaseException:
@@ -248,16 +252,24 @@ class VideoJob:
         return self._colours[tags].to_rgb(frame)
 
     def _frames_of(
-        self, place: int, shown: list[ShownFrame], window: FrameWindow, interpolator: FrameInterpolator
+        self, part: Part, window: FrameWindow, interpolator: FrameInterpolator, at_once: int
     ) -> Iterator[tuple[ShownFrame, np.ndarray]]:
-        """The frames that are shown from one source frame to the next, made or not."""
-        index, positions = self.timeline.kept[place], [frame.position for frame in shown if frame.position]
-        made = interpolator.between(window.get(place), window.get(place + 1), positions) if positions else iter(())
-        for frame in shown:
-            if frame.position:
-                yield frame, next(made)
-            else:
-                yield frame, window.get(place if frame.index == index else place + 1).frame
+        """The frames that are shown in a part, made or not; those between so many source frames and their next are made at once."""
+        places = zip(range(part.first, part.last), self.timeline.shown(part.first, part.last))
+        while group := list(itertools.islice(places, at_once)):
+            pairs = []
+            for place, shown in group:
+                times = [frame.position for frame in shown if frame.position]
+                if times:
+                    pairs.append(Pair(window.get(place), window.get(place + 1), times))
+            made = interpolator.between(pairs)
+            for place, shown in group:
+                index = self.timeline.kept[place]
+                for frame in shown:
+                    if frame.position:
+                        yield frame, next(made)
+                    else:
+                        yield frame, window.get(place if frame.index == index else place + 1).frame
 
     def _upright(self, array: np.ndarray) -> np.ndarray:
         return np.rot90(array[:, ::-1] if self.analysis.mirrored else array, self.analysis.rotation // 90)

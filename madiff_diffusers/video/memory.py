@@ -23,6 +23,7 @@ BESIDE_TENSORS = 2.5
 PROCESS_BYTES = 1.1e9  # Memory of a process that has made no frame: torch, and the weights of a small checkpoint.
 FRAME_BYTES = 250  # Memory for each pixel of frames that wait to be used or encoded, and of the encoder.
 WHOLE_BYTES = 200  # Memory for each pixel of motion hints and features, which are of the whole frame even with tiles.
+MOST_PAIRS = 8  # Pairs of frames that are made at once of themselves.
 LARGEST_KEPT = 32 * 2**20  # Bytes: the largest block that glibc can be told to keep when larger ones are given back.
 
 
@@ -80,6 +81,20 @@ def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, step
     # Hints, features and frames are whole, however small the tiles.
     left -= pixels * WHOLE_BYTES
     return max(1, min(TILE_PIXELS, int(left / each)))
+
+
+def pairs_that_fit(pipeline: MADiffPipeline, pixels: int, steps: int | None = None) -> int:
+    """
+    Choose how many pairs of frames are made at once: on a GPU, which small batches leave idle, as many as its free memory holds; on a CPU one,
+    which is as fast.
+
+    Args: as for `tile_pixels_for`.
+    """
+    device = pipeline._execution_device
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(MOST_PAIRS, int(free / (pixels * bytes_per_pixel(pipeline, steps)))))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Number = int | float | Fraction | str
 # Fields that are fractions, with the largest denominators that files and clocks can hold.
 _EXACT = {"fps": 10**5, "image_fps": 10**5, "slow_motion": 100, "max_gap": 1000}
 _RATES = ("fps", "image_fps")
-_INTEGERS = ("factor", "crf", "dedup_run", "steps", "seed")
+_INTEGERS = ("factor", "crf", "dedup_run", "steps", "seed", "batch")
 _FLOATS = ("cut_threshold", "cut_ratio", "dedup_threshold")
 
 
@@ -40,6 +40,7 @@ class VideoOptions:
         skip_damage: whether to go on behind damaged places of the source.
         image_fps: frames a second of a source that is images; by default 24.
         steps, seed: number of sampling steps (the checkpoint's own by default), and seed of the noise.
+        batch: the number of pairs of frames that are made at once; by default, 1 on a CPU, and on a GPU as many as fit, 8 at the most.
         max_memory: bytes that the process may take, as far as tiles can limit it; or text such as "6GiB".
     """
 
@@ -60,6 +61,7 @@ class VideoOptions:
     image_fps: Number | None = None
     steps: int | None = None
     seed: int = 0
+    batch: int | None = None
     max_memory: int | str = 8 * 2**30
 
     def checked(self) -> "CheckedOptions":
@@ -103,6 +105,7 @@ class VideoOptions:
         need("image_fps", image_fps is None or Fraction(1, 1000) <= image_fps <= 1000, "from 0.001 to 1000")
         need("steps", options.steps is None or options.steps >= 1, "a positive integer")
         need("seed", 0 <= options.seed < 2**63, "in [0, 2^63)")
+        need("batch", options.batch is None or 1 <= options.batch <= 64, "an integer from 1 to 64")
         need("max_memory", options.max_memory >= 2**30, "at least 1 GiB")
         if factor is None and fps is None:
             return replace(options, factor=2 if slow_motion == 1 else ceil(slow_motion))

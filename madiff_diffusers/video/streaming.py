@@ -11,7 +11,7 @@ import torch
 from ..image_processor import OUTPUT_TYPES
 from ..pipeline_madiff import MADiffPipeline
 from ..scene_cuts import LEAST_CHANGE, RATIO, REACH, change, cuts_of_changes, thumbnail
-from .interpolation import FrameInterpolator, SourceFrame
+from .interpolation import FrameInterpolator, Pair, SourceFrame
 
 
 def interpolate_frames(
@@ -61,7 +61,9 @@ def interpolate_frames(
     for neighbour, starts_scene in _with_cuts(_neighbours(pipeline, frames), cut_threshold, cut_ratio):
         if last is not None:
             yield given(last.frame)
-            made = (last.frame for _ in times) if starts_scene else interpolator.between(last, neighbour, times)
+            made = (
+                (last.frame for _ in times) if starts_scene else interpolator.between([Pair(last, neighbour, times)])
+            )
             yield from map(given, made)
         last = neighbour
     if last is not None:
