@@ -1,6 +1,7 @@
 """Training of motion news: clips held on the device, composed scenes, and the stage that trains all parts through the sampler."""
 
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import yaml
 from safetensors.torch import load_file
 
 from madiff_diffusers import MADiffPipeline, RIFEFlowModel
+from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, moving_picture
 from tests.processes import run_python
+from training.crop_cache import CropCache, write_crops
 from training.frame_bank import FrameBank, augment, composed
 from training.train_sampler import distance, disturbed
 
@@ -62,6 +65,39 @@ def test_reversed_samples_have_the_other_instant(bank):
     turned = changed["time"] != batch["time"]
     assert 10 < int(turned.sum()) and torch.equal(changed["time"][turned], 1 - batch["time"][turned])
     assert all(each.abs().max() <= 1 for name, each in changed.items() if name != "time")
+
+
+def test_hints_follow_mirrored_and_reversed_frames(bank):
+    scenes, flow = composed(bank, 32, 48, layers=0, generator=generator(1))
+
+    def errors(batch: dict) -> tuple[float, float]:
+        """Of neighbours warped along the hints, and as they are; away from borders, which the scenes move across."""
+        sides = [
+            (batch[f"frame_{name}"], batch["hints"][:, first : first + 2])
+            for name, first in (("prev", 0), ("next", 2))
+        ]
+        middle = batch["frame_mid"][..., 16:-16, 16:-16]
+        warped, still = (
+            sum((each - middle).abs().mean().item() for each in pictures)
+            for pictures in zip(*((warp(*side)[..., 16:-16, 16:-16], side[0][..., 16:-16, 16:-16]) for side in sides))
+        )
+        return warped, still
+
+    before, after = errors({**scenes, "hints": flow}), errors(augment({**scenes, "hints": flow}, 48, generator(2)))
+    assert before[0] < 0.5 * before[1] and after[0] < 0.6 * after[1]
+
+
+def test_crops_are_kept_with_their_hints(clips, tmp_path):
+    write_crops(str(clips), tmp_path / "crops", count=4, size=56)
+    cache = CropCache(str(tmp_path / "crops"), CPU)
+    batch = cache.triplets(6, 48, generator())
+    assert batch["hints"].shape == (6, 4, 48, 48) and batch["frame_mid"].shape == (6, 3, 48, 48)
+    assert ((batch["time"] > 0) & (batch["time"] < 1)).all()
+    whole = cache.triplets(1, 56, generator())
+    expected = torch.cat(FlowHints(fine=True).start(whole["frame_prev"], whole["frame_next"], whole["time"].item()), 1)
+    assert torch.allclose(whole["hints"], expected, atol=0.02, rtol=0.01)
+    with pytest.raises(ValueError, match="crops must be a folder made by training.crop_cache"):
+        CropCache(str(tmp_path), CPU)
 
 
 def test_flow_of_composed_scenes_is_exact(bank):
@@ -132,7 +168,7 @@ def config(tiny_news, tmp_path) -> Path:
     return path
 
 
-def command(config: Path, clips: Path, output: Path, *flags: str) -> list:
+def command(config: Path, clips: Path | str, output: Path, *flags: str) -> list:
     base = [
         sys.executable,
         "-m",
@@ -241,12 +277,23 @@ def test_hints_can_be_trained_first_and_alone(config, clips, tmp_path):
         assert set(next(csv.DictReader(file))) == {"step", "samples", "flow", "warps", "learning_rate"}
 
 
+def test_it_trains_on_kept_crops(config, clips, tmp_path):
+    write_crops(str(clips), tmp_path / "crops", count=4, size=56)
+    crops = f"crops:{tmp_path / 'crops'}"
+    done = train(config, crops, tmp_path / "run", "--two_steps_from", "0")
+    assert done.returncode == 0, done.stderr
+    index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    assert index["hint_source"] == "fine_flow" and index["hint_model"] == [None, None]
+    done = train(config, crops, tmp_path / "other", "--hints_until", "0.5")
+    assert done.returncode == 2 and "`hints_until` must be 0 with crops" in done.stderr
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--resolution", "40"], "`resolution` must be a multiple of 16, but is 40."),
         (["--dataloader_num_workers", "3"], "`dataloader_num_workers` is not used by this stage"),
-        (["--data", "stills:photos"], "`data` must be one folder of videos"),
+        (["--data", "stills:photos"], "`data` must be one folder of videos or of crops"),
         (["--latent_shares", "[1, 0]"], "--latent_shares must be 3 numbers"),
     ],
 )

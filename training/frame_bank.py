@@ -166,7 +166,7 @@ class FrameBank:
 
 def augment(batch: dict[str, torch.Tensor], size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Samples resized to `size`, mirrored, transposed, reversed in time and recoloured at random; of some, the neighbours get other light
-    than the middle frame, or all frames noise."""
+    than the middle frame, or all frames noise. `hints`, where there are some, follow what moves pixels."""
     frames = torch.stack([batch["frame_prev"], batch["frame_mid"], batch["frame_next"]], dim=1)  # [B,3,3,H,W]
     count, device = len(frames), frames.device
 
@@ -176,17 +176,30 @@ def augment(batch: dict[str, torch.Tensor], size: int, generator: torch.Generato
     def between(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator, device=device)
 
+    hints = batch.get("hints")  # (x, y) to the previous frame, then to the next
     if frames.shape[-1] != size:
+        assert hints is None, "hints keep their size"
         flat = F.interpolate(
             frames.flatten(0, 1), size=(size, size), mode="bicubic", align_corners=False, antialias=True
         )
         frames = flat.view(count, 3, 3, size, size)
-    frames = torch.where(chance(0.5), frames.flip(-1), frames)
-    frames = torch.where(chance(0.5), frames.flip(-2), frames)
-    frames = torch.where(chance(0.5), frames.transpose(-1, -2), frames)
+
+    def where(chosen: torch.Tensor, changed: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return torch.where(chosen.view(-1, *[1] * (kept.ndim - 1)), changed, kept)
+
+    for axis, signs in ((-1, (-1, 1, -1, 1)), (-2, (1, -1, 1, -1))):
+        mirrored = chance(0.5)
+        frames = where(mirrored, frames.flip(axis), frames)
+        if hints is not None:
+            hints = where(mirrored, hints.flip(axis) * hints.new_tensor(signs).view(1, 4, 1, 1), hints)
+    transposed = chance(0.5)
+    frames = where(transposed, frames.transpose(-1, -2), frames)
     backwards = chance(0.5)
-    frames = torch.where(backwards, frames.flip(1), frames)
-    time = torch.where(backwards.view(-1), 1 - batch["time"], batch["time"])
+    frames = where(backwards, frames.flip(1), frames)
+    time = where(backwards, 1 - batch["time"], batch["time"])
+    if hints is not None:
+        hints = where(transposed, hints[:, [1, 0, 3, 2]].transpose(-1, -2), hints)
+        hints = where(backwards, hints[:, [2, 3, 0, 1]], hints)
     # Colours: channels swapped, brightness, contrast and gamma, the same for all frames of a sample.
     order = torch.rand(count, 3, generator=generator, device=device).argsort(dim=1)
     swapped = frames.gather(2, order.view(-1, 1, 3, 1, 1).expand_as(frames))
@@ -201,7 +214,8 @@ def augment(batch: dict[str, torch.Tensor], size: int, generator: torch.Generato
     frames = torch.where(chance(0.1), frames + noise, frames)
     frames = frames.clamp(0, 1) * 2 - 1
     prev, mid, next_ = frames.unbind(1)
-    return {"frame_prev": prev, "frame_mid": mid, "frame_next": next_, "time": time}
+    changed = {"frame_prev": prev, "frame_mid": mid, "frame_next": next_, "time": time}
+    return changed if hints is None else {**changed, "hints": hints}
 
 
 def composed(

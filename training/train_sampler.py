@@ -10,6 +10,8 @@ Loss: Charbonnier + LPIPS of the frame; the latents' squared error; flow of the 
 from the true middle frame, which is exact in composed scenes, and in clips comes from a teacher that sees that frame and counts
 only where it warps better than what is trained; vector quantization. At the end the parts are written to OUTPUT/pipeline. To
 resume, run the same command again.
+
+`--data crops:FOLDER` trains on what `training.crop_cache` made: its hints, such as OpenCV's flow, take the hint model's place.
 """
 
 import dataclasses
@@ -25,9 +27,11 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin, UNet2DModel
 
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
+from madiff_diffusers.motion_hints import HintSource
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 from madiff_diffusers.warping import warp
+from training.crop_cache import CropCache
 from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import lpips_loss
@@ -119,8 +123,10 @@ def distance(flow: torch.Tensor, truth: torch.Tensor, weight: torch.Tensor) -> t
     return (weight * (squared + 0.01).sqrt()).mean()
 
 
-def crop_multiple(hint_model: MotionHintModel) -> int:
+def crop_multiple(hint_model: MotionHintModel | None, pipeline: MADiffPipeline) -> int:
     """What sizes of frames must be multiples of, so that they are seen without padding as a guess is, at half size, and as at the start."""
+    if hint_model is None:
+        return pipeline.frame_processor.multiple
     return math.lcm(hint_model.config.start_scale, 2) * 2 ** len(hint_model.config.channels)
 
 
@@ -139,9 +145,16 @@ def disturbed(hints: torch.Tensor, share: float, generator: torch.Generator) -> 
 
 
 class SamplerNetwork(nn.Module):
-    """The three networks that are trained, and what they make of a batch."""
+    """The networks that are trained, and what they make of a batch. Without a hint model, batches have their hints, and those of guesses
+    come from a hint source."""
 
-    def __init__(self, hint_model: MotionHintModel, vqvae: VQMAGANModel, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        hint_model: MotionHintModel | None,
+        vqvae: VQMAGANModel,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+    ):
         super().__init__()
         self.hint_model, self.vqvae, self.unet, self.scheduler = hint_model, vqvae, unet, scheduler
 
@@ -149,8 +162,9 @@ class SamplerNetwork(nn.Module):
         """In place: parameters keep their names."""
         for part in (self.unet, self.vqvae.encoder, self.vqvae.news_encoder, self.vqvae.decoder):
             part.compile(dynamic=False)
-        for name in ("features", "estimates", "refined"):
-            setattr(self.hint_model, name, torch.compile(getattr(self.hint_model, name), dynamic=False))
+        if self.hint_model is not None:
+            for name in ("features", "estimates", "refined"):
+                setattr(self.hint_model, name, torch.compile(getattr(self.hint_model, name), dynamic=False))
         self.vqvae.condition = torch.compile(self.vqvae.condition, dynamic=False)
 
     def forward(
@@ -160,26 +174,34 @@ class SamplerNetwork(nn.Module):
         disturb: Any,
         two_steps: bool,
         hints_only: bool = False,
+        hint_source: HintSource | None = None,
     ) -> dict[str, Any]:
         """
         Args:
-            batch: `frame_prev`, `frame_mid`, `frame_next`, `time`.
+            batch: `frame_prev`, `frame_mid`, `frame_next`, `time`, and without a hint model `hints`.
             draws: `noise` of the latents' shape, `timesteps` `(B,)`, `choice` `(B,)`: 0 for denoised latents, 1 for true ones, 2 for zeros.
             disturb: what is done to hints `(B, 4, H, W)` before they are used.
             two_steps: whether a second step follows.
             hints_only: whether it ends with the hints, of the instant and of the true middle frame; nothing is drawn then.
+            hint_source: makes hints from guesses where there is no hint model.
         """
         prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
         vqvae = self.vqvae
         found: dict[str, Any] = {}
 
         # 1. hints of the instant, and what a guess (here the truth) would tell, at half size
-        found["estimates"] = [torch.cat(each, dim=1) for each in self.hint_model.starts(prev, next_, time)]
+        if self.hint_model is None:
+            found["estimates"] = [batch["hints"]]
+        else:
+            found["estimates"] = [torch.cat(each, dim=1) for each in self.hint_model.starts(prev, next_, time)]
         hints = disturb(found["estimates"][-1])
 
         small = [F.avg_pool2d(each, 2) for each in (prev, next_, mid)]
 
         def refine(guess: torch.Tensor, known: torch.Tensor) -> list[torch.Tensor]:
+            if self.hint_model is None:
+                assert hint_source is not None, "what makes hints"
+                return [torch.cat(hint_source.from_guess(small[0], guess, small[1]), dim=1)]
             neighbours = self.hint_model.features(torch.cat(small[:2]))
             known = F.avg_pool2d(torch.cat([known[:, :2], known[:, 2:]]), 2) / 2
             refined = self.hint_model.refined(neighbours, self.hint_model.features(guess), guess.shape[-2:], known)
@@ -227,7 +249,7 @@ class SamplerNetwork(nn.Module):
             clean = denoise(self.scheduler.add_noise(clean.detach(), noise, half_way), half_way, hints)
             found["latent"] = (found["latent"] + F.mse_loss(clean, news.detach())) / 2
         else:
-            found["refined"] = refine(small[2], hints.detach())
+            found["refined"] = [] if self.hint_model is None else refine(small[2], hints.detach())
 
         # 4. the frame
         latents = torch.where(
@@ -281,8 +303,8 @@ def warp_errors(batch: dict[str, torch.Tensor], flow: torch.Tensor) -> torch.Ten
     return F.avg_pool2d(torch.cat(errors, dim=1), 5, stride=1, padding=2)
 
 
-def check_unused(options: SamplerOptions) -> str:
-    """The folder of videos that the options name.
+def check_data(options: SamplerOptions) -> tuple[str, str]:
+    """Whether the options name `videos` or `crops`, and their folder.
 
     Raises:
         ValueError: for data of another kind, or an option that this stage does not use.
@@ -294,26 +316,31 @@ def check_unused(options: SamplerOptions) -> str:
                 f"`{name}` is not used by this stage and must be {defaults[name]!r}, but is {getattr(options, name)!r}."
             )
     sources = parse_sources(options.data)
-    if len(sources) != 1 or sources[0][0] != "videos":
-        raise ValueError(f"`data` must be one folder of videos in this stage, but is {options.data!r}.")
-    return sources[0][1]
+    if len(sources) != 1 or sources[0][0] not in ("videos", "crops"):
+        raise ValueError(f"`data` must be one folder of videos or of crops in this stage, but is {options.data!r}.")
+    kind, folder, _ = sources[0]
+    if kind == "crops" and options.hints_until:
+        raise ValueError(f"`hints_until` must be 0 with crops, which have their hints, but is {options.hints_until}.")
+    return kind, folder
 
 
-def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel, VQMAGANModel, UNet2DModel]:
+def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel | None, VQMAGANModel, UNet2DModel]:
+    learned = config["hint_source"] == "model"
     if init:
         return (
-            MotionHintModel.from_pretrained(init, subfolder="hint_model"),
+            MotionHintModel.from_pretrained(init, subfolder="hint_model") if learned else None,
             VQMAGANModel.from_pretrained(init, subfolder="vqvae"),
             UNet2DModel.from_pretrained(init, subfolder="unet"),
         )
-    return MotionHintModel(**config["hint_model"]), VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
+    hint_model = MotionHintModel(**config["hint_model"]) if learned else None
+    return hint_model, VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
 
 
 def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
     """Score held-out windows: the pipeline's frame; the frame of latents that are zero, and the mean of the warped neighbours; and how much of
     the true latents the denoiser tells, R² = 1 - mse / mean square, at the first step."""
     device = trainer.accelerator.device
-    windows = validation_windows(trainer.options, frames=3, multiple=crop_multiple(network.hint_model))
+    windows = validation_windows(trainer.options, frames=3, multiple=crop_multiple(network.hint_model, pipeline))
 
     def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
         prev, mid, next_ = to_frames(windows[index], device)
@@ -327,7 +354,7 @@ def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork
         result = sample(output_type="pt").reshape(mid.shape).to(device) * 2 - 1
         latents = sample(output_type="latent", num_inference_steps=1)[:, 0]
         of_prev, of_next = (network.vqvae.encode(each).features for each in (prev, next_))
-        hints = network.hint_model(prev, next_)
+        hints = pipeline.hints.start(prev, next_)
         news = network.vqvae.encode_news(mid, of_prev, of_next, *hints)
         without = network.vqvae.decode(torch.zeros_like(news), of_prev, of_next, *hints).sample
         warps = (warp(prev, hints[0]) + warp(next_, hints[1])) / 2
@@ -357,9 +384,13 @@ def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork
 
 def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(SamplerOptions, "train_sampler", argv, __doc__)
-    folder = check_unused(options)
+    kind, folder = check_data(options)
     trainer = Trainer(options, "pipeline")
     device = trainer.accelerator.device
+    cache = None
+    if kind == "crops":
+        cache = CropCache(folder, device)
+        config["hint_source"] = cache.hint_source
     if options.hints_until and trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
@@ -388,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
             lpips.compile(dynamic=False)
 
     parts = {"vqvae": bare.vqvae, "unet": bare.unet, "scheduler": scheduler, "hint_model": bare.hint_model}
-    pipeline = MADiffPipeline(**parts, hint_source="model", **config["pipeline"])
+    pipeline = MADiffPipeline(**parts, hint_source=config["hint_source"], **config["pipeline"])
     pipeline.set_progress_bar_config(disable=True)
 
     def export(folder: Path) -> None:
@@ -401,14 +432,14 @@ def main(argv: list[str] | None = None) -> None:
     trainer.resume()
 
     # 2. data; frames at half size, too, must be what the hint model's scales divide
-    multiple = crop_multiple(bare.hint_model)
+    multiple = crop_multiple(bare.hint_model, pipeline)
     if options.resolution % multiple:
         raise ValueError(f"`resolution` must be a multiple of {multiple}, but is {options.resolution}.")
     sizes = [max(round(options.resolution * scale / 8) * 8, 8) for scale in options.scales]
-    bank = FrameBank(folder, device, max(max(sizes), options.resolution))
+    bank = FrameBank(folder, device, max(max(sizes), options.resolution)) if cache is None else None
     latent_size = options.resolution // bare.vqvae.downsample_factor
     count = options.train_batch_size
-    made = round(options.composed_share * count)
+    made = 0 if bank is None else round(options.composed_share * count)
     codebook = bare.vqvae.quantize.embedding.weight
     used = torch.zeros(len(codebook), dtype=torch.bool, device=device)
 
@@ -425,11 +456,13 @@ def main(argv: list[str] | None = None) -> None:
 
         # 3.1 a batch, and flow from its true middle frames
         with torch.no_grad():
-            batch = augment(
-                bank.triplets(count - made, size, options.gaps, options.any_time, options.candidates, generator),
-                options.resolution,
-                generator,
-            )
+            if cache is not None:
+                drawn = cache.triplets(count, options.resolution, generator)
+            else:
+                drawn = bank.triplets(
+                    count - made, size, options.gaps, options.any_time, options.candidates, generator
+                )
+            batch = augment(drawn, options.resolution, generator)
             batch, flow = (
                 {name: each.contiguous() for name, each in batch.items()},
                 batch["time"].new_zeros(count - made, 4, options.resolution, options.resolution),
@@ -445,9 +478,11 @@ def main(argv: list[str] | None = None) -> None:
             batch = {
                 name: each.contiguous(memory_format=layout) if each.ndim == 4 else each for name, each in batch.items()
             }
-            drawn = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator, device=device)
+            any_step = torch.randint(
+                scheduler.config.num_train_timesteps, (count,), generator=generator, device=device
+            )
             last = torch.rand(count, generator=generator, device=device) < options.last_noise_share
-            timesteps = torch.where(last | two_steps, scheduler.config.num_train_timesteps - 1, drawn)
+            timesteps = torch.where(last | two_steps, scheduler.config.num_train_timesteps - 1, any_step)
             shares = torch.tensor(options.latent_shares, device=device)
             choice = torch.multinomial(shares, count, replacement=True, generator=generator)
             if passed < options.denoised_from:
@@ -466,6 +501,7 @@ def main(argv: list[str] | None = None) -> None:
             lambda hints: disturbed(hints, options.corrupted_share, generator),
             two_steps,
             hints_only,
+            None if cache is None else pipeline.hints,
         )
         with torch.no_grad():
             weight = torch.ones_like(flow[:, :2])
@@ -475,10 +511,12 @@ def main(argv: list[str] | None = None) -> None:
 
         # 3.3 losses
         flow_weight = options.flow_weight + (options.flow_weight_end - options.flow_weight) * passed
-        hint_losses = [distance(each, flow, weight) for each in found["estimates"]]
-        half = F.avg_pool2d(flow, 2) / 2
-        hint_losses += [2 * distance(each, half, F.avg_pool2d(weight, 2)) for each in found["refined"]]
-        losses = {"flow": torch.stack(hint_losses).mean()}
+        losses = {"flow": flow.new_zeros(())}
+        if bare.hint_model is not None:
+            hint_losses = [distance(each, flow, weight) for each in found["estimates"]]
+            half = F.avg_pool2d(flow, 2) / 2
+            hint_losses += [2 * distance(each, half, F.avg_pool2d(weight, 2)) for each in found["refined"]]
+            losses["flow"] = torch.stack(hint_losses).mean()
         if hints_only:
             of_prev, of_next = found["estimates"][-1].split(2, dim=1)
             warps = (warp(batch["frame_prev"], of_prev) + warp(batch["frame_next"], of_next)) / 2

@@ -263,6 +263,7 @@ LAYOUTS = {
     "datasets-stream": "PATH: what datasets.load_dataset(streaming=True) takes, with three image columns",
     "mvsec": LAYOUT,
     "stills": "PATH/*.png (or .jpg …): photographs, of which moving scenes are composed",
+    "crops": "PATH/crops.json, frames.npy, hints.npy, time.npy: written by training.crop_cache, for train_sampler",
 }
 
 
@@ -301,6 +302,8 @@ def read_source(name: str, path: str, options: RunOptions, split: str = "train")
         Unreadable: with `on_unreadable` "error", if a video file cannot be decoded.
     """
     root = Path(path)
+    if name == "crops":
+        raise ValueError(f"`data`: crops are for train_sampler, and no clips, but `{name}:{path}` is given.")
     if name == "datasets":
         return DatasetClips(path, options.columns.split(","))
     if not root.is_dir():

@@ -1,0 +1,117 @@
+"""Crops of three frames with motion hints that take long to compute, made once and kept in memory-mapped files.
+
+    python -m training.crop_cache CLIPS OUTPUT [--count 6000] [--size 224]
+
+Hints are OpenCV's flow between the neighbours, as the pipeline starts with it (`--hint_source`), found on crops larger than those of
+training, so that what moves into the picture is seen. `training.train_sampler --data crops:OUTPUT` trains on them.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from madiff_diffusers.hint_registry import build_hint_source
+from training.frame_bank import FrameBank
+
+
+FILES = {"frames": np.uint8, "hints": np.float16, "time": np.float32}
+
+
+class CropCache:
+    """
+    Args:
+        folder: written by `write_crops`.
+        device: where batches are wanted.
+
+    Raises:
+        ValueError: if it is no such folder.
+    """
+
+    def __init__(self, folder: str, device: torch.device):
+        root, self.device = Path(folder), device
+        if not (root / "crops.json").is_file():
+            raise ValueError(f"`data`: crops must be a folder made by training.crop_cache, but is {folder!r}.")
+        about = json.loads((root / "crops.json").read_text())
+        self.hint_source: str = about["hint_source"]
+        arrays = {name: np.load(root / f"{name}.npy", mmap_mode="r") for name in FILES}
+        self.frames, self.hints, self.time = arrays["frames"], arrays["hints"], arrays["time"]
+        self.size: int = self.frames.shape[-2]
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    def triplets(self, count: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """What [`FrameBank`]'s method gives, of parts of crops drawn at random, and `hints` `(N, 4, size, size)`."""
+        chosen = torch.randint(len(self), (count,), generator=generator, device=self.device).tolist()
+        places = torch.randint(self.size - size + 1, (count, 2), generator=generator, device=self.device).tolist()
+        frames, hints = [], []
+        for number, (top, left) in zip(chosen, places):
+            part = np.s_[number, :, top : top + size, left : left + size]
+            frames.append(torch.from_numpy(self.frames[part].copy()))
+            hints.append(torch.from_numpy(self.hints[part].astype(np.float32)))
+        pixels = torch.stack(frames).to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # [N,3,3,h,w]
+        prev, mid, next_ = pixels.unbind(1)
+        return {
+            "frame_prev": prev,
+            "frame_mid": mid,
+            "frame_next": next_,
+            "time": torch.from_numpy(self.time[chosen]).to(self.device),
+            "hints": torch.stack(hints).to(self.device),
+        }
+
+
+def write_crops(
+    clips: str,
+    output: Path,
+    count: int,
+    size: int,
+    hint_source: str = "fine_flow",
+    gaps: Sequence[float] = (0.3, 0.3, 0.22, 0.18),
+    any_time: float = 0.35,
+    candidates: int = 4,
+    seed: int = 0,
+) -> None:
+    """Write a folder of crops. `crops.json` comes last: without it, the folder is not complete."""
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(seed)
+    bank = FrameBank(clips, cpu, size)
+    source = build_hint_source(hint_source)
+    output.mkdir(parents=True, exist_ok=True)
+    shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
+    files = {
+        name: np.lib.format.open_memmap(output / f"{name}.npy", "w+", dtype, shapes[name])
+        for name, dtype in FILES.items()
+    }
+    for number in range(count):
+        drawn = bank.triplets(1, size, gaps, any_time, candidates, generator)
+        time = drawn["time"].item()
+        hints = source.start(drawn["frame_prev"], drawn["frame_next"], time)
+        frames = torch.cat([drawn[name] for name in ("frame_prev", "frame_mid", "frame_next")])
+        files["frames"][number] = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        files["hints"][number] = torch.cat(hints, dim=1)[0].numpy()
+        files["time"][number] = time
+        if number % 500 == 0:
+            print(f"{number} of {count}", flush=True)
+    for file in files.values():
+        file.flush()
+    (output / "crops.json").write_text(json.dumps({"hint_source": hint_source, "clips": clips, "seed": seed}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", help="folder of video files")
+    parser.add_argument("output", type=Path, help="folder that is written")
+    parser.add_argument("--count", type=int, default=6000, help="of crops (default: 6000)")
+    parser.add_argument("--size", type=int, default=224, help="of their sides, in pixels (default: 224)")
+    parser.add_argument("--hint_source", default="fine_flow", help="as the pipeline's (default: fine_flow)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_crops(args.clips, args.output, args.count, args.size, args.hint_source, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()
