@@ -43,7 +43,7 @@ from .pipeline_inputs import (
 )
 from .pipeline_output import Frames, MADiffPipelineOutput
 from .precision import fastest_dtype as fastest_dtype
-from .sampling_steps import call_back, clean_latents
+from .sampling_steps import call_back, clean_latents, in_own_dtype
 from .tiling import TILE_PIXELS, Tiling
 
 
@@ -117,6 +117,9 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         for network in (vqvae, unet, i2e, hint_model):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
                 network.to(memory_format=torch.channels_last)
+        embedding = getattr(unet, "class_embedding", None)
+        if embedding is not None and in_own_dtype not in embedding._forward_pre_hooks.values():
+            embedding.register_forward_pre_hook(in_own_dtype)
         self._hints: HintSource | None = None
         self._built_hints: tuple[tuple, HintSource] | None = None  # what they were built of, and they
         # Set by `enable_tiling`.

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn as nn
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 
@@ -61,3 +62,9 @@ def call_back(
                 parts[name][number] = tensor
                 replaced.add(name)
     return {name: torch.cat(parts[name]) for name in replaced}
+
+
+def in_own_dtype(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A hook before a layer that is handed float32 whatever its dtype, as [`UNet2DModel`] hands it the embedding of an instant."""
+    dtype = next(module.parameters()).dtype
+    return tuple(each.to(dtype) if each.is_floating_point() else each for each in arguments)

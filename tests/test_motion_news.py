@@ -307,6 +307,15 @@ def test_a_source_without_its_model_is_refused(pipeline):
         MADiffPipeline(**parts, hint_source="model")
 
 
+def test_half_precision_is_near_single(pipeline):
+    frames = [torch.from_numpy(moving_picture(time, 64, 96)).permute(2, 0, 1)[None].float() / 255 for time in (-1, 1)]
+    single, half = (
+        pipeline.to(dtype)(*frames, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (single - half).abs().mean() < 0.02
+
+
 def test_tiles_give_what_whole_frames_give(pipeline):
     frames = [
         torch.from_numpy(moving_picture(time, 192, 256)).permute(2, 0, 1)[None].float() / 255 for time in (-1, 1)
