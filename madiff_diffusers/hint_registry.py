@@ -16,7 +16,7 @@ from diffusers import ModelMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, NullHints, StackedHints
-from .tiling import Tiling
+from .tiling import TILE_PIXELS, Tiling
 
 
 HINT_SOURCES = ("events", "flow", "fine_flow", "events+flow", "events+fine_flow", "model", "events+model")
@@ -148,7 +148,7 @@ def build_hint_source(
     Args:
         name: of the source.
         i2e: makes event hints.
-        tiling: for `i2e`.
+        tiling: for `i2e`; where tiles have fewer pixels than `TILE_PIXELS`, flows are found one at a time, too.
         settings: arguments of the parts' constructors, by the parts' names.
         hint_channels: of all parts together. Where it is given and `i2e` is None, event hints are zeros, unless there would be nothing else.
         event_scale: see [`EventHints`].
@@ -172,10 +172,12 @@ def build_hint_source(
             stack[part] = ModelHints(hint_model)
             continue
         try:
-            stack[part] = _kind_of(part)(**settings.get(part, {}))
+            source = stack[part] = _kind_of(part)(**settings.get(part, {}))
         except Exception as error:  # whatever somebody else's class does
             raise ValueError(f"`hint_source` {part!r} cannot be built: {type(error).__name__}: {error}") from error
-        check_hint_source(stack[part], f"`hint_source` {part!r}")
+        check_hint_source(source, f"`hint_source` {part!r}")
+        if isinstance(source, FlowHints):  # tiles smaller than is fastest are for where memory is very short
+            source.one_by_one = tiling is not None and tiling.pixels < TILE_PIXELS
     if "events" in parts:
         left = (hint_channels or 0) - sum(source.hint_channels for source in stack.values())
         if i2e is None and (not stack or left < 1):

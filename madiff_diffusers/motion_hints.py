@@ -111,6 +111,7 @@ class FlowHints:
         if importlib.util.find_spec("cv2") is None:
             raise ImportError("optical flow needs a package that is not installed: pip install opencv-python-headless")
         self.fine = fine
+        self.one_by_one = False  # flows are found one after the other, in half of the memory
         # The latest neighbours and the flow between them, which serves every instant.
         self._between: tuple[weakref.ref, weakref.ref, tuple[int, int], torch.Tensor] | None = None
 
@@ -128,6 +129,8 @@ class FlowHints:
         # Parallelism comes from the pairs, as many at once as fit; a frame alone may take more.
         needed = from_images[0].size * (FINE_FLOW_BYTES if self.fine else FLOW_BYTES)
         workers = max(1, min(len(from_images), cv2.getNumThreads(), MOST_FLOW_BYTES // needed))
+        if self.one_by_one:
+            workers = 1
         with single_threaded_opencv(), ThreadPoolExecutor(max_workers=workers) as pool:
             flows = list(pool.map(flow_of, from_images, to_images))
         flow = rearrange(torch.from_numpy(np.stack(flows)), "b h w c -> b c h w").contiguous()

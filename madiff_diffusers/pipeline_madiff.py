@@ -168,7 +168,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
     def enable_tiling(self, tile_pixels: int = TILE_PIXELS) -> None:
         """
         Encode, decode and extract event hints by overlapping tiles, blended, where frames have more pixels: memory then grows little
-        with the frames' size. Optical flow and the denoiser see whole frames.
+        with the frames' size. Optical flow and the denoiser see whole frames; flows are found one at a time where tiles are smaller than by default.
 
         Args:
             tile_pixels (`int`, defaults to 480,000): most pixels of a tile; larger tiles take longer on a CPU.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from madiff_diffusers import MADiffPipeline
+from madiff_diffusers.hint_registry import build_hint_source
 from madiff_diffusers.tiling import TILE_PIXELS, Tiling
 from madiff_diffusers.video.memory import bytes_per_pixel, tile_pixels_for
 from tests.conftest import moving_picture, photograph
@@ -104,6 +105,8 @@ def test_tiles_fit_a_memory(pipeline):
     assert tile_pixels_for(pipeline, 640 * 480, 8 * 2**30) is None
     four_k = 3840 * 2160
     tiles = [tile_pixels_for(pipeline, four_k, gigabytes * 2**30) for gigabytes in (1, 5, 8)]
+    for size, one_by_one in ((tiles[1], True), (tiles[2], False)):
+        assert build_hint_source("fine_flow", tiling=Tiling(size, 64)).one_by_one == one_by_one
     assert tiles[0] == 1 < tiles[1] < tiles[2] == TILE_PIXELS
 
 
