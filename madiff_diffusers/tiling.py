@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from .warping import laid_out_as
-
 
 Span = tuple[int, int]
 
@@ -108,7 +106,8 @@ class Tiling:
                     scale = (bottom - top) // part.shape[-2]
                     if number == len(whole):
                         empty = part.new_zeros((*part.shape[:-2], height // scale, width // scale))
-                        whole.append(laid_out_as(part, empty))
+                        last = part.shape[1] > 1 and part.is_contiguous(memory_format=torch.channels_last)
+                        whole.append(empty.to(memory_format=torch.channels_last) if last else empty)
                     weight = torch.outer(_reduced(row_weight, scale), _reduced(column_weight, scale)).to(part)
                     whole[number][..., top // scale : bottom // scale, left // scale : right // scale] += part * weight
         return whole
