@@ -628,7 +628,8 @@ class NewsEncoder(nn.Module):
 
 class NewsDecoder(nn.Module):
     """Latents of motion news, feature pyramids and offsets → the middle frame: the latents move the first offsets and the gate
-    directly, then a [`JointWarpBlock`] a scale, and a last warp of the frames themselves."""
+    directly, then a [`JointWarpBlock`] a scale, and a last warp of the frames themselves. What is carried from scale to scale is
+    what was added to the hints' offsets, which are known at each."""
 
     _gradient_checkpointing_func: Callable[..., Any]  # set with `gradient_checkpointing`
 
@@ -662,7 +663,7 @@ class NewsDecoder(nn.Module):
         latents: torch.Tensor,
         frames: torch.Tensor,
         features: Sequence[torch.Tensor],
-        hints: torch.Tensor,
+        hints: Sequence[torch.Tensor],
         log_odds: torch.Tensor,
         origin: Origin = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -671,7 +672,7 @@ class NewsDecoder(nn.Module):
             latents (`(B, C, H / f, W / f)`): quantized latents.
             frames (`(2B, 3, H, W)`): the previous and the next frames.
             features: φ_prev and φ_next in one batch, finest first.
-            hints (`(B, 4, H / f, W / f)`): offsets that the hints tell, in pixels of that scale, float32.
+            hints: offsets that the hints tell, `(B, 4, U, V)` float32 of the frames and then of each feature map, in pixels of that scale.
             log_odds (`(B, 1, 1, 1)`): of the previous frame, from which the gate starts.
             origin: see `MotionDecoder`.
 
@@ -679,20 +680,25 @@ class NewsDecoder(nn.Module):
             `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`]; before the blocks' offsets come those that the latents made of the hints.
         """
         run = self._gradient_checkpointing_func if torch.is_grad_enabled() and self.gradient_checkpointing else None
-        offsets = hints + self.to_offsets(latents).float()
+        corrections = self.to_offsets(latents).float()
+        offsets = hints[-1] + corrections
         logits = log_odds.float() + self.to_gate(latents).float()
         all_offsets, all_gates = [offsets], [torch.sigmoid(logits)]
         hidden_states = self.conv_in(latents)
         for number, block in enumerate(self.warps):
             if number:
-                offsets = _upsample_offsets(offsets)
+                corrections = _upsample_offsets(corrections)
+                offsets = hints[-1 - number] + corrections
                 logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
             stride = 2 ** (len(self.warps) - number)
             arguments = (hidden_states, features[-1 - number], offsets, logits, _at_stride(origin, stride))
+            before = offsets
             hidden_states, offsets, logits = block(*arguments) if run is None else run(block, *arguments)
+            corrections = corrections + (offsets - before)
             all_offsets.append(offsets)
             all_gates.append(torch.sigmoid(logits))
-        start = _upsample_offsets(torch.cat([offsets[:, :2], offsets[:, 2:]]))
+        start = hints[0] + _upsample_offsets(corrections)
+        start = torch.cat([start[:, :2], start[:, 2:]])
         logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
         share = torch.sigmoid(log_odds.to(frames.dtype))
         image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin)
@@ -1004,9 +1010,12 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         features = [torch.cat(pair) for pair in zip(features_prev.pyramid, features_next.pyramid)]
         if self.config.news_latents:
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
-            size = h.shape[-2:]
-            small = [self.resize_hints(layout.offsets(each), size).float() for each in (hints_prev, hints_next)]
-            arguments = (quantized.to(self.dtype), frames, features, torch.cat(small, dim=1))
+            told = torch.cat([layout.offsets(hints_prev), layout.offsets(hints_next)]).float()
+            at_scales = []
+            for scale in range(len(features) + 1):
+                told = self.resize_hints(told, (height // 2**scale, width // 2**scale))
+                at_scales.append(torch.cat(halves(told), dim=1))
+            arguments = (quantized.to(self.dtype), frames, features, at_scales)
             sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time), origin)
             if not return_dict:
                 return sample, commit_loss

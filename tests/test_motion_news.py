@@ -85,6 +85,18 @@ def test_latents_move_the_first_offsets(pipeline):
     assert torch.allclose((moved.offsets[0] - still.offsets[0]).mean(dim=(0, 2, 3)), expected, atol=1e-5)
 
 
+def test_hints_are_followed_at_every_scale(tiny_news):
+    """A decoder that learned nothing warps along the hints as they are, pixel by pixel: nothing of them is lost on the way."""
+    vqvae = VQMAGANModel(**tiny_news["vqvae"])
+    features = [vqvae.encode(torch.rand(1, 3, 64, 96)).features for _ in range(2)]
+    hints = tuple(torch.randn(1, 2, 64, 96) for _ in range(2))
+    decoded = vqvae.decode(torch.zeros(1, 4, 16, 24), *features, *hints, force_not_quantize=True)
+    assert torch.allclose(decoded.offsets[-1], torch.cat(hints, dim=1), atol=1e-5)
+    for offsets in decoded.offsets[:-1]:
+        stride = 96 // offsets.shape[-1]
+        assert torch.allclose(offsets, F.avg_pool2d(torch.cat(hints, dim=1), stride) / stride, atol=1e-5)
+
+
 def test_correlation_is_the_mean_product_at_every_shift():
     first, second = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)
     result = correlate(first, second, 2)
