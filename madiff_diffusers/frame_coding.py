@@ -129,6 +129,23 @@ class FrameCoder:
         """See [`VQMAGANModel.resize_hints`]."""
         return self.vqvae.resize_hints(hints[0], size), self.vqvae.resize_hints(hints[1], size)
 
+    def detailed(self, hints: HintPair, known: HintPair, refined: HintPair) -> HintPair:
+        """Hints that a smaller guess told, at the size of those that were there before. Of the offsets it tells what changes as it sees them:
+        detail that is smaller than its pixels stays.
+
+        Args:
+            hints: those before.
+            known: the same at the guess's size.
+            refined: those from the guess.
+        """
+        layout, size = self.vqvae.hint_layout, hints[0].shape[-2:]
+        result = self.resize_hints(refined, size)
+        if refined[0].shape[-2:] == size or not layout.has_offsets:
+            return result
+        for each, before, small in zip(result, hints, known):
+            layout.offsets(each).add_(layout.offsets(before) - layout.offsets(self.vqvae.resize_hints(small, size)))
+        return result
+
     def decode(
         self,
         prev: EncodedFrames,

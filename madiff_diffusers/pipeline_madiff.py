@@ -427,13 +427,14 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
                 guess = coder.decode(coarse_prev, coarse_next, coarse_latents, known, instants)
                 continued = (known,) if isinstance(hint_source, ModelHints) else ()
                 number, size = 1 + i // sampling.hint_interval, hints[0].shape[-2:]
-                before = hints if sampling.hint_policy == "damped" and number > 1 else None
+                damped, smaller = sampling.hint_policy == "damped" and number > 1, known[0].shape[-2:] != size
                 # Hints are the largest tensors here: those that nothing reads any more go before others come.
+                before = (hints, known) if damped or smaller else None
                 del hints, known
                 refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
-                hints = coder.resize_hints(refined, size)
-                if before is not None:
-                    hints = damp_hints(before, hints, number)
+                hints = coder.resize_hints(refined, size) if before is None else coder.detailed(*before, refined)
+                if before is not None and damped:
+                    hints = damp_hints(before[0], hints, number)
                 del refined, before
 
             # 4.3 the caller's turn, frame by frame

@@ -98,6 +98,11 @@ class SamplerOptions(RunOptions):
     corrupted_share: float = option(0.2, "share of samples whose hints are disturbed", least=0, most=1)
     lpips_weight: float = option(0.4, "of LPIPS", least=0)
     lpips_from: float = option(0.12, "share of the training after which LPIPS counts", least=0, most=1)
+    easiness_power: float = option(
+        0.0,
+        "a sample's frame counts by its hints' error to minus this: with 1, what is easy counts as much as what is hard",
+        least=0,
+    )
     latent_weight: float = option(0.02, "of the latents' squared error", least=0)
     vq_weight: float = option(0.02, "of the quantization loss", least=0)
     flow_weight: float = option(
@@ -130,8 +135,15 @@ def crop_multiple(hint_model: MotionHintModel | None, pipeline: MADiffPipeline) 
     return math.lcm(hint_model.config.start_scale, 2) * 2 ** len(hint_model.config.channels)
 
 
-def charbonnier(sample: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    return ((sample - truth) ** 2 + 1e-6).sqrt().mean()
+def charbonnier(sample: torch.Tensor, truth: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Mean over a batch, of which each sample may have a `weight`, `(B,)`."""
+    return (weight * ((sample - truth) ** 2 + 1e-6).sqrt().mean(dim=(1, 2, 3))).mean()
+
+
+def easiness(errors: torch.Tensor, power: float) -> torch.Tensor:
+    """Weights `(B,)` of mean 1 of samples whose warps have errors `(B, 2, H, W)`: the less of them, the more a sample weighs."""
+    weight = (errors.mean(dim=(1, 2, 3)) + 0.02) ** -power
+    return weight / weight.mean()
 
 
 def disturbed(hints: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
@@ -239,9 +251,10 @@ class SamplerNetwork(nn.Module):
             guess = vqvae.decode(code, coarse_prev, coarse_next, *known, force_not_quantize=True, time=time).sample
             found["guess"] = charbonnier(guess, small[2])
             found["refined"] = refine(guess.detach().clamp(-1, 1), hints.detach())
-            hints = disturb(
-                2 * F.interpolate(found["refined"][-1], scale_factor=2.0, mode="bilinear", align_corners=False)
-            )
+            # As the pipeline does, the change at half size is added: finer detail stays.
+            change = found["refined"][-1] - torch.cat(known, dim=1)
+            change = 2 * F.interpolate(change, scale_factor=2.0, mode="bilinear", align_corners=False)
+            hints = disturb(hints.detach() + change)
             news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
             quantized, more, _ = vqvae.quantize(news.float())
             found["vq"] = (found["vq"] + more) / 2
@@ -507,7 +520,11 @@ def main(argv: list[str] | None = None) -> None:
             weight = torch.ones_like(flow[:, :2])
             if count > made:
                 theirs, ours = warp_errors(batch, flow), warp_errors(batch, found["estimates"][-1])
-                weight[: count - made] = (theirs < ours + 0.01).float()[: count - made] if teacher is not None else 0.0
+                # Hints that are given are exact where they are right, as OpenCV's are: a teacher counts where it is clearly better.
+                margin = -0.01 if cache is not None else 0.01
+                better = (theirs < ours + margin).float() if teacher is not None else torch.zeros_like(ours)
+                weight[: count - made] = better[: count - made]
+            share = easiness(warp_errors(batch, found["estimates"][-1]), options.easiness_power)
 
         # 3.3 losses
         flow_weight = options.flow_weight + (options.flow_weight_end - options.flow_weight) * passed
@@ -531,7 +548,7 @@ def main(argv: list[str] | None = None) -> None:
             for number, each in enumerate(found["offsets"])
         ]
         losses["flow"] = losses["flow"] + torch.stack(offset_losses).mean()
-        losses["l1"] = charbonnier(found["sample"], batch["frame_mid"])
+        losses["l1"] = charbonnier(found["sample"], batch["frame_mid"], share)
         losses["latent"], losses["vq"] = found["latent"], found["vq"]
         loss = (
             losses["l1"]
@@ -543,7 +560,8 @@ def main(argv: list[str] | None = None) -> None:
             loss = loss + 0.3 * found["guess"]
         if lpips is not None and passed >= options.lpips_from:
             with trainer.accelerator.autocast():
-                losses["lpips"] = lpips(found["sample"].clamp(-1.1, 1.1), batch["frame_mid"]).float().mean()
+                each = lpips(found["sample"].clamp(-1.1, 1.1), batch["frame_mid"]).float().view(-1)
+                losses["lpips"] = (share * each).mean()
             loss = loss + options.lpips_weight * losses["lpips"]
         trainer.backward(loss)
         trainer.optimizer_step(network, optimizer)
