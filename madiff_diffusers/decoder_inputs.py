@@ -46,5 +46,5 @@ class HintLayout(NamedTuple):
         """Hints whose offsets, where they have them, are (x, y) times as long."""
         if not self.has_offsets:
             return hints
-        scale = torch.tensor(scales, device=hints.device, dtype=hints.dtype).view(1, 2, 1, 1)
-        return torch.cat([hints[:, :-2], self.offsets(hints) * scale], dim=1)
+        # By numbers, since a tensor of them would have to be copied to a GPU.
+        return torch.cat([hints[:, :-2], hints[:, -2:-1] * scales[0], hints[:, -1:] * scales[1]], dim=1)

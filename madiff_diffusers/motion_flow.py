@@ -24,8 +24,10 @@ def _resize_flow(flow: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Flow `(B, 2n, h, w)` at another size, in pixels of that size."""
     if tuple(flow.shape[-2:]) == tuple(size):
         return flow
-    scale = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).repeat(flow.shape[1] // 2)
-    return F.interpolate(flow, size=tuple(size), mode="bilinear", align_corners=False) * scale.view(1, -1, 1, 1)
+    resized = F.interpolate(flow, size=tuple(size), mode="bilinear", align_corners=False).unflatten(1, (-1, 2))
+    # By numbers, since a tensor of them would have to be copied to a GPU.
+    x, y = resized[:, :, 0] * (size[1] / flow.shape[-1]), resized[:, :, 1] * (size[0] / flow.shape[-2])
+    return torch.stack([x, y], dim=2).flatten(1, 2)
 
 
 def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:

@@ -34,7 +34,8 @@ class HintSource(Protocol):
     """
     What the pipeline and the training scripts ask of a hint source. Any class that has this can be one, see `docs/hint-sources.md`:
     no base class is needed. A source that takes arguments has them in a `config`, a dictionary that JSON can hold, which a
-    checkpoint keeps.
+    checkpoint keeps. One that makes hints on the frames' device, and never waits for what it computed there, says so by
+    `device_bound = True`.
     """
 
     hint_channels: int
@@ -65,6 +66,8 @@ class EventHints:
         tiling: runs the model by tiles; heights and widths of frames must then be multiples of its `multiple`.
         scale: the model sees frames this many times smaller; their events are then spread over as many pixels.
     """
+
+    device_bound = True
 
     def __init__(self, i2e: ModelMixin, tiling: Tiling | None = None, scale: int = 1):
         self.i2e, self.tiling, self.scale = i2e, tiling, scale
@@ -106,6 +109,7 @@ class FlowHints:
     """
 
     hint_channels = 2
+    device_bound = False
 
     def __init__(self, fine: bool = False):
         if importlib.util.find_spec("cv2") is None:
@@ -195,6 +199,11 @@ class ModelHints:
     def __init__(self, model: ModelMixin):
         self.model = model
 
+    @property
+    def device_bound(self) -> bool:
+        """RIFE's network looks at its first flow to choose scales, if `adaptive`."""
+        return not getattr(self.model.config, "adaptive", False)
+
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
         return self.model(frame_prev, frame_next, time)
 
@@ -216,6 +225,10 @@ class StackedHints:
         self.sources = list(sources)
         self.hint_channels = sum(source.hint_channels for source in self.sources)
 
+    @property
+    def device_bound(self) -> bool:
+        return all(getattr(source, "device_bound", False) for source in self.sources)
+
     def _stack(self, ask: Callable[[HintSource], HintPair]) -> HintPair:
         # The last is asked first: flow, which comes last in checkpoints, needs most memory on its way and leaves least.
         pairs = [ask(source) for source in reversed(self.sources)][::-1]
@@ -231,6 +244,8 @@ class StackedHints:
 
 class NullHints:
     """Zeros, whatever is asked."""
+
+    device_bound = True
 
     def __init__(self, hint_channels: int):
         self.hint_channels = hint_channels

@@ -295,7 +295,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 
         # 2. Make the frames, some of those between the same two at once.
         self._interrupt = False
-        self.scheduler.set_timesteps(int(sampling.num_inference_steps), device=prev.frames.device)
+        self.scheduler.set_timesteps(int(sampling.num_inference_steps), device="cpu")
         # Some schedulers (Heun's) call the network more than once a step.
         self._num_timesteps = len(self.scheduler.timesteps) * len(plan)
         frames: dict[Fraction, EncodedFrames] = {Fraction(0): prev, Fraction(1): next_}
@@ -390,7 +390,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 
         # 3. Noise, at the end of the schedule.
         generator = sampling.generator
-        self.scheduler.set_timesteps(int(sampling.num_inference_steps), device=device)
+        # On the host, where schedulers look at timesteps in every step: a GPU would have to be waited for.
+        self.scheduler.set_timesteps(int(sampling.num_inference_steps), device="cpu")
         shape = (batch_size, self.unet.config.out_channels, *features.pyramid[-1].shape[-2:])
         drawn = [
             randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if given is None else given

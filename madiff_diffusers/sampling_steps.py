@@ -19,7 +19,7 @@ def clean_latents(
         if getattr(step, name, None) is not None:
             return getattr(step, name)
     # Schedulers that work on scaled latents (Euler's family) still hand the network variance-preserving ones.
-    alpha_bar = scheduler.alphas_cumprod.to(model_input.device)[t.long()].float()
+    alpha_bar = scheduler.alphas_cumprod.to(t.device)[t.long()].float()
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":

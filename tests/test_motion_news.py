@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoModel, DiffusionPipeline, UNet2DModel
+from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from madiff_diffusers import (
     MADiffPipeline,
@@ -22,6 +25,7 @@ from madiff_diffusers import (
     interpolate_frames,
 )
 from madiff_diffusers.commands.madiff_cli import main
+from madiff_diffusers.frame_coding import EncodedFrames
 from madiff_diffusers.warping import correlate, warp
 from tests.conftest import excite, moving_picture
 
@@ -311,6 +315,48 @@ def test_inference_imports_no_opencv(pipeline, pair, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class HostCopies(TorchDispatchMode):
+    """What is copied from a GPU to the host, or to it from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            places = {each.device.type for each in args if isinstance(each, torch.Tensor)}
+            to_host = "cuda" in places and made.device.type == "cpu"
+            if to_host or (func is torch.ops.aten._to_copy.default and places == {"cpu"} and made.is_cuda):
+                self.seen.append((str(func), made.device.type, tuple(made.shape)))
+        return made
+
+
+class UnaskingScheduler(DDIMScheduler):
+    """Diffusers' own looks at the timestep, in every step; here it has no value either, though it lies on the host."""
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        return DDIMSchedulerOutput(prev_sample=sample, pred_original_sample=model_output)
+
+
+def test_steps_leave_nothing_to_the_host(pipeline):
+    """On a GPU whose tensors have no values: whoever asked for one would fail."""
+    pipeline.scheduler = UnaskingScheduler.from_config(pipeline.scheduler.config)
+    copies = {}
+    assert pipeline.hints.device_bound
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pipeline.to("cuda")
+        for steps in (2, 5):
+            prev, next_ = (EncodedFrames(torch.rand(1, 3, 64, 96, device="cuda"), (64, 96)) for _ in range(2))
+            latents = torch.randn(1, 1, 4, 16, 24, device="cuda")
+            with HostCopies() as seen:
+                pipeline(prev, next_, num_inference_steps=steps, output_type="latent", latents=latents)
+            assert pipeline.scheduler.timesteps.device.type == "cpu"
+            copies[steps] = seen.seen
+    assert all(place == "cuda" for _, place, _ in copies[5]), copies
+    assert len(copies[5]) - len(copies[2]) == 3, "more is copied in a step than its timestep"
 
 
 def test_a_source_without_its_model_is_refused(pipeline):
