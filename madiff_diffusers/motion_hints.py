@@ -52,10 +52,10 @@ def to_grey(frames: torch.Tensor) -> torch.Tensor:
 
 
 def null_hints(frames: torch.Tensor, channels: int) -> HintPair:
-    """Zeros for frames `(B, 3, H, W)`: views of a single one, which take no memory."""
+    """Zeros for frames `(B, 3, H, W)`."""
     batch, _, height, width = frames.shape
-    zeros = frames.new_zeros((), dtype=torch.float32).expand(batch, channels, height, width)
-    return zeros, zeros
+    shape = (batch, channels, height, width)
+    return frames.new_zeros(shape, dtype=torch.float32), frames.new_zeros(shape, dtype=torch.float32)
 
 
 class EventHints:

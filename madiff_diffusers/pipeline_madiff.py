@@ -117,9 +117,6 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         for network in (vqvae, unet, i2e, hint_model):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
                 network.to(memory_format=torch.channels_last)
-        embedding = getattr(unet, "class_embedding", None)
-        if embedding is not None and in_own_dtype not in embedding._forward_pre_hooks.values():
-            embedding.register_forward_pre_hook(in_own_dtype)
         self._hints: HintSource | None = None
         self._built_hints: tuple[tuple, HintSource] | None = None  # what they were built of, and they
         # Set by `enable_tiling`.
@@ -404,6 +401,9 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             step_kwargs["generator"] = generator * count if isinstance(generator, list) else generator
         if self.unet.config.class_embed_type == "timestep":
             unet_kwargs["class_labels"] = 1000 * instants
+            embedding = self.unet.class_embedding
+            if in_own_dtype not in embedding._forward_pre_hooks.values():
+                embedding.register_forward_pre_hook(in_own_dtype)
 
         # 4. Denoise. Latents stay in float32 whatever the networks' dtype.
         for i, t in enumerate(self.scheduler.timesteps):

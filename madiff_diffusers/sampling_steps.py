@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils import BaseOutput
 
 from .pipeline_inputs import Callback
@@ -65,6 +66,6 @@ def call_back(
 
 
 def in_own_dtype(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """A hook before a layer that is handed float32 whatever its dtype, as [`UNet2DModel`] hands it the embedding of an instant."""
-    dtype = next(module.parameters()).dtype
+    """A hook before a layer that is handed float32 whatever it computes in, as [`UNet2DModel`] hands it the embedding of an instant."""
+    dtype = get_parameter_dtype(module)
     return tuple(each.to(dtype) if each.is_floating_point() else each for each in arguments)

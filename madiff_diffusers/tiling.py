@@ -29,7 +29,9 @@ class Tile(NamedTuple):
         return image[..., self.top // scale : self.bottom // scale, self.left // scale : self.right // scale]
 
     def widened(self, reach: float, multiple: int, height: int, width: int) -> "Tile":
-        """This part and what lies around it as far as `reach` pixels, up to multiples and the borders of the frame."""
+        """This part and what lies around it as far as `reach` pixels, up to multiples and the borders of the frame; but no farther than the part
+        is long, since a single wrong pixel of flow may reach anywhere."""
+        reach = min(reach, max(self.bottom - self.top, self.right - self.left))
         margin = math.ceil(reach / multiple) * multiple
         return Tile(
             max(0, self.top - margin),
@@ -54,8 +56,10 @@ class Tiling:
     def tiles(self, height: int, width: int) -> tuple[list[Span], list[Span]]:
         """First and last rows and columns of tiles, which overlap by an eighth of their side: of all such ways to cut a frame, the one
         whose tiles have the fewest pixels together, and of those the one with the fewest tiles."""
+        if height * width <= self.pixels:
+            return [(0, height)], [(0, width)]
         ways: list[tuple[int, int, list[Span], list[Span]]] = []
-        for side in range(4 * self.multiple, max(height, 4 * self.multiple) + 1, self.multiple):
+        for side in range(4 * self.multiple, max(height, 4 * self.multiple) + self.multiple, self.multiple):
             rows = self._spans(height, side)
             tallest = _longest(rows)
             columns = self._spans(width, self._side(self.pixels // tallest))

@@ -988,6 +988,16 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         """
         factor = self.downsample_factor
         height, width = features_prev.frame.shape[-2:] if origin is None else [side * factor for side in h.shape[-2:]]
+        if origin is not None:
+            whole = features_prev.frame.shape[-2:]
+            if any(
+                first % factor or first < 0 or first + part > all_
+                for first, part, all_ in zip(origin, (height, width), whole)
+            ):
+                raise ValueError(
+                    f"`origin` must be multiples of {factor} at which {height}x{width} pixels begin that lie within the features' "
+                    f"{whole[0]}x{whole[1]}, but is {tuple(origin)}."
+                )
         for name, hints in (("hints_prev", hints_prev), ("hints_next", hints_next)):
             ratio = height // hints.shape[-2]
             if hints.shape[1] != self.config.hint_channels or (hints.shape[-2] * ratio, hints.shape[-1] * ratio) != (

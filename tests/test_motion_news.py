@@ -266,6 +266,8 @@ def test_streams_are_interpolated_by_news(pipeline):
     made = list(interpolate_frames(pipeline, frames, output_type="np"))
     alone = pipeline(frames[0], frames[1], output_type="np", generator=torch.Generator().manual_seed(0)).frames[0, 0]
     assert len(made) == 6 and np.abs(made[1] - alone).max() < 1e-5
+    same = list(interpolate_frames(pipeline, frames, factor=1, output_type="np"))
+    assert len(same) == 3 and np.abs(same[1] * 255 - frames[1]).max() < 1e-3
 
 
 def test_hints_are_extracted_between_steps_alone(pipeline, pair):
@@ -365,13 +367,27 @@ def test_a_source_without_its_model_is_refused(pipeline):
         MADiffPipeline(**parts, hint_source="model")
 
 
-def test_half_precision_is_near_single(pipeline):
-    frames = [torch.from_numpy(moving_picture(time, 64, 96)).permute(2, 0, 1)[None].float() / 255 for time in (-1, 1)]
-    single, half = (
-        pipeline.to(dtype)(*frames, generator=torch.Generator().manual_seed(0), output_type="pt").frames
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    assert (single - half).abs().mean() < 0.02
+@pytest.mark.parametrize("cast", ["all", "storage"])
+def test_half_precision_is_near_single(pipeline, pair, cast):
+    def made() -> torch.Tensor:
+        return pipeline(*pair, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+
+    single = made()
+    if cast == "all":
+        pipeline.to(torch.bfloat16)
+    else:
+        for name in ("vqvae", "unet", "hint_model"):
+            getattr(pipeline, name).enable_layerwise_casting(torch.bfloat16, compute_dtype=torch.float32)
+    assert 0 < (single - made()).abs().mean() < 0.02
+
+
+def test_a_part_must_lie_within_the_features(pipeline):
+    _, features = neighbours(pipeline)
+    hints, latents = [torch.zeros(1, 2, 32, 32) for _ in range(2)], torch.zeros(1, 4, 8, 8)
+    assert pipeline.vqvae.decode(latents, *features, *hints, origin=(32, 64)).sample.shape == (1, 3, 32, 32)
+    for origin in ((5, 4), (32, 68), (-4, 0)):
+        with pytest.raises(ValueError, match="`origin` must be multiples of 4 at which 32x32 pixels begin"):
+            pipeline.vqvae.decode(latents, *features, *hints, origin=origin)
 
 
 def test_tiles_give_what_whole_frames_give(pipeline):

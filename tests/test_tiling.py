@@ -31,6 +31,12 @@ def test_tiles_cover_a_frame_and_overlap(height, width, pixels):
         assert all(before[1] - after[0] >= 64 for before, after in zip(spans, spans[1:]))
 
 
+@pytest.mark.parametrize("height, width", [(288, 512), (352, 640), (1088, 440)])
+def test_what_fits_a_tile_is_not_cut(height, width):
+    """Guesses and frames for events may be half as large as what frames are padded to."""
+    assert Tiling(480_000, 64).tiles(height, width) == ([(0, height)], [(0, width)])
+
+
 @pytest.mark.parametrize("height, width", [(704, 1216), (1088, 256), (320, 320)])
 def test_tiles_are_put_together_where_they_were(height, width):
     image, coarse = torch.rand(1, 3, height, width), torch.rand(1, 4, height // 32, width // 32)

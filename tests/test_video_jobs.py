@@ -432,6 +432,17 @@ def test_several_frames_at_once_are_the_same_frames(pipeline, film, tmp_path, ra
     assert (np.abs(together - alone) > 1).mean() <= 1e-3
 
 
+def test_work_goes_on_with_fewer_pairs_at_once(pipeline, film, tmp_path):
+    """As after memory was too short."""
+    job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions(batch=4))
+    job.prepare(resume=False, overwrite=False)
+    job.make_parts(job.parts[:1])
+    batches = set()
+    pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: batches.add(len(output[0])))
+    result = interpolate_video(pipeline, film, tmp_path / "out.mp4", batch=1, resume=True, progress=False)
+    assert batches == {1} and result.frames == 48
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_length(checkpoint, tmp_path):
     script = (

@@ -3,7 +3,8 @@
     python -m training.crop_cache CLIPS OUTPUT [--count 6000] [--size 224]
 
 Hints are OpenCV's flow between the neighbours, as the pipeline starts with it (`--hint_source`), found on crops larger than those of
-training, so that what moves into the picture is seen. `training.train_sampler --data crops:OUTPUT` trains on them.
+training, so that what moves into the picture is seen. Gaps, instants and the choice by motion are those of `write_crops`; options of the same names
+are not read again. `training.train_sampler --data crops:OUTPUT` trains on them.
 """
 
 import argparse
@@ -45,7 +46,13 @@ class CropCache:
         return len(self.time)
 
     def triplets(self, count: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """What [`FrameBank`]'s method gives, of parts of crops drawn at random, and `hints` `(N, 4, size, size)`."""
+        """What [`FrameBank`]'s method gives, of parts of crops drawn at random, and `hints` `(N, 4, size, size)`.
+
+        Raises:
+            ValueError: if the crops are smaller than that.
+        """
+        if size > self.size:
+            raise ValueError(f"`resolution` must be {self.size} at most, the size of the crops, but is {size}.")
         chosen = torch.randint(len(self), (count,), generator=generator, device=self.device).tolist()
         places = torch.randint(self.size - size + 1, (count, 2), generator=generator, device=self.device).tolist()
         frames, hints = [], []
@@ -81,6 +88,7 @@ def write_crops(
     bank = FrameBank(clips, cpu, size)
     source = build_hint_source(hint_source)
     output.mkdir(parents=True, exist_ok=True)
+    (output / "crops.json").unlink(missing_ok=True)
     shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
     files = {
         name: np.lib.format.open_memmap(output / f"{name}.npy", "w+", dtype, shapes[name])

@@ -118,7 +118,7 @@ class VideoCommand(BaseCommand):
             "--batch",
             type=int,
             metavar="N",
-            help="pairs of frames that are made at once (default: 1 on a CPU; on a GPU as many as fit, 8 at most)",
+            help="pairs of frames that are made at once (default: 1; on an NVIDIA GPU as many as fit, 8 at most)",
         )
         command.add_argument(
             "--max-memory",

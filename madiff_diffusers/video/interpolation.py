@@ -1,6 +1,5 @@
 """Interpolation between frames of a stream, each of which the networks encode once for all frames that are made beside it."""
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -42,20 +41,26 @@ class FrameInterpolator:
         Make frames between neighbours.
 
         Args:
-            pairs: `at_once` pairs or fewer.
+            pairs: `at_once` pairs or fewer. Those between which frames are made at the same instants are made together.
 
         Yields:
             pair by pair, one frame for each instant, `(H, W, 3)` float32 RGB in [0, 1].
         """
-        for times, group in itertools.groupby(pairs, key=lambda pair: list(pair.times)):
-            alike = list(group)
-            if len(times) <= MOST_TOGETHER:
-                for frames in self._made(alike, times, self._pipeline.config.default_recursive):
-                    yield from frames
+        alike: dict[tuple[Fraction, ...], list[int]] = {}
+        for number, pair in enumerate(pairs):
+            if 0 < len(pair.times) <= MOST_TOGETHER:
+                alike.setdefault(tuple(pair.times), []).append(number)
+        made: dict[int, np.ndarray] = {}
+        for times, numbers in alike.items():
+            recursive = self._pipeline.config.default_recursive
+            made.update(zip(numbers, self._made([pairs[number] for number in numbers], times, recursive)))
+        for number, pair in enumerate(pairs):
+            if number in made:
+                yield from made.pop(number)
                 continue
             # Middles of middles are not asked for here: together, they would take too much memory.
-            for pair, first in itertools.product(alike, range(0, len(times), self._at_once)):
-                (frames,) = self._made([pair], times[first : first + self._at_once], recursive=False)
+            for first in range(0, len(pair.times), self._at_once):
+                (frames,) = self._made([pair], pair.times[first : first + self._at_once], recursive=False)
                 yield from frames
 
     def _made(self, pairs: Sequence[Pair], times: Sequence[Fraction], recursive: bool) -> np.ndarray:
@@ -73,7 +78,7 @@ class FrameInterpolator:
             prev,
             next_,
             times=times,
-            frames_per_batch=self._at_once if len(pairs) == 1 and not recursive else 1,
+            frames_per_batch=max(1, self._at_once // len(pairs)),
             recursive=recursive,
             num_inference_steps=self._steps,
             generator=generators,

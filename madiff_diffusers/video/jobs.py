@@ -160,10 +160,10 @@ class VideoJob:
         self.folder.mkdir()
         pixels = self.analysis.size[0] * self.analysis.size[1]
         try:
-            tile_pixels = tile_pixels_for(self.pipeline, pixels, self.options.max_memory, self.options.steps)
-            batch = self.options.batch
+            steps, batch = self.options.steps, self.options.batch
+            tile_pixels = tile_pixels_for(self.pipeline, pixels, self.options.max_memory, steps, batch or 1)
             if batch is None:
-                batch = 1 if tile_pixels else pairs_that_fit(self.pipeline, pixels, self.options.steps)
+                batch = 1 if tile_pixels else pairs_that_fit(self.pipeline, pixels, steps)
             write_text(plan, json.dumps({**identity, "tile_pixels": tile_pixels, "at_once": batch}))
             self._try_encoding()
         except BaseException:
@@ -200,7 +200,7 @@ class VideoJob:
         """
         todo = [part for part in parts if not is_complete(self.path(part))]
         plan = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
-        tile_pixels, at_once = plan["tile_pixels"], plan["at_once"]
+        tile_pixels, at_once = plan["tile_pixels"], self.options.batch or plan["at_once"]
         interpolator = FrameInterpolator(self.pipeline, self.options.steps, self.options.seed, at_once)
         strip = None if preview is None else PreviewStrip(preview)
         made = 0

@@ -59,42 +59,54 @@ def bytes_per_pixel(pipeline: MADiffPipeline, steps: int | None = None) -> float
     return tensors.most * BESIDE_TENSORS / PROBE**2
 
 
-def tile_pixels_for(pipeline: MADiffPipeline, pixels: int, max_memory: int, steps: int | None = None) -> int | None:
+def free_gpu_bytes(device: torch.device) -> int:
+    """Memory of a GPU that tensors could take: what is free, and what torch keeps of tensors that are gone."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def tile_pixels_for(
+    pipeline: MADiffPipeline, pixels: int, max_memory: int, steps: int | None = None, at_once: int = 1
+) -> int | None:
     """
-    Choose the size of tiles with which a process stays below a limit of memory.
+    Choose the size of tiles with which a process stays below a limit of memory; on a GPU, with which the networks fit into its own.
 
     Args:
         pipeline: the pipeline that makes the frames.
         pixels: the number of pixels of a frame.
         max_memory: bytes that the process may take in all.
         steps: sampling steps; the checkpoint's own if not given.
+        at_once: the number of frames that are made at once.
 
     Returns:
         the number of pixels of a tile, or None if no tiles are needed.
     """
     if pixels <= PROBE**2:
         return None
-    each = bytes_per_pixel(pipeline, steps)
-    left = max_memory - PROCESS_BYTES - pixels * FRAME_BYTES
+    device = pipeline._execution_device
+    each = at_once * bytes_per_pixel(pipeline, steps)
+    if device.type == "cuda":
+        left, most = float(free_gpu_bytes(device)), pixels
+    else:
+        left, most = max_memory - PROCESS_BYTES - pixels * FRAME_BYTES * at_once, TILE_PIXELS
     if pixels * each <= left:
         return None
     # Hints, features and frames are whole, however small the tiles.
-    left -= pixels * WHOLE_BYTES
-    return max(1, min(TILE_PIXELS, int(left / each)))
+    left -= pixels * WHOLE_BYTES * at_once
+    return max(1, min(most, int(left / each)))
 
 
 def pairs_that_fit(pipeline: MADiffPipeline, pixels: int, steps: int | None = None) -> int:
     """
-    Choose how many pairs of frames are made at once: on a GPU, which small batches leave idle, as many as its free memory holds; on a CPU one,
-    which is as fast.
+    Choose how many pairs of frames are made at once: on an NVIDIA GPU, which small batches leave idle, as many as its memory holds; elsewhere
+    one, which is as fast on a CPU.
 
     Args: as for `tile_pixels_for`.
     """
     device = pipeline._execution_device
     if device.type != "cuda":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(MOST_PAIRS, int(free / (pixels * bytes_per_pixel(pipeline, steps)))))
+    return max(1, min(MOST_PAIRS, int(free_gpu_bytes(device) / (pixels * bytes_per_pixel(pipeline, steps)))))
 
 
 @contextmanager

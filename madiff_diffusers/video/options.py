@@ -40,7 +40,7 @@ class VideoOptions:
         skip_damage: whether to go on behind damaged places of the source.
         image_fps: frames a second of a source that is images; by default 24.
         steps, seed: number of sampling steps (the checkpoint's own by default), and seed of the noise.
-        batch: the number of pairs of frames that are made at once; by default, 1 on a CPU, and on a GPU as many as fit, 8 at the most.
+        batch: the number of pairs of frames that are made at once; by default 1, and on an NVIDIA GPU as many as fit, 8 at the most.
         max_memory: bytes that the process may take, as far as tiles can limit it; or text such as "6GiB".
     """
 

@@ -101,7 +101,7 @@ def work_identity(
     options: CheckedOptions, source: Source, pipeline: MADiffPipeline, encoding: Encoding
 ) -> dict[str, str]:
     """What two works must have in common, so that one can go on with the parts of the other."""
-    named = {name: str(value) for name, value in asdict(options).items() if name != "max_memory"}
+    named = {name: str(value) for name, value in asdict(options).items() if name not in ("max_memory", "batch")}
     return {
         "version": __version__,
         "source": source_digest(source),
