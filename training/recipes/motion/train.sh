@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # Trains the networks of motion news on from where they stand, or goes on where it was stopped:
 #     training/recipes/motion/train.sh CLIPS ALEXNET_FEATURES RIFE OUTPUT [FLAG …]
-# CLIPS is a folder of video files, ALEXNET_FEATURES a safetensors file with torchvision's ImageNet AlexNet, RIFE what
-# `madiff convert-rife` made of the published weights. `start` beside this file holds the weights that summary.csv
-# ended with, but the hint model went on alone (summary_hints.csv: --hints_until 1), and the others on crops with
-# OpenCV's hints (summary_crops.csv).
+# CLIPS is a folder of video files, or crops:FOLDER of training.crop_cache (with --resolution 128); ALEXNET_FEATURES a
+# safetensors file with torchvision's ImageNet AlexNet; RIFE what `madiff convert-rife` made of the published weights.
+# `start` beside this file holds the weights that summary.csv ended with, but the hint model went on alone
+# (summary_hints.csv: --hints_until 1), and the others on crops with OpenCV's hints (summary_crops.csv).
 # Flags are those of training.train_sampler: on a GPU, --mixed_precision bf16 --train_batch_size 160 --learning_rate 1.2e-3.
 set -eu
 [ $# -ge 4 ] || { sed -n 2,8p "$0" | cut -c3- >&2; exit 2; }
 recipe=$(cd "$(dirname "$0")" && pwd)
-clips=$(realpath "$1") features=$(realpath "$2") teacher=$(realpath "$3") out=$(realpath -m "$4")
+case $1 in
+    crops:*) data=crops:$(realpath "${1#crops:}") ;;
+    *) data=videos:$(realpath "$1") ;;
+esac
+features=$(realpath "$2") teacher=$(realpath "$3") out=$(realpath -m "$4")
 cd "$recipe/../../.."
-exec python -m training.train_sampler --config motion --data "videos:$clips" --output_dir "$out" --init "$recipe/start" \
+exec python -m training.train_sampler --config motion --data "$data" --output_dir "$out" --init "$recipe/start" \
     --teacher "$teacher" --lpips_backbone "$features" --lpips_from 0 --denoised_from 0 --two_steps_from 0 "${@:5}"
