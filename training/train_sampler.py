@@ -517,14 +517,14 @@ def main(argv: list[str] | None = None) -> None:
             None if cache is None else pipeline.hints,
         )
         with torch.no_grad():
-            weight = torch.ones_like(flow[:, :2])
+            weight, ours = torch.ones_like(flow[:, :2]), warp_errors(batch, found["estimates"][-1])
             if count > made:
-                theirs, ours = warp_errors(batch, flow), warp_errors(batch, found["estimates"][-1])
+                theirs = warp_errors(batch, flow)
                 # Hints that are given are exact where they are right, as OpenCV's are: a teacher counts where it is clearly better.
                 margin = -0.01 if cache is not None else 0.01
                 better = (theirs < ours + margin).float() if teacher is not None else torch.zeros_like(ours)
                 weight[: count - made] = better[: count - made]
-            share = easiness(warp_errors(batch, found["estimates"][-1]), options.easiness_power)
+            share = easiness(ours, options.easiness_power)
 
         # 3.3 losses
         flow_weight = options.flow_weight + (options.flow_weight_end - options.flow_weight) * passed
