@@ -614,6 +614,19 @@ class JointWarpBlock(nn.Module):
         return gate * warped_prev + (1 - gate) * warped_next + hidden_states, offsets, logits
 
 
+def _warps_difference(frames: torch.Tensor, offsets: torch.Tensor, stride: int, origin: Origin) -> torch.Tensor:
+    """Mean difference of both neighbours, `(2B, C, H, W)`, warped to every `stride`-th pixel along offsets `(B, 4, U, V)` in these
+    steps, around each pixel of half that size, `(B, 1, U / 2, V / 2)`."""
+    # A step of `warp` is a pixel, so what the longer steps are more is added to the offsets; a cell is sampled in its middle.
+    places = [(stride - 1) * (torch.arange(side, device=frames.device) + 0.5) for side in offsets.shape[:-3:-1]]
+    x, y = (stride * offsets[:, axis::2] for axis in (0, 1))
+    x, y = x + places[0], y + places[1][:, None]
+    both = torch.cat([torch.stack([x[:, side], y[:, side]], dim=1) for side in (0, 1)])
+    warped_prev, warped_next = halves(warp(frames, both, origin))
+    difference = F.avg_pool2d((warped_prev - warped_next).abs().mean(dim=1, keepdim=True), 2)
+    return F.avg_pool2d(F.pad(difference, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+
+
 class NewsEncoder(nn.Module):
     """A frame, both neighbours warped to its instant, and the hints that they were warped along → latents of one scale."""
 
@@ -747,6 +760,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         news_block_out_channels (`tuple` of `int`): widths of the encoder of news, from stride 2 to stride f.
         evidence_channels (`int`): channels that each neighbour's features are reduced to for the denoiser (`condition`).
         evidence_reach (`int`): half-width of the window in which these are correlated, in latents.
+        news_threshold (`float`): mean difference of both warped neighbours, of values in `[-1, 1]`, at which half of the news is told; of
+            less difference less, and where they agree, none: the hints were right there. 0 tells all of it everywhere.
     """
 
     encoder: MotionEncoder | PyramidEncoder
@@ -783,6 +798,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         news_block_out_channels: tuple[int, ...] = (32, 64, 96),
         evidence_channels: int = 24,
         evidence_reach: int = 2,
+        news_threshold: float = 0.0,
     ):
         # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
         ModelMixin.__init__(self)
@@ -1025,6 +1041,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             for scale in range(len(features) + 1):
                 told = self.resize_hints(told, (height // 2**scale, width // 2**scale))
                 at_scales.append(torch.cat(halves(told), dim=1))
+            if self.config.news_threshold:
+                difference = _warps_difference(frames, at_scales[-2], factor // 2, origin)
+                quantized = quantized * (difference / (difference + self.config.news_threshold))
             arguments = (quantized.to(self.dtype), frames, features, at_scales)
             sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time), origin)
             if not return_dict:

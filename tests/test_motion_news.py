@@ -80,13 +80,29 @@ def test_news_have_variance_one_in_training_and_the_running_one_later(pipeline):
 
 
 def test_latents_move_the_first_offsets(pipeline):
-    (prev, next_, _), features = neighbours(pipeline)
+    _, features = neighbours(pipeline)
+    pipeline.vqvae.register_to_config(news_threshold=0.0)
     hints = tuple(torch.zeros(1, 2, 64, 96) for _ in range(2))
     latents = torch.zeros(1, 4, 16, 24)
     still = pipeline.vqvae.decode(latents, *features, *hints, force_not_quantize=True)
     moved = pipeline.vqvae.decode(latents + 1, *features, *hints, force_not_quantize=True)
     expected = pipeline.vqvae.decoder.to_offsets.weight.sum(dim=1).flatten()
     assert torch.allclose((moved.offsets[0] - still.offsets[0]).mean(dim=(0, 2, 3)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.1, 0.5])
+def test_news_are_told_where_the_warped_neighbours_differ(pipeline, difference):
+    vqvae = pipeline.vqvae
+    frame = torch.rand(1, 3, 64, 96) / 2
+    features = [vqvae.encode(each).features for each in (frame, torch.roll(frame, 5, -1) + difference)]
+    hints = (torch.zeros(1, 2, 64, 96), torch.tensor([5.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 64, 96))
+    offsets = [
+        vqvae.decode(latents, *features, *hints, force_not_quantize=True).offsets[0][..., :20]  # what is seen in both
+        for latents in (torch.zeros(1, 4, 16, 24), torch.ones(1, 4, 16, 24))
+    ]
+    told = difference / (difference + vqvae.config.news_threshold)
+    expected = told * vqvae.decoder.to_offsets.weight.sum(dim=1)
+    assert torch.allclose(offsets[1] - offsets[0], expected.expand(1, 4, 16, 20), atol=1e-4)
 
 
 def test_hints_are_followed_at_every_scale(tiny_news):
