@@ -26,7 +26,7 @@ DEMO = ["gradio>=6.31"]
 
 setup(
     name="madiff_diffusers",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="MADiff: motion-aware latent diffusion for video frame interpolation, as a Diffusers pipeline",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

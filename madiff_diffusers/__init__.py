@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Where each public name lives; loaded on first use, so that importing the package stays quick.
 _LOCATIONS = {

@@ -115,6 +115,7 @@ class FlowHints:
         if importlib.util.find_spec("cv2") is None:
             raise ImportError("optical flow needs a package that is not installed: pip install opencv-python-headless")
         self.fine = fine
+        self.config = {"fine": fine}
         self.one_by_one = False  # flows are found one after the other, in half of the memory
         # The latest neighbours and the flow between them, which serves every instant.
         self._between: tuple[weakref.ref, weakref.ref, tuple[int, int], torch.Tensor] | None = None

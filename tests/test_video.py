@@ -19,6 +19,7 @@ from madiff_diffusers.video.encoding import analogous_format
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.formats import CODECS, CONTAINERS
 from madiff_diffusers.video.jobs import VideoJob
+from madiff_diffusers.video.memory import USUAL_MEMORY
 from madiff_diffusers.video.options import VideoOptions
 from madiff_diffusers.video.parts import png_bytes
 from tests.conftest import moving_picture
@@ -522,9 +523,7 @@ def test_the_command_line_has_no_defaults_of_its_own(capsys):
             re.search(rf"--{name.replace('_', '-')} .*?\(default: ([\d.]+)\)", printed)[1]
             == f"{float(getattr(VideoOptions, name)):g}"
         ), name
-    assert (
-        f"(default: {VideoOptions.max_memory // 2**30}GiB)" in printed and f"images (default: {IMAGE_RATE})" in printed
-    )
+    assert f"(default: {USUAL_MEMORY // 2**30}GiB; on" in printed and f"images (default: {IMAGE_RATE})" in printed
 
 
 def test_options_are_found_wrong_before_anything_is_read(pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """Videos as long work: stopped, killed, resumed, shared among processes, damaged. Real processes, real files."""
 
 import hashlib
+import json
 import os
 import random
 import resource
@@ -15,13 +16,16 @@ import av
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
+from madiff_diffusers.motion_hints import EventHints, FlowHints, NullHints, StackedHints
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.options import VideoOptions
+from madiff_diffusers.video.planning import pipeline_digest
 from tests.conftest import moving_picture, two_processes
 from tests.processes import run_python, start_python
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
@@ -387,6 +391,28 @@ def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_
     with pytest.raises(VideoError, match="another job .*checkpoint differ"):
         interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, progress=False)
     assert interpolate_video(pipeline, film, tmp_path / "out.mp4", overwrite=True, progress=False).made == 23
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.register_to_config(default_num_inference_steps=3),
+        lambda pipe: pipe.register_to_config(guess_scale=2),
+        lambda pipe: pipe.register_to_config(default_hint_policy="start"),
+        lambda pipe: setattr(pipe, "hints", StackedHints([EventHints(pipe.i2e), FlowHints(fine=True)])),
+        lambda pipe: setattr(pipe, "hints", NullHints(pipe.hints.hint_channels)),
+        lambda pipe: setattr(pipe, "scheduler", DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)),
+    ],
+)
+def test_what_decides_the_frames_is_told_apart(pipeline, change):
+    pipeline.hints = StackedHints([EventHints(pipeline.i2e), FlowHints()])
+    before = pipeline_digest(pipeline)
+    assert pipeline_digest(pipeline) == before
+    change(pipeline)
+    assert pipeline_digest(pipeline) != before
+
+
+def test_parts_are_in_a_folder_of_their_own(pipeline, film, tmp_path):
     (tmp_path / "other.mp4.parts").mkdir()
     (tmp_path / "other.mp4.parts" / "precious.txt").write_text("not ours")
     with pytest.raises(VideoError, match="is needed for parts, but holds something else"):
@@ -441,6 +467,19 @@ def test_work_goes_on_with_fewer_pairs_at_once(pipeline, film, tmp_path):
     pipeline.vqvae.decoder.register_forward_hook(lambda module, inputs, output: batches.add(len(output[0])))
     result = interpolate_video(pipeline, film, tmp_path / "out.mp4", batch=1, resume=True, progress=False)
     assert batches == {1} and result.frames == 48
+
+
+def test_work_goes_on_within_the_memory_that_is_asked_for(pipeline, tmp_path):
+    """A limit that is given when work goes on is kept; without one, that of before."""
+    source = write_video(tmp_path / "in.mkv", drifting(2, 320, 320), range(2), Fraction(1, 25), codec="ffv1")
+    output = tmp_path / "out.mkv"
+    sizes = []
+    for options in ({}, {"max_memory": 2**30}, {}, {"batch": 3}, {}):
+        job = VideoJob(pipeline, source, output, VideoOptions(**options))
+        job.prepare(resume=True, overwrite=False)
+        plan = json.loads((job.folder / "job.json").read_text())
+        sizes.append((plan["tile_pixels"] is not None, plan["at_once"]))
+    assert sizes == [(False, 1), (True, 1), (True, 1), (True, 3), (True, 3)]
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ class VideoCommand(BaseCommand):
         command.add_argument(
             "--max-memory",
             metavar="SIZE",
-            help="memory that the process may take; frames too large for it are made in tiles (default: 8GiB)",
+            help="memory that the process may take; frames too large for it are made in tiles (default: 8GiB; on an NVIDIA GPU its free memory)",
         )
         command.add_argument(
             "--preview",

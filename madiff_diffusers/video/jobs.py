@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
@@ -24,7 +24,7 @@ from .errors import VideoError
 from .formats import container_of
 from .frame_times import ShownFrame
 from .interpolation import FrameInterpolator, FrameWindow, Pair
-from .memory import freed_memory_kept, pairs_that_fit, tile_pixels_for, tiled
+from .memory import USUAL_MEMORY, freed_memory_kept, pairs_that_fit, tile_pixels_for, tiled
 from .muxing import assemble, write_pictures
 from .notes import notes_on_pictures, notes_on_source
 from .options import VideoOptions
@@ -138,6 +138,7 @@ class VideoJob:
             raise VideoError(f"{self.folder} is needed for parts, but is no folder")
         plan = self.folder / "job.json"
         identity = work_identity(self.options, self.source, self.pipeline, self.encoding)
+        limits = {"max_memory": self.options.max_memory, "batch": self.options.batch}
         if plan.is_file() and (resume or not overwrite):
             before = json.loads(plan.read_text(encoding="utf-8"))
             others = [name for name, value in identity.items() if before.get(name) != value]
@@ -152,23 +153,31 @@ class VideoJob:
             if not others:
                 for leftover in self.folder.glob("*.tmp"):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                kept = before["limits"]
+                now = {name: kept[name] if value is None else value for name, value in limits.items()}
+                if now != kept:  # as after memory was too short
+                    write_text(plan, json.dumps({**identity, **self._sizes(now)}))
                 return
         elif not plan.is_file() and any(path.suffix != ".tmp" for path in self.folder.glob("*")):
             raise VideoError(f"{self.folder} is needed for parts, but holds something else")
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        pixels = self.analysis.size[0] * self.analysis.size[1]
         try:
-            steps, batch = self.options.steps, self.options.batch
-            tile_pixels = tile_pixels_for(self.pipeline, pixels, self.options.max_memory, steps, batch or 1)
-            if batch is None:
-                batch = 1 if tile_pixels else pairs_that_fit(self.pipeline, pixels, steps)
-            write_text(plan, json.dumps({**identity, "tile_pixels": tile_pixels, "at_once": batch}))
+            write_text(plan, json.dumps({**identity, **self._sizes(limits)}))
             self._try_encoding()
         except BaseException:
             shutil.rmtree(self.folder)
             raise
+
+    def _sizes(self, limits: dict[str, int | None]) -> dict[str, Any]:
+        """Tiles and pairs at once, the same for all parts and processes, and the limits that they are chosen by."""
+        pixels = self.analysis.size[0] * self.analysis.size[1]
+        steps, batch, max_memory = self.options.steps, limits["batch"], limits["max_memory"] or USUAL_MEMORY
+        tile_pixels = tile_pixels_for(self.pipeline, pixels, max_memory, steps, batch or 1)
+        if batch is None:
+            batch = 1 if tile_pixels else pairs_that_fit(self.pipeline, pixels, steps)
+        return {"limits": limits, "tile_pixels": tile_pixels, "at_once": batch}
 
     def _try_encoding(self) -> None:
         """Write a file of one frame, so that what an encoder or a kind of file refuses is found before the work."""
@@ -200,7 +209,7 @@ class VideoJob:
         """
         todo = [part for part in parts if not is_complete(self.path(part))]
         plan = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
-        tile_pixels, at_once = plan["tile_pixels"], self.options.batch or plan["at_once"]
+        tile_pixels, at_once = plan["tile_pixels"], plan["at_once"]
         interpolator = FrameInterpolator(self.pipeline, self.options.steps, self.options.seed, at_once)
         strip = None if preview is None else PreviewStrip(preview)
         made = 0

@@ -23,6 +23,7 @@ BESIDE_TENSORS = 2.5
 PROCESS_BYTES = 1.1e9  # Memory of a process that has made no frame: torch, and the weights of a small checkpoint.
 FRAME_BYTES = 250  # Memory for each pixel of frames that wait to be used or encoded, and of the encoder.
 WHOLE_BYTES = 200  # Memory for each pixel of motion hints and features, which are of the whole frame even with tiles.
+USUAL_MEMORY = 8 * 2**30  # Bytes that the process may take, where nothing else is said.
 MOST_PAIRS = 8  # Pairs of frames that are made at once of themselves.
 LARGEST_KEPT = 32 * 2**20  # Bytes: the largest block that glibc can be told to keep when larger ones are given back.
 
@@ -66,7 +67,11 @@ def free_gpu_bytes(device: torch.device) -> int:
 
 
 def tile_pixels_for(
-    pipeline: MADiffPipeline, pixels: int, max_memory: int, steps: int | None = None, at_once: int = 1
+    pipeline: MADiffPipeline,
+    pixels: int,
+    max_memory: int = USUAL_MEMORY,
+    steps: int | None = None,
+    at_once: int = 1,
 ) -> int | None:
     """
     Choose the size of tiles with which a process stays below a limit of memory; on a GPU, with which the networks fit into its own.

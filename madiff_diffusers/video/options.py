@@ -41,7 +41,8 @@ class VideoOptions:
         image_fps: frames a second of a source that is images; by default 24.
         steps, seed: number of sampling steps (the checkpoint's own by default), and seed of the noise.
         batch: the number of pairs of frames that are made at once; by default 1, and on an NVIDIA GPU as many as fit, 8 at the most.
-        max_memory: bytes that the process may take, as far as tiles can limit it; or text such as "6GiB".
+        max_memory: bytes that the process may take, as far as tiles can limit it, or text such as "6GiB"; by default 8 GiB. On an NVIDIA
+            GPU its free memory decides instead.
     """
 
     factor: int | None = None
@@ -62,7 +63,7 @@ class VideoOptions:
     steps: int | None = None
     seed: int = 0
     batch: int | None = None
-    max_memory: int | str = 8 * 2**30
+    max_memory: int | str | None = None
 
     def checked(self) -> "CheckedOptions":
         """
@@ -106,7 +107,7 @@ class VideoOptions:
         need("steps", options.steps is None or options.steps >= 1, "a positive integer")
         need("seed", 0 <= options.seed < 2**63, "in [0, 2^63)")
         need("batch", options.batch is None or 1 <= options.batch <= 64, "an integer from 1 to 64")
-        need("max_memory", options.max_memory >= 2**30, "at least 1 GiB")
+        need("max_memory", options.max_memory is None or options.max_memory >= 2**30, "at least 1 GiB")
         if factor is None and fps is None:
             return replace(options, factor=2 if slow_motion == 1 else ceil(slow_motion))
         return options
@@ -121,7 +122,7 @@ class CheckedOptions(VideoOptions):
     audio: str = "keep"
     max_gap: Fraction = Fraction(1)
     image_fps: Fraction | None = None
-    max_memory: int = 8 * 2**30
+    max_memory: int | None = None
 
     def rate_of(self, rate: Fraction) -> Fraction:
         """Frames a second of a result without `fps`, of a source of some rate."""

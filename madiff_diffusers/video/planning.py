@@ -5,11 +5,13 @@ import json
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 
 from .. import __version__
+from ..motion_hints import HintSource
 from ..pipeline_madiff import MADiffPipeline
 from ..scene_cuts import cuts_of_changes
 from .analysis import Analysis
@@ -126,11 +128,30 @@ def source_digest(source: Source) -> str:
 
 def pipeline_digest(pipeline: MADiffPipeline) -> str:
     """Digest of everything that decides what frames a pipeline makes."""
-    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, ModelMixin):
-            digest.update(json.dumps(dict(component.config), sort_keys=True, default=str).encode())
-            for key, tensor in sorted(component.state_dict().items()):
+    digest = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        """Take in a network, with its weights, or settings."""
+        if isinstance(value, ModelMixin):
+            add(name, dict(value.config))
+            for key, tensor in sorted(value.state_dict().items()):
                 digest.update(f"{name}.{key}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(f"{name} {json.dumps(value, sort_keys=True, default=str)}".encode())
+
+    def add_hints(source: HintSource) -> None:
+        add(f"{type(source).__module__}.{type(source).__qualname__}", dict(getattr(source, "config", None) or {}))
+        for name, value in sorted(vars(source).items()):
+            if isinstance(value, ModelMixin):
+                add(name, value)
+        for each in getattr(source, "sources", []):
+            add_hints(each)
+
+    add("pipeline", {name: value for name, value in pipeline.config.items() if not name.startswith("_")})
+    add("scheduler", dict(pipeline.scheduler.config))
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, ModelMixin):
+            add(name, component)
+    add_hints(pipeline.hints)
     return digest.hexdigest()
