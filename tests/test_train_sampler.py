@@ -100,6 +100,29 @@ def test_crops_are_kept_with_their_hints(clips, tmp_path):
         CropCache(str(tmp_path), CPU)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "`output` must not be there yet"),
+        ({"count": 0}, "`count` must be a positive integer, but is 0"),
+        ({"size": 999}, "`data` must have videos whose frames are at least 999 pixels"),
+        ({"count": 10**12}, "`output` must lie where .* GiB are free"),
+        ({"hint_source": "not_there"}, "not_there"),
+    ],
+)
+def test_crops_that_cannot_be_made_leave_what_is_there(clips, tmp_path, arguments, message):
+    output = tmp_path / ("new" if arguments else "kept")
+    if not arguments:
+        output.mkdir()
+        (output / "frames.npy").write_bytes(b"precious")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        write_crops(str(clips), output, **{"count": 1, "size": 56, **arguments})
+    assert sorted(tmp_path.rglob("*")) == before
+    if not arguments:
+        assert (output / "frames.npy").read_bytes() == b"precious"
+
+
 def test_flow_of_composed_scenes_is_exact(bank):
     """Where the layer on top is seen in a neighbour, too, warping that along the flow gives the middle frame."""
     scenes, flow = composed(bank, 8, 48, layers=0, generator=generator(1))
@@ -117,7 +140,7 @@ def test_flow_of_composed_scenes_is_exact(bank):
 
 
 def test_a_folder_without_videos_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`data`: no video in"):
+    with pytest.raises(ValueError, match="`data` must have videos whose frames are at least 32 pixels"):
         FrameBank(str(tmp_path), CPU, 32)
 
 
@@ -262,6 +285,11 @@ def test_hints_can_be_trained_first_and_alone(config, clips, tmp_path):
     done = train(config, clips, tmp_path / "start", "--max_train_steps", "1")
     assert done.returncode == 0, done.stderr
     init = ["--init", str(tmp_path / "start" / "pipeline")]
+    changed = yaml.safe_load(config.read_text())
+    changed["vqvae"]["news_threshold"] = 0.3
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+    done = train(tmp_path / "changed.yaml", clips, tmp_path / "other", *init)
+    assert done.returncode == 2 and "`news_threshold` of vqvae must be 0.3, as configured, but is 0.1" in done.stderr
     for name, share in (("alone", "1"), ("first", "0.5")):
         done = train(config, clips, tmp_path / name, *init, "--hints_until", share)
         assert done.returncode == 0, done.stderr
@@ -286,6 +314,8 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     assert index["hint_source"] == "fine_flow" and index["hint_model"] == [None, None]
     done = train(config, crops, tmp_path / "other", "--hints_until", "0.5")
     assert done.returncode == 2 and "`hints_until` must be 0 with crops" in done.stderr
+    done = train(config, crops, tmp_path / "other", "--layers", "2")
+    assert done.returncode == 2 and "`layers` is not used with crops" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -295,6 +325,7 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
         (["--dataloader_num_workers", "3"], "`dataloader_num_workers` is not used by this stage"),
         (["--data", "stills:photos"], "`data` must be one folder of videos or of crops"),
         (["--latent_shares", "[1, 0]"], "--latent_shares must be 3 numbers"),
+        (["--config", "tiny"], "`config` must be one with `news_latents`"),
     ],
 )
 def test_bad_options_are_one_line(config, clips, tmp_path, flags, message):

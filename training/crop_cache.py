@@ -9,14 +9,18 @@ are not read again. `training.train_sampler --data crops:OUTPUT` trains on them.
 
 import argparse
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from madiff_diffusers.files import filled_folder
 from madiff_diffusers.hint_registry import build_hint_source
 from training.frame_bank import FrameBank
+from training.options import one_line_errors
 
 
 FILES = {"frames": np.uint8, "hints": np.float16, "time": np.float32}
@@ -82,31 +86,46 @@ def write_crops(
     candidates: int = 4,
     seed: int = 0,
 ) -> None:
-    """Write a folder of crops. `crops.json` comes last: without it, the folder is not complete."""
+    """Write a folder of crops; it is there when it is complete.
+
+    Raises:
+        ValueError: if it is there already, or cannot be made of that.
+    """
+    if output.exists():
+        raise ValueError(f"`output` must not be there yet, but {output} is.")
+    for name, value in (("count", count), ("size", size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be a positive integer, but is {value}.")
+    source = build_hint_source(hint_source)
+    if source.hint_channels != 2:
+        raise ValueError(f"`hint_source` must be optical flow alone, such as fine_flow, but is {hint_source}.")
+    shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
+    needed = sum(math.prod(shapes[name]) * np.dtype(dtype).itemsize for name, dtype in FILES.items())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if needed > shutil.disk_usage(output.parent).free:
+        raise ValueError(f"`output` must lie where {needed / 2**30:.1f} GiB are free, but is {output}.")
     cpu = torch.device("cpu")
     generator = torch.Generator().manual_seed(seed)
     bank = FrameBank(clips, cpu, size)
-    source = build_hint_source(hint_source)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "crops.json").unlink(missing_ok=True)
-    shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
-    files = {
-        name: np.lib.format.open_memmap(output / f"{name}.npy", "w+", dtype, shapes[name])
-        for name, dtype in FILES.items()
-    }
-    for number in range(count):
-        drawn = bank.triplets(1, size, gaps, any_time, candidates, generator)
-        time = drawn["time"].item()
-        hints = source.start(drawn["frame_prev"], drawn["frame_next"], time)
-        frames = torch.cat([drawn[name] for name in ("frame_prev", "frame_mid", "frame_next")])
-        files["frames"][number] = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        files["hints"][number] = torch.cat(hints, dim=1)[0].numpy()
-        files["time"][number] = time
-        if number % 500 == 0:
-            print(f"{number} of {count}", flush=True)
-    for file in files.values():
-        file.flush()
-    (output / "crops.json").write_text(json.dumps({"hint_source": hint_source, "clips": clips, "seed": seed}))
+    with filled_folder(output) as folder:
+        files = {
+            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name])
+            for name, dtype in FILES.items()
+        }
+        for number in range(count):
+            drawn = bank.triplets(1, size, gaps, any_time, candidates, generator)
+            time = drawn["time"].item()
+            hints = source.start(drawn["frame_prev"], drawn["frame_next"], time)
+            frames = torch.cat([drawn[name] for name in ("frame_prev", "frame_mid", "frame_next")])
+            files["frames"][number] = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            files["hints"][number] = torch.cat(hints, dim=1)[0].numpy()
+            files["time"][number] = time
+            if number % 500 == 0:
+                print(f"{number} of {count}", flush=True)
+        for file in files.values():
+            file.flush()
+        about = {"hint_source": hint_source, "clips": clips, "seed": seed}
+        (folder / "crops.json").write_text(json.dumps(about))
 
 
 def main() -> None:
@@ -122,4 +141,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -46,7 +46,9 @@ class FrameBank:
         with ThreadPoolExecutor() as pool:
             clips = [clip for clip in pool.map(_decode, paths) if clip and min(clip[0].shape[:2]) >= least]
         if not clips:
-            raise ValueError(f"`data`: no video in {folder!r} can be read and has frames of {least} pixels or more.")
+            raise ValueError(
+                f"`data` must have videos whose frames are at least {least} pixels high and wide, but {folder!r} has none that can be read."
+            )
         self.device = device
         shapes, bases, scenes, base = [], [], [], 0
         total = sum(len(clip) * clip[0].shape[0] * clip[0].shape[1] for clip in clips)

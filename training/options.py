@@ -262,7 +262,7 @@ def parse_options(options_class: type, stage: str, argv: list[str] | None, descr
     parser = argparse.ArgumentParser(
         description=description, epilog=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, help="paper, compact, tiny, or the path of a YAML file")
+    parser.add_argument("--config", required=True, help="paper, compact, tiny, motion, or the path of a YAML file")
     types = typing.get_type_hints(options_class)
     for name, field in fields.items():
         text = "; ".join(filter(None, (field.metadata["help"], str(field.metadata["allowed"]))))

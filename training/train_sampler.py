@@ -16,6 +16,7 @@ resume, run the same command again.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -316,37 +317,66 @@ def warp_errors(batch: dict[str, torch.Tensor], flow: torch.Tensor) -> torch.Ten
     return F.avg_pool2d(torch.cat(errors, dim=1), 5, stride=1, padding=2)
 
 
-def check_data(options: SamplerOptions) -> tuple[str, str]:
+def check_data(options: SamplerOptions, config: dict[str, Any]) -> tuple[str, str]:
     """Whether the options name `videos` or `crops`, and their folder.
 
     Raises:
-        ValueError: for data of another kind, or an option that this stage does not use.
+        ValueError: for data of another kind, an option that this stage does not use, or a configuration that it cannot train.
     """
+    if not config["vqvae"].get("news_latents"):
+        raise ValueError(f"`config` must be one with `news_latents`, such as motion.")
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    for name in UNUSED:
-        if getattr(options, name) != defaults[name]:
-            raise ValueError(
-                f"`{name}` is not used by this stage and must be {defaults[name]!r}, but is {getattr(options, name)!r}."
-            )
+
+    def refuse(names: Sequence[str], where: str) -> None:
+        for name in names:
+            if getattr(options, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}` is not used {where} and must be {defaults[name]!r}, but is {getattr(options, name)!r}."
+                )
+
+    refuse(UNUSED, "by this stage")
     sources = parse_sources(options.data)
     if len(sources) != 1 or sources[0][0] not in ("videos", "crops"):
         raise ValueError(f"`data` must be one folder of videos or of crops in this stage, but is {options.data!r}.")
     kind, folder, _ = sources[0]
-    if kind == "crops" and options.hints_until:
-        raise ValueError(f"`hints_until` must be 0 with crops, which have their hints, but is {options.hints_until}.")
+    if kind == "crops":
+        configured = config.get("train_sampler", {})  # which may be for videos, too
+        defaults.update({name: tuple(each) if isinstance(each, list) else each for name, each in configured.items()})
+        refuse(("composed_share", "layers", "scales"), "with crops")
+        if options.hints_until:
+            raise ValueError(
+                f"`hints_until` must be 0 with crops, which have their hints, but is {options.hints_until}."
+            )
+    elif config["hint_source"] != "model":
+        raise ValueError(
+            f"`hint_source` must be model in the configuration where `data` is videos, but is {config['hint_source']}; others make crops "
+            "first (training.crop_cache)."
+        )
     return kind, folder
 
 
 def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel | None, VQMAGANModel, UNet2DModel]:
+    """The networks of a configuration, with the weights of the pipeline in the folder `init` if there is one.
+
+    Raises:
+        ValueError: if these are of another configuration.
+    """
     learned = config["hint_source"] == "model"
-    if init:
-        return (
-            MotionHintModel.from_pretrained(init, subfolder="hint_model") if learned else None,
-            VQMAGANModel.from_pretrained(init, subfolder="vqvae"),
-            UNet2DModel.from_pretrained(init, subfolder="unet"),
-        )
-    hint_model = MotionHintModel(**config["hint_model"]) if learned else None
-    return hint_model, VQMAGANModel(**config["vqvae"]), UNet2DModel(**config["unet"])
+    classes = {"hint_model": MotionHintModel if learned else None, "vqvae": VQMAGANModel, "unet": UNet2DModel}
+    parts = []
+    for name, kind in classes.items():
+        if kind is None:
+            parts.append(None)
+        elif not init:
+            parts.append(kind(**config[name]))
+        else:
+            part = kind.from_pretrained(init, subfolder=name)
+            for key, value in config[name].items():
+                found = part.config[key]
+                if (list(found) if isinstance(found, tuple) else found) != value:
+                    raise ValueError(f"`init`: `{key}` of {name} must be {value!r}, as configured, but is {found!r}.")
+            parts.append(part)
+    return tuple(parts)
 
 
 def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
@@ -397,7 +427,7 @@ def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork
 
 def main(argv: list[str] | None = None) -> None:
     options, config = parse_options(SamplerOptions, "train_sampler", argv, __doc__)
-    kind, folder = check_data(options)
+    kind, folder = check_data(options, config)
     trainer = Trainer(options, "pipeline")
     device = trainer.accelerator.device
     cache = None
