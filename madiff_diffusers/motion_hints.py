@@ -7,6 +7,7 @@ are RGB, `(B, 3, H, W)` in `[-1, 1]`. An instant is a time in (0, 1): 0 is the p
 """
 
 import importlib.util
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -230,17 +231,32 @@ class StackedHints:
     def device_bound(self) -> bool:
         return all(getattr(source, "device_bound", False) for source in self.sources)
 
-    def _stack(self, ask: Callable[[HintSource], HintPair]) -> HintPair:
+    def _stack(self, ask: Callable[[HintSource, slice], HintPair]) -> HintPair:
+        """What is asked of each source, given the channels that are its own."""
+        ends = [*itertools.accumulate((source.hint_channels for source in self.sources), initial=0)]
+        channels = [slice(*each) for each in itertools.pairwise(ends)]
         # The last is asked first: flow, which comes last in checkpoints, needs most memory on its way and leaves least.
-        pairs = [ask(source) for source in reversed(self.sources)][::-1]
+        pairs = [ask(*each) for each in reversed([*zip(self.sources, channels)])][::-1]
         hints_prev, hints_next = zip(*pairs)
         return torch.cat(hints_prev, dim=1), torch.cat(hints_next, dim=1)
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
-        return self._stack(lambda source: source.start(frame_prev, frame_next, time))
+        return self._stack(lambda source, _: source.start(frame_prev, frame_next, time))
 
-    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
-        return self._stack(lambda source: source.from_guess(frame_prev, frame_mid, frame_next))
+    def from_guess(
+        self,
+        frame_prev: torch.Tensor,
+        frame_mid: torch.Tensor,
+        frame_next: torch.Tensor,
+        hints: HintPair | None = None,
+    ) -> HintPair:
+        """Each source's hints, from those on that were known before where they are given and it goes on from hints."""
+
+        def ask(source: HintSource, channels: slice) -> HintPair:
+            known = () if hints is None or not goes_on(source) else ((hints[0][:, channels], hints[1][:, channels]),)
+            return source.from_guess(frame_prev, frame_mid, frame_next, *known)
+
+        return self._stack(ask)
 
 
 class NullHints:
@@ -256,6 +272,11 @@ class NullHints:
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         return self.start(frame_prev, frame_next)
+
+
+def goes_on(source: HintSource) -> bool:
+    """Whether a source finds hints of a guess from those on that were known before, as networks do: its `from_guess` takes them, too."""
+    return isinstance(source, ModelHints) or isinstance(source, StackedHints) and any(map(goes_on, source.sources))
 
 
 def together(pairs: Sequence[HintPair]) -> HintPair:

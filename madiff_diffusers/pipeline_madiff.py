@@ -28,7 +28,7 @@ from .hint_registry import build_hint_source, check_hint_source
 from .hub_repository import upload_repository as upload_repository
 from .image_processor import FrameInput, FrameProcessor, check_same_size
 from .model_cards import model_card as model_card
-from .motion_hints import HintSource, ModelHints, damp_hints, together
+from .motion_hints import HintSource, damp_hints, goes_on, together
 from .optical_flow import dis_flow as dis_flow
 from .pipeline_files import CheckpointPipeline
 from .pipeline_inputs import (
@@ -426,17 +426,17 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
                 if coder.tells_news:  # which are as much smaller, too
                     coarse_latents = coarse_latents / scale
                 guess = coder.decode(coarse_prev, coarse_next, coarse_latents, known, instants)
-                continued = (known,) if isinstance(hint_source, ModelHints) else ()
                 number, size = 1 + i // sampling.hint_interval, hints[0].shape[-2:]
                 damped, smaller = sampling.hint_policy == "damped" and number > 1, known[0].shape[-2:] != size
                 # Hints are the largest tensors here: those that nothing reads any more go before others come.
                 before = (hints, known) if damped or smaller else None
+                continued = (known,) if goes_on(hint_source) else ()
                 del hints, known
                 refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
                 hints = coder.resize_hints(refined, size) if before is None else coder.detailed(*before, refined)
                 if before is not None and damped:
                     hints = damp_hints(before[0], hints, number)
-                del refined, before
+                del refined, before, continued
 
             # 4.3 the caller's turn, frame by frame
             if sampling.callback is not None:

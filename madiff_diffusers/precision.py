@@ -12,8 +12,9 @@ def fastest_dtype(device: str | torch.device) -> torch.dtype:
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     if kind == "cuda":
-        # Without emulation, which is slower than float16.
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        # Without emulation, which is slower than float16. What is asked is asked of the current GPU.
+        with torch.cuda.device(torch.device(device)):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
 
 

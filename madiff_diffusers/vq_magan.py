@@ -810,6 +810,12 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             raise ValueError(
                 "`compare_warps` and `still_threshold` need `warp_frames=True`: they are for the last warp."
             )
+        if still_threshold < 0:
+            raise ValueError(f"`still_threshold` must be at least 0, but is {still_threshold}.")
+        if news_threshold < 0 or news_threshold > 0 and not news_latents:
+            raise ValueError(
+                f"`news_threshold` must be at least 0, and 0 without `news_latents`, but is {news_threshold}."
+            )
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         if news_latents:
             if (

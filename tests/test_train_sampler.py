@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY, moving_picture
 from tests.processes import run_python
 from training.crop_cache import CropCache, write_crops
 from training.frame_bank import FrameBank, augment, composed
-from training.train_sampler import distance, disturbed
+from training.train_sampler import distance, disturbed, easiness
 
 
 CPU = torch.device("cpu")
@@ -121,6 +121,14 @@ def test_crops_that_cannot_be_made_leave_what_is_there(clips, tmp_path, argument
     assert sorted(tmp_path.rglob("*")) == before
     if not arguments:
         assert (output / "frames.npy").read_bytes() == b"precious"
+
+
+def test_what_is_easy_counts_as_much_as_it_is_easy():
+    errors = torch.tensor([0.03, 0.08]).view(2, 1, 1, 1).expand(2, 2, 8, 8)
+    assert torch.allclose(easiness(errors, 0.0), torch.ones(2))
+    assert torch.allclose(
+        easiness(errors, 1.0), torch.tensor([4 / 3, 2 / 3])
+    )  # 0.05 and 0.1 with the 0.02 that are added
 
 
 def test_flow_of_composed_scenes_is_exact(bank):

@@ -324,7 +324,7 @@ def check_data(options: SamplerOptions, config: dict[str, Any]) -> tuple[str, st
         ValueError: for data of another kind, an option that this stage does not use, or a configuration that it cannot train.
     """
     if not config["vqvae"].get("news_latents"):
-        raise ValueError(f"`config` must be one with `news_latents`, such as motion.")
+        raise ValueError("`config` must be one with `news_latents`, such as motion.")
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
 
     def refuse(names: Sequence[str], where: str) -> None:
