@@ -74,6 +74,8 @@ def peer(tmp_path) -> Path:
         "    if time != 0.5:\n"
         "        open('times', 'a').write(f'{time}\\n')\n"
         "    return prev\n"
+        "def told(prev, next, time):\n"
+        "    return at(prev, next, time)\n"
         "def truth(prev, next, time=0.5):\n"
         "    from madiff_diffusers.evaluation.smoothness import pan\n"
         "    open('pans', 'a').write('call\\n')\n"
@@ -191,7 +193,7 @@ def test_several_instants(septuplets, peer, monkeypatch, capsys):
         "-o",
         "out",
     ]
-    assert main([*options, "--skip", "5", "--method", "flow", "peers:at", "--batch-size", "3"]) == 0
+    assert main([*options, "--skip", "5", "--method", "flow", "peers:at", "peers:told", "--batch-size", "3"]) == 0
     printed = capsys.readouterr().out
     runs = {run["label"]: run for run in results(peer / "out")}
     assert {run["benchmark"] for run in runs.values()} == {"vimeo-septuplet-skip-5"}

@@ -420,6 +420,28 @@ def test_a_part_must_lie_within_the_features(pipeline):
             pipeline.vqvae.decode(latents, *features, *hints, origin=origin)
 
 
+class ZoomFlow(RIFEFlowModel):
+    """A network that is exact for two frames of which the second is larger by a fifth around the middle."""
+
+    def flow_and_mask(self, frame_prev, frame_next, time=0.5):
+        batch, _, height, width = frame_prev.shape
+        y, x = torch.meshgrid(
+            torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij"
+        )
+        onward = 0.2 * torch.stack([x, y])[None].expand(batch, -1, -1, -1) / (1 + 0.2 * time)
+        return torch.cat([-time * onward, (1 - time) * onward], dim=1), onward[:, :1]
+
+
+def test_flow_of_a_guess_is_seen_from_the_guess():
+    frames = [torch.zeros(1, 3, 64, 96) for _ in range(3)]
+    network = ZoomFlow(channels=(8, 8, 8, 8))
+    expected = (
+        1.1 * network(*frames[:2], 0.5)[1] * 2
+    )  # 0.2 of the way from the middle, at each pixel of the first frame
+    for flow in network.refine(*frames):
+        assert torch.allclose(flow[..., 8:-8, 12:-12], expected[..., 8:-8, 12:-12], atol=0.01)
+
+
 def test_known_hints_reach_a_network_beside_other_sources(pipeline):
     model = pipeline.hint_model
     frames = [torch.rand(1, 3, 32, 32) * 2 - 1 for _ in range(3)]

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,9 @@ from safetensors.torch import load_file
 from madiff_diffusers import MADiffPipeline, RIFEFlowModel
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
-from tests.conftest import REPOSITORY, moving_picture
+from tests.conftest import REPOSITORY, moving_picture, two_processes
 from tests.processes import run_python
+from tests.video_files import drifting, write_video
 from training.crop_cache import CropCache, write_crops
 from training.frame_bank import FrameBank, augment, composed
 from training.train_sampler import distance, disturbed, easiness
@@ -105,7 +109,7 @@ def test_crops_are_kept_with_their_hints(clips, tmp_path):
     [
         ({}, "`output` must not be there yet"),
         ({"count": 0}, "`count` must be a positive integer, but is 0"),
-        ({"size": 999}, "`data` must have videos whose frames are at least 999 pixels"),
+        ({"size": 999}, "`data` must have videos of three frames or more that are at least 999 pixels"),
         ({"count": 10**12}, "`output` must lie where .* GiB are free"),
         ({"hint_source": "not_there"}, "not_there"),
     ],
@@ -147,8 +151,22 @@ def test_flow_of_composed_scenes_is_exact(bank):
     assert ((layered["time"] > 0) & (layered["time"] < 1)).all()
 
 
+def test_clips_too_short_to_learn_from_are_left_out(clips, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(clips, folder)
+    write_video(folder / "zz.mp4", drifting(2, 64, 96), range(2), Fraction(1, 25))
+    mixed, whole = FrameBank(str(folder), CPU, least=48), FrameBank(str(clips), CPU, least=48)
+    assert torch.equal(mixed.textures(20, 48, generator()), whole.textures(20, 48, generator()))
+    for path in folder.iterdir():
+        path.unlink() if path.name != "zz.mp4" else None
+    with pytest.raises(ValueError, match="`data` must have videos of three frames or more"):
+        FrameBank(str(folder), CPU, least=48)
+
+
 def test_a_folder_without_videos_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`data` must have videos whose frames are at least 32 pixels"):
+    with pytest.raises(
+        ValueError, match="`data` must have videos of three frames or more that are at least 32 pixels"
+    ):
         FrameBank(str(tmp_path), CPU, 32)
 
 
@@ -239,11 +257,11 @@ def test_it_trains_validates_exports_and_resumes_exactly(config, clips, tmp_path
         "--validation_crop",
         "64",
     ]
-    flags += ["--validation_steps", "6"]
+    flags += ["--validation_steps", "6", "--revive_every", "3"]
     done = train(config, clips, tmp_path / "whole", *flags)
     assert done.returncode == 0, done.stderr
-    done = train(config, clips, tmp_path / "parts", *flags, "--stop_step", "4")
-    assert done.returncode == 0 and "stopped at step 4" in done.stdout, done.stderr
+    done = train(config, clips, tmp_path / "parts", *flags, "--stop_step", "2")
+    assert done.returncode == 0 and "stopped at step 2" in done.stdout, done.stderr
     done = train(config, clips, tmp_path / "parts", *flags)
     assert done.returncode == 0, done.stderr
     whole, parts = (weights(tmp_path / name / "pipeline") for name in ("whole", "parts"))
@@ -269,6 +287,30 @@ def test_it_trains_validates_exports_and_resumes_exactly(config, clips, tmp_path
     assert done.returncode == 0, done.stderr
 
 
+def test_all_processes_have_one_codebook(config, clips, tmp_path):
+    """Codes that none of them used are moved to the same latents in each."""
+    script = (
+        "import sys; from training import train_sampler, codes; from pathlib import Path; import torch\n"
+        "note = codes.CodeUsage.note\n"
+        "def noted(self, *arguments):\n"
+        "    note(self, *arguments)\n"
+        "    rank = self.trainer.accelerator.process_index\n"
+        "    torch.save(self.codebook.detach().clone(), Path(sys.argv[-1]) / f'codes{rank}.pt')\n"
+        "codes.CodeUsage.note = noted\n"
+        "train_sampler.main(sys.argv[1:-1])\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    arguments = command(config, clips, tmp_path / "run", "--revive_every", "2")[3:]
+    launcher = two_processes(["training.train_sampler"])[:-2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
+    done = run_python(
+        [*launcher, str(tmp_path / "script.py"), *arguments, str(tmp_path)], cwd=REPOSITORY, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"codes{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first, second)
+
+
 def test_a_time_limit_ends_it_with_its_schedule(config, clips, tmp_path):
     done = train(
         config,
@@ -286,6 +328,20 @@ def test_a_time_limit_ends_it_with_its_schedule(config, clips, tmp_path):
         rows = list(csv.DictReader(file))
     rates = [float(row["learning_rate"]) for row in rows]
     assert 1 < len(rows) < 2000 and rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0]
+    done = train(
+        config,
+        clips,
+        tmp_path / "run",
+        "--max_train_steps",
+        "100000",
+        "--time_limit",
+        "0.05",
+        "--lr_warmup_steps",
+        "0",
+    )
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        assert [*csv.DictReader(file)] == rows, "it had come to its end"
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
@@ -333,6 +389,7 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
         (["--dataloader_num_workers", "3"], "`dataloader_num_workers` is not used by this stage"),
         (["--data", "stills:photos"], "`data` must be one folder of videos or of crops"),
         (["--latent_shares", "[1, 0]"], "--latent_shares must be 3 numbers"),
+        (["--latent_shares", "[0, 0, 0]"], "`latent_shares` must be shares, not all of them zero"),
         (["--config", "tiny"], "`config` must be one with `news_latents`"),
     ],
 )

@@ -758,6 +758,18 @@ def test_wider_layers_start_where_the_narrow_ones_ended(tiny):
     with torch.no_grad():
         assert torch.allclose(wide(*frames, *hints).sample, trained(*frames, *hints).sample, atol=1e-5)
     assert wide.config.scaling_factor == 0.5
+    alone = VQMAGANModel(**{**tiny["vqvae"], "match_neighbours": False})
+    for parameter in alone.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    matching = VQMAGANModel(**tiny["vqvae"])
+    start_from(matching, alone)
+    told = VQMAGANModel(**{**tiny["vqvae"], "hint_channels": tiny["vqvae"]["hint_channels"] + 3})
+    start_from(told, trained)
+    more = torch.cat([torch.zeros(2, 2, 3, 32, 32), hints], dim=2)  # flow stays last
+    with torch.no_grad():
+        expected = trained(*frames, *hints).sample
+        assert torch.allclose(matching(*frames, *hints).sample, alone(*frames, *hints).sample, atol=1e-5)
+        assert torch.allclose(told(*frames, *more).sample, expected, atol=1e-5)
     for other, message in (
         ({"refine_channels": tiny["vqvae"]["refine_channels"] + 4}, "`init` has .* for decoder.head.refine"),
         ({"refine_channels": 0}, "`init` has decoder.head.refine"),

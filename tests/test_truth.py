@@ -42,6 +42,29 @@ def test_hints_of_the_training_of_a_denoiser_know_the_truth_by_its_share_alone(p
     hook.remove()
 
 
+class OneTensor:
+    """A source whose start hints are one tensor for both neighbours."""
+
+    hint_channels = 2
+
+    def __init__(self):
+        self.start_hints = torch.zeros(2, 2, 64, 96)
+
+    def start(self, frame_prev, frame_next, time=0.5):
+        return self.start_hints, self.start_hints
+
+    def from_guess(self, frame_prev, frame_mid, frame_next):
+        return self.start_hints - 3, self.start_hints + 3
+
+
+def test_hints_of_a_source_are_not_written_into(pipeline):
+    source = OneTensor()
+    prev, next_ = draw_hints(
+        pipeline.vqvae, source, batch_of(0.0), 1.0, 0.0, 1, False, torch.Generator().manual_seed(0)
+    )
+    assert (prev == -3).all() and (next_ == 3).all() and not source.start_hints.any()
+
+
 @pytest.mark.parametrize("two_steps", [False, True])
 def test_a_denoiser_of_news_sees_the_truth_in_its_noisy_latents_alone(tiny_news, two_steps):
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ A loader that decodes and crops on the CPU gives a few dozen samples a second; a
 device as uint8, and a batch is one gather: crops of three frames, chosen by how much moves in them.
 """
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,24 +45,27 @@ class FrameBank:
     def __init__(self, folder: str, device: torch.device, least: int):
         paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
         with ThreadPoolExecutor() as pool:
-            clips = [clip for clip in pool.map(_decode, paths) if clip and min(clip[0].shape[:2]) >= least]
+            decoded = [clip for clip in pool.map(_decode, paths) if clip and min(clip[0].shape[:2]) >= least]
+        edges = [[0, *find_cuts(clip), len(clip)] for clip in decoded]
+        stretches = [[each for each in itertools.pairwise(cuts) if each[1] - each[0] >= 3] for cuts in edges]
+        clips = [(clip, found) for clip, found in zip(decoded, stretches) if found]
         if not clips:
             raise ValueError(
-                f"`data` must have videos whose frames are at least {least} pixels high and wide, but {folder!r} has none that can be read."
+                f"`data` must have videos of three frames or more that are at least {least} pixels high and wide, but {folder!r} has none "
+                "that can be read."
             )
         self.device = device
         shapes, bases, scenes, base = [], [], [], 0
-        total = sum(len(clip) * clip[0].shape[0] * clip[0].shape[1] for clip in clips)
+        total = sum(len(clip) * clip[0].shape[0] * clip[0].shape[1] for clip, _ in clips)
         self.pixels = torch.empty(total, 3, dtype=torch.uint8, device=device)
-        for number, clip in enumerate(clips):
+        for number, (clip, found) in enumerate(clips):
             height, width = clip[0].shape[:2]
             frames = torch.from_numpy(np.stack(clip)).view(-1, 3)
             self.pixels[base : base + len(frames)] = frames.to(device)
             shapes.append((height, width))
             bases.append(base)
             base += len(frames)
-            edges = [0, *find_cuts(clip), len(clip)]
-            scenes += [(number, first, last) for first, last in zip(edges[:-1], edges[1:]) if last - first >= 3]
+            scenes += [(number, *each) for each in found]
         self.count = len(clips)
         self.shapes = torch.tensor(shapes, device=device)
         self.bases = torch.tensor(bases, device=device)
@@ -112,7 +116,7 @@ class FrameBank:
         return self._crops(clip, frame, top, left, size)
 
     def _scene_of(self, clip: torch.Tensor) -> torch.Tensor:
-        """The first scene of each clip that has one, else any."""
+        """The first scene of each clip."""
         return (self.scenes[:, 0][None] == clip[:, None]).float().argmax(dim=1)
 
     def triplets(

@@ -49,7 +49,8 @@ def draw_hints(
     start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave, `damped` or not.
     """
     prev, mid, next_, time = batch["frame_prev"], batch["frame_mid"], batch["frame_next"], batch["time"]
-    hints_prev, hints_next = start_hints(source, prev, next_, time)
+    # Written into below: what a source gives may be one tensor for both, or its own.
+    hints_prev, hints_next = (each.clone() for each in start_hints(source, prev, next_, time))
     # Counts are drawn rather than each sample's fate, so that a batch comes in two sizes at most: for convolutions,
     # every new size is a new kernel to be made.
     order = torch.randperm(len(mid), generator=generator).to(mid.device)

@@ -32,6 +32,7 @@ from madiff_diffusers.motion_hints import HintSource
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 from madiff_diffusers.warping import warp
+from training.codes import CodeUsage
 from training.crop_cache import CropCache
 from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
@@ -55,8 +56,6 @@ UNUSED = (
     "ema_decay",
 )
 
-TEACHER_INSTANT = 0.05  # a flow from the first of two frames is what leads on from an instant after it
-
 
 @dataclasses.dataclass
 class SamplerOptions(RunOptions):
@@ -67,7 +66,10 @@ class SamplerOptions(RunOptions):
     adam_betas: tuple[float, ...] = option((0.9, 0.99), "of AdamW", least=0, less_than=1, count=2)
     adam_weight_decay: float = option(1e-4, "of AdamW", least=0)
     composed_share: float = option(
-        0.4, "share of samples composed of pieces of frames, with exact flow", least=0, most=1
+        0.4,
+        "share of samples composed of pieces of frames, with exact flow; a sample of each batch at least is a clip's",
+        least=0,
+        most=1,
     )
     layers: int = option(5, "pieces of a composed scene, beside its background", least=1)
     scales: tuple[float, ...] = option(
@@ -303,7 +305,7 @@ class Teacher:
         prev, mid, next_ = (
             F.avg_pool2d(each, 2).contiguous(memory_format=torch.channels_last) for each in (prev, mid, next_)
         )
-        _, flow = self.network(torch.cat([mid, mid]), torch.cat([prev, next_]), TEACHER_INSTANT)
+        flow = self.network.flow_to(torch.cat([mid, mid]), torch.cat([prev, next_]))
         flow = 2 * F.interpolate(flow.float(), scale_factor=2.0, mode="bilinear", align_corners=False)
         return torch.cat(flow.chunk(2), dim=1)
 
@@ -325,6 +327,10 @@ def check_data(options: SamplerOptions, config: dict[str, Any]) -> tuple[str, st
     """
     if not config["vqvae"].get("news_latents"):
         raise ValueError("`config` must be one with `news_latents`, such as motion.")
+    if sum(options.latent_shares) == 0:
+        raise ValueError(
+            f"`latent_shares` must be shares, not all of them zero, but is {list(options.latent_shares)}."
+        )
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
 
     def refuse(names: Sequence[str], where: str) -> None:
@@ -469,6 +475,8 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.accelerator.is_main_process:
             pipeline.save_pretrained(folder)
 
+    codes = CodeUsage(trainer, bare.vqvae, options.revive_every or options.log_steps, revives=options.revive_every > 0)
+    trainer.register(codes)
     trainer.set_export(export)
     if options.validation:
         validate(trainer, pipeline, bare, lpips)
@@ -482,9 +490,7 @@ def main(argv: list[str] | None = None) -> None:
     bank = FrameBank(folder, device, max(max(sizes), options.resolution)) if cache is None else None
     latent_size = options.resolution // bare.vqvae.downsample_factor
     count = options.train_batch_size
-    made = 0 if bank is None else round(options.composed_share * count)
-    codebook = bare.vqvae.quantize.embedding.weight
-    used = torch.zeros(len(codebook), dtype=torch.bool, device=device)
+    made = 0 if bank is None else min(round(options.composed_share * count), count - 1)  # a clip's at least
 
     # 3. loop
     for passed in trainer.steps(options.time_limit):
@@ -494,7 +500,8 @@ def main(argv: list[str] | None = None) -> None:
         two_steps = (
             not hints_only
             and passed >= options.two_steps_from
-            and trainer.progress.step % max(round(1 / max(options.two_step_share, 1e-6)), 1) == 0
+            and int((trainer.progress.step + 1) * options.two_step_share)
+            > int(trainer.progress.step * options.two_step_share)
         )
 
         # 3.1 a batch, and flow from its true middle frames
@@ -521,6 +528,7 @@ def main(argv: list[str] | None = None) -> None:
             batch = {
                 name: each.contiguous(memory_format=layout) if each.ndim == 4 else each for name, each in batch.items()
             }
+            trainer.micro_batches[-1].update(batch)  # to be saved, should its gradients not be finite
             any_step = torch.randint(
                 scheduler.config.num_train_timesteps, (count,), generator=generator, device=device
             )
@@ -597,14 +605,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.optimizer_step(network, optimizer)
 
         # 3.4 codes, log, save
-        with torch.no_grad():
-            used[found["codes"].view(-1)] = True
-            if options.revive_every and trainer.progress.step % options.revive_every == 0:
-                flat = found["news"].permute(0, 2, 3, 1).reshape(-1, codebook.shape[1]).float()
-                drawn = flat[torch.randint(len(flat), (len(codebook),), generator=generator, device=device)]
-                codebook.copy_(torch.where(used[:, None], codebook, drawn))
-                losses["codes_used"] = used.float().mean()
-                used.zero_()
+        codes.note(found["codes"].view(-1), found["news"])
+        losses["codes_used"] = torch.tensor(codes.share)
         trainer.finish_micro_batch(losses)
     trainer.finish()
 

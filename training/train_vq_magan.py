@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch.utils.data import Dataset, IterableDataset
 
 from madiff_diffusers.hint_registry import hint_parts
 from madiff_diffusers.motion_hints import FlowHints
-from madiff_diffusers.vq_magan import VQMAGANModel
+from madiff_diffusers.vq_magan import ComparingConv2d, VQMAGANModel
 from training.adversary import Adversary
+from training.codes import CodeUsage
 from training.data.datasets import build_dataset
 from training.data.transforms import TripletTransform
 from training.hints import draw_hints, latent_noise, load_hint_source, refine_as_sampling
@@ -117,72 +117,25 @@ def start_from(model: VQMAGANModel, trained: VQMAGANModel) -> None:
             or given[1:2] > shape[1:2]
         ):
             raise ValueError(f"`init` has {given} for {name}, where the configuration's network has {shape}.")
-        if given != shape:
+        if given == shape:
+            continue
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(
+            layer, ComparingConv2d
+        ):  # what is more of each of its parts; optical flow comes last of the hints
+            parts = weights[name].split(trained.get_submodule(name.rpartition(".")[0]).sizes, dim=1)
+            if any(part.shape[1] > size for part, size in zip(parts, layer.sizes)):
+                raise ValueError(f"`init` has {given} for {name}, where the configuration's network has {shape}.")
             weights[name] = torch.cat(
-                [weights[name], weights[name].new_zeros(given[0], shape[1] - given[1], *given[2:])], dim=1
+                [F.pad(part, (0, 0, 0, 0, size - part.shape[1], 0)) for part, size in zip(parts, layer.sizes)], dim=1
             )
+        else:
+            weights[name] = F.pad(weights[name], (0, 0, 0, 0, 0, shape[1] - given[1]))
     surplus = sorted(set(weights) - set(shapes))
     if surplus:
         raise ValueError(f"`init` has {surplus[0]}, which the configuration's network has not.")
     model.load_state_dict(weights)
     model.register_to_config(scaling_factor=trained.config.scaling_factor)
-
-
-class CodeUsage:
-    """Which codes of the codebook were used in a period of steps; at its end, unused ones can be revived.
-
-    Saved with every checkpoint; all processes call `state_dict`, of which one is saved.
-
-    Args:
-        every: steps of a period.
-        revives: whether codes that no process used are moved to latents of the step.
-    """
-
-    def __init__(self, trainer: Trainer, model: VQMAGANModel, every: int, revives: bool):
-        self.trainer, self.every, self.revives = trainer, every, revives
-        self.codebook = model.quantize.embedding.weight
-        self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=trainer.accelerator.device)
-        # Of the last period: share of the codes that were in use, and number of those that were revived at its end.
-        self.share, self.revived = 0.0, 0.0
-        self._next = (0.0, 0.0)
-        self.latents: list[torch.Tensor] = []  # of the passes of a step that ends with a revival
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        used = self.trainer.accelerator.reduce(self.used.float(), "sum") > 0
-        return {"used": used, "reported": torch.tensor([self.share, self.revived, *self._next])}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.used.copy_(state["used"])
-        self.share, self.revived, *following = state["reported"].tolist()
-        self._next = tuple(following)
-
-    @torch.no_grad()
-    def note(self, indices: torch.Tensor, latents: torch.Tensor) -> None:
-        """Take down the codes of a pass. A period ends with every step whose number is a multiple of `every`."""
-        self.share, self.revived = self._next  # the same in all passes of a step
-        self.used[indices] = True
-        if self.trainer.progress.step % self.every:
-            return
-        self.latents.append(rearrange(latents.detach().float(), "b c h w -> (b h w) c"))
-        if self.trainer.sync_gradients:
-            alive = self.trainer.accelerator.reduce(self.used.float(), "sum") > 0
-            if self.revives:
-                self._revive(alive)
-            self._next = (alive.float().mean().item(), float((~alive).sum()) * self.revives)
-            self.used.zero_()
-            self.latents = []
-
-    def _revive(self, alive: torch.Tensor) -> None:
-        """Move the codes that are not alive to latents of this step."""
-        accelerator = self.trainer.accelerator
-        latents = accelerator.gather(torch.stack(self.latents))  # [processes * passes, n, c]
-        # In the order that the passes of one process would have.
-        latents = rearrange(latents, "(w p) n c -> (p w n) c", w=accelerator.num_processes)
-        generator = torch.Generator().manual_seed(self.trainer.progress.step)  # every process draws the same
-        index = torch.randint(len(latents), (int((~alive).sum()),), generator=generator)
-        jitter = torch.randn(len(index), latents.shape[1], generator=generator).to(latents.device)
-        self.codebook[~alive] = latents[index.to(latents.device)] + 0.1 * latents.std() * jitter
-        self.trainer.reset_average(self.codebook, ~alive)
 
 
 def first_frames(data: Dataset, count: int = 96) -> torch.Tensor:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
@@ -248,9 +248,14 @@ class Trainer:
             self._stop_early()
         self.log.start()
         limit, total, before = 60 * time_limit, self.options.max_train_steps, None
+        if limit and self.progress.seconds >= limit:  # it came to its end before
+            return
         while self.progress.step < self.options.max_train_steps:
             if before is not None:
                 self.progress.seconds += time.perf_counter() - before
+                if limit and self.accelerator.num_processes > 1:  # one clock for all
+                    clock = torch.tensor(self.progress.seconds, dtype=torch.float32, device=self.accelerator.device)
+                    self.progress.seconds = broadcast(clock).item()
             before = (
                 None if self.progress.step == 0 and before is None and not self.micro_batches else time.perf_counter()
             )
@@ -308,7 +313,8 @@ class Trainer:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
             else:
                 norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
-                self._norm = norm
+                if norm is not None:  # DeepSpeed clips by itself, and may give None
+                    self._norm = norm if self._norm is None else torch.maximum(self._norm, norm)  # which keeps NaN
                 if self.accelerator.device.type == "cpu":
                     self._check_norm()
         optimizer.step()
@@ -317,8 +323,9 @@ class Trainer:
     def _check_norm(self) -> None:
         """On an accelerator, looking at a number waits for everything before it: that is done where a step is logged or saved."""
         norm, self._norm = self._norm, None
-        if norm is not None and not math.isfinite(float(norm)):  # DeepSpeed clips by itself, and may give None
-            self._fail(f"The gradient's norm is {float(norm)}")
+        if norm is not None and not math.isfinite(float(norm)):
+            since = "" if self.accelerator.device.type == "cpu" else f", in one of {self.options.log_steps} steps,"
+            self._fail(f"The gradient's norm is {float(norm)}{since}")
 
     def _fail(self, reason: str) -> None:
         folder = self.folder / f"failure_step_{self.progress.step:08d}"
@@ -348,6 +355,9 @@ class Trainer:
         self._schedule.step()
         if self.ema is not None:
             self.ema.step(self._model.parameters())
+        following = self.progress.step + 1
+        if following % self.options.log_steps == 0 or following % self.options.checkpointing_steps == 0:
+            self._check_norm()  # while the step's batches are at hand
         self.progress.step += 1
         self.progress.samples += self.samples_per_step
         last = self.progress.step >= self.options.max_train_steps

@@ -110,13 +110,14 @@ class FunctionMethod:
             raise ValueError(f"`method` {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
         if not callable(self.function):
             raise ValueError(f"`method` {name!r} must be a function, but is a {type(self.function).__name__}.")
-        self.any_time = _takes_three(self.function)
+        self.any_time = _takes(self.function, None, None, 0.5)
+        self._always_told = self.any_time and not _takes(self.function, None, None)
         file = getattr(sys.modules[module], "__file__", None)
         code = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
         self.identity = {"method": name, "module_sha256": code}
 
     def __call__(self, pairs: Sequence[Pair], time: Fraction = MIDDLE) -> list[np.ndarray]:
-        instant = () if time == MIDDLE else (float(time),)
+        instant = (float(time),) if time != MIDDLE or self._always_told else ()
         return [self._one(*pair, *instant) for pair in pairs]
 
     def _one(self, prev: np.ndarray, next_: np.ndarray, *instant: float) -> np.ndarray:
@@ -140,10 +141,10 @@ class FunctionMethod:
         return to_uint8(result)
 
 
-def _takes_three(function: Callable) -> bool:
-    """Whether a function can be called with a previous frame, a next one and an instant."""
+def _takes(function: Callable, *arguments: Any) -> bool:
+    """Whether a function can be called with so many arguments."""
     try:
-        inspect.signature(function).bind(None, None, 0.5)
+        inspect.signature(function).bind(*arguments)
     except TypeError:
         return False
     except ValueError:  # of code that is not Python's there is no signature, and its call tells
