@@ -175,7 +175,13 @@ def download_repository(repo_id: str, variant: str | None = None, code: Sequence
             snapshot_download(
                 repo_id,
                 **hub,
-                allow_patterns=["README.md", "*.json", *code, *(f"*/{name}" for name in weights(variant))],
+                allow_patterns=[
+                    "README.md",
+                    "examples/*.png",
+                    "*.json",
+                    *code,
+                    *(f"*/{name}" for name in weights(variant)),
+                ],
             )
         )
         parts = [path.parent for path in folder.glob("*/config.json")]

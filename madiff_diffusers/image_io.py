@@ -125,5 +125,5 @@ def write_image(
                 **_SETTINGS.get(format_name, {}),
                 **{name: value for name, value in settings.items() if value},
             )
-    except OSError as error:
-        raise unwritable(path, error) from error
+    except (OSError, ValueError) as error:  # of what the format cannot hold, such as more pixels than WEBP's 16383
+        raise unwritable(path, error if isinstance(error, OSError) else OSError(str(error))) from error

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,6 +412,82 @@ def test_what_decides_the_frames_is_told_apart(pipeline, change):
     assert pipeline_digest(pipeline) == before
     change(pipeline)
     assert pipeline_digest(pipeline) != before
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_file_whose_end_is_missing_is_told(pipeline, tmp_path, suffix):
+    """Of an unfinished download, whose header tells how long it was to be."""
+    made = write_video(tmp_path / "in.mkv", drifting(100), range(100), Fraction(1, 25))
+    whole = tmp_path / f"whole.{suffix}"
+    interpolate_video(pipeline, made, whole, factor=1, progress=False)
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    notes = [
+        interpolate_video(pipeline, source, tmp_path / f"{source.stem}_out.mp4", factor=1, progress=False).notes
+        for source in (whole, cut)
+    ]
+    assert not notes[0] and len(notes[1]) == 1
+    assert re.search(r"cut\.\w+ end at [12]\.\d\d s, though it tells that they last until 4\.\d\d s", notes[1][0])
+
+
+def test_uneven_times_become_even_in_a_folder_of_images(pipeline, tmp_path):
+    """Which has no times."""
+    source = phone_clip(tmp_path / "phone.mp4")
+    folder = interpolate_video(pipeline, source, tmp_path / "out", factor=1, progress=False)
+    steady = interpolate_video(pipeline, source, tmp_path / "out.avi", factor=1, progress=False)
+    assert (folder.frames, folder.made) == (steady.frames, steady.made) and folder.made > 0
+
+
+def test_folders_that_are_not_ours_stay(pipeline, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number, picture in enumerate(drifting(3)):
+        Image.fromarray(picture).save(frames / f"{number}.png")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("mine")
+    with pytest.raises(VideoError, match="out.partial holds other files than frames"):
+        interpolate_video(pipeline, frames, tmp_path / "out", overwrite=True, keep_partial=True, progress=False)
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_preview_replaces_only_its_own_when_work_goes_on(pipeline, film, tmp_path):
+    picture, own = tmp_path / "photo.png", tmp_path / "preview.png"
+    Image.fromarray(drifting(1)[0]).save(picture)
+    before = picture.read_bytes()
+    job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions())
+    job.prepare(resume=False, overwrite=False, preview=own)
+    job.make_parts(job.parts[:1], own)
+    with pytest.raises(VideoError, match="photo.png is there already"):
+        interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, preview=picture, progress=False)
+    assert picture.read_bytes() == before
+    shown = own.read_bytes()
+    interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, preview=own, progress=False)
+    assert own.read_bytes() != shown
+
+
+@pytest.mark.parametrize("preview", ["strip.xyz", "nowhere/strip.png", "videos/strip.png"])
+def test_a_preview_of_several_videos_is_checked_first(checkpoint, film, tmp_path, capsys, preview):
+    (tmp_path / "videos").mkdir()
+    shutil.copy(film, tmp_path / "videos" / "a.mp4")
+    arguments = [str(tmp_path / "videos"), str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
+    assert main(["video", *arguments, "--preview", str(tmp_path / preview)]) == 2
+    assert "strip" in capsys.readouterr().err.replace("nowhere", "strip") and not (tmp_path / "out").exists()
+
+
+def test_results_beside_images_are_not_taken_for_sources(checkpoint, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number, picture in enumerate(drifting(3)):
+        Image.fromarray(picture).save(frames / f"{number}.png")
+    arguments = ["video", str(frames), str(frames / "out.mp4"), "--checkpoint", str(checkpoint)]
+    assert main(arguments) == 0
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("output", [".", "/", ""])
+def test_an_output_without_a_name_is_refused(checkpoint, film, capsys, output):
+    assert main(["video", str(film), output, "--checkpoint", str(checkpoint)]) == 2
+    assert "the output must be the name of a file or folder" in capsys.readouterr().err
 
 
 def test_parts_are_in_a_folder_of_their_own(pipeline, film, tmp_path):

@@ -153,7 +153,8 @@ class VideoCommand(BaseCommand):
         from ..files import check_outputs
         from ..processes import own_device, this_process
         from ..video.batches import video_batch
-        from ..video.destinations import check_output, check_places, outputs_of
+        from ..video.destinations import check_output, check_places, check_preview, outputs_of, parts_folder
+        from ..video.errors import VideoError
         from ..video.jobs import interpolate_video, make_video
         from ..video.options import VideoOptions
 
@@ -167,6 +168,7 @@ class VideoCommand(BaseCommand):
         state = this_process(usable_device(args.device))
         try:
             checked = VideoOptions(**options).checked()
+            preview = None if args.preview is None else Path(args.preview)
             batch, is_folder, left_out = video_batch(Path(args.input), Path(args.output))
             if is_folder:
                 # With --resume, those that are there are done.
@@ -175,7 +177,15 @@ class VideoCommand(BaseCommand):
                     for _, output in batch
                     for each in outputs_of(output, args.resume, args.overwrite or args.resume, args.keep_partial)
                 ]
-                written += [] if args.preview is None else [(Path(args.preview), args.overwrite or args.resume)]
+                if preview is not None:
+                    check_preview(preview)
+                    # Of any of the videos, since each replaces that of the one before.
+                    own = any(
+                        outputs_of(output, args.resume, args.overwrite, False, preview)[-1][1] for _, output in batch
+                    )
+                    written.append((preview, own))
+                    if preview.absolute().parent.resolve() == Path(args.input).resolve():
+                        raise VideoError(f"`preview` {preview} would lie among the videos of {args.input}")
                 check_outputs(
                     written,
                     [path for path in Path(args.input).iterdir() if path.is_file()],
@@ -184,9 +194,8 @@ class VideoCommand(BaseCommand):
                 state.wait_for_everyone()  # one that looks later would find what others have made
                 Path(args.output).mkdir(parents=True, exist_ok=True)
                 for _, output in batch:
-                    check_output(output, checked)
+                    check_output(output, checked, args.keep_partial)
             else:
-                preview = None if args.preview is None else Path(args.preview)
                 check_places(
                     args.input, Path(args.output), checked, args.resume, args.overwrite, args.keep_partial, preview
                 )
@@ -215,12 +224,14 @@ class VideoCommand(BaseCommand):
                     resume=args.resume,
                     overwrite=args.overwrite,
                     keep_partial=args.keep_partial,
-                    preview=None if args.preview is None else Path(args.preview),
+                    preview=preview,
                     processes=state if len(batch) == 1 else None,
                     **options,
                 )
             except (OSError, ValueError, torch.OutOfMemoryError) as error:
-                message = str(error) + what_is_kept(output)
+                message = str(error)
+                if str(parts_folder(output)) not in message:  # else it says what is there
+                    message += what_is_kept(output)
                 if len(batch) == 1:
                     raise CommandError(message) from error
                 print(f"madiff: {in_flags(message, args.flags)}", file=sys.stderr)

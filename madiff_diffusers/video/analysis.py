@@ -167,6 +167,13 @@ def analyse(
     last_step = 0 if source.end is None or source.late else source.end - starts[-1]
     if not 0 < last_step <= 2 * max(steps, default=last_step):
         last_step = seen["duration"] or round(usual) or round(1 / (source.rate or 25) / unit) or 1
+    told = starts[-1] if source.told_end is None else source.told_end
+    missing = told - starts[-1] - max(last_step, seen["duration"] or 0)
+    if missing * unit > max(Fraction(1, 2), 2 * max(steps, default=0) * unit) and not source.late:
+        notes.append(
+            f"the pictures of {source.path} end at {float((starts[-1] + last_step) * unit):.2f} s, though it tells that they last until "
+            f"{float(told * unit):.2f} s: its end may be missing"
+        )
     relative = array("q", (start - first for start in starts))
     end = relative[-1] + last_step
     longest = max(last_step, max(steps, default=0))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .decoding import is_video
+from .destinations import partial_path
 from .errors import VideoError
 from .formats import CONTAINERS
 
@@ -39,7 +40,12 @@ def video_batch(source: Path, output: Path) -> VideoBatch:
     """
     if not source.is_dir():
         return VideoBatch([(source, output)], False, [])
-    names = [path for path in sorted(source.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
+    own = {path.absolute() for path in (output, partial_path(output))} if output.name else set()
+    names = [
+        path
+        for path in sorted(source.iterdir())
+        if not path.is_dir() and not path.name.startswith(".") and path.absolute() not in own
+    ]
     images = [path for path in names if path.suffix.lower() in IMAGE_SUFFIXES]
     videos = [
         path for path in names if path not in images and (path.suffix.lower() in VIDEO_SUFFIXES or is_video(path))
@@ -48,7 +54,7 @@ def video_batch(source: Path, output: Path) -> VideoBatch:
         raise VideoError(f"{source} must hold images or videos, but holds {len(images)} and {len(videos)}")
     if not videos:
         return VideoBatch([(source, output)], False, [])
-    if output.suffix or output.is_file():
+    if output.is_file() or (output.suffix and not output.is_dir()):
         raise VideoError(f"for the {len(videos)} videos of {source}, the output must be a folder, but is {output}")
     if output.exists() and output.samefile(source):
         raise VideoError(f"the results must not go into the folder of their sources, {source}")

@@ -1,5 +1,6 @@
 """Video files and images in order, decoded frame by frame."""
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -47,6 +48,7 @@ class Source:
         self.time_base = Fraction(1) if self.rate is None else 1 / self.rate
         # When the stream ends, if the file tells.
         self.end: int | None = None
+        self.told_end: int | None = None  # the same, or what Matroska's tags tell
         self.damage: list[str] = []
         self.late = 0
 
@@ -123,6 +125,12 @@ class Source:
             self.time_base = stream.time_base or Fraction(1)
             self.rate = stream.guessed_rate or stream.average_rate
             self.end = None if stream.duration is None else (stream.start_time or 0) + stream.duration
+            self.told_end = self.end
+            if self.end is None and (
+                told := re.fullmatch(r"(\d+):(\d\d):([\d.]+)", stream.metadata.get("DURATION", ""))
+            ):  # Matroska
+                hours, minutes, seconds = map(Fraction, told.groups())
+                self.told_end = round((3600 * hours + 60 * minutes + seconds) / self.time_base)
             stream.thread_type = "AUTO"
             packets, last = container.demux(stream), None
             is_avi, ahead = container.format.name == "avi", None

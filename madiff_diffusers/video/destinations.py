@@ -1,5 +1,6 @@
 """Destinations of a video: the files that are written, and what is refused before anything is decoded."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -29,19 +30,36 @@ def outputs_of(
     All files and folders that a video writes, each with whether it may be there already, as `check_outputs` takes them. The contents of
     folders that are there are checked by `VideoJob.prepare`.
     """
-    may_be_there = overwrite or (resume and (parts_folder(output) / "job.json").is_file())
+    job = parts_folder(output) / "job.json"
+    begun = resume and job.is_file()
     written = [(output, overwrite or output.is_dir()), (parts_folder(output), True)]
-    written += [(partial_path(output), may_be_there)] if keep_partial else []
-    return written + ([] if preview is None else [(preview, may_be_there)])
+    written += [(partial_path(output), overwrite or begun)] if keep_partial else []
+    if preview is None:
+        return written
+    own = begun and json.loads(job.read_text(encoding="utf-8")).get("preview") == str(preview.absolute())
+    return [*written, (preview, overwrite or own)]
 
 
-def check_output(output: Path, options: CheckedOptions) -> None:
+def check_preview(preview: Path) -> None:
+    """
+    Refuse a preview that cannot be written.
+
+    Raises:
+        ValueError: if it is not the name of an image file, or there is no folder for it.
+    """
+    image_format(preview)
+    if not preview.absolute().parent.is_dir():
+        raise VideoError(f"there is no folder {preview.parent} for `preview`")
+
+
+def check_output(output: Path, options: CheckedOptions, keep_partial: bool = False) -> None:
     """
     Refuse an output that is known to fail whatever the source is.
 
     Args:
         output: the file or folder.
         options: the options.
+        keep_partial: whether the good part of it may be written, too.
 
     Raises:
         VideoError: if the output cannot be written where it is, or as asked; see `formats.check_encoding`.
@@ -51,12 +69,13 @@ def check_output(output: Path, options: CheckedOptions) -> None:
         raise VideoError(f"there is no folder {output.parent} to write into")
     if output.exists() and output.is_dir() != is_folder:
         raise VideoError(f"{output} is {'a folder' if output.is_dir() else 'a file'} already")
-    if is_folder and (output.is_symlink() or os.path.ismount(output)):
-        raise VideoError(
-            f"{output} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it"
-        )
-    if output.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in output.iterdir()):
-        raise VideoError(f"{output} holds other files than frames that were written before")
+    for folder in [output, *([partial_path(output)] if keep_partial else [])] if is_folder else []:
+        if folder.is_symlink() or os.path.ismount(folder):
+            raise VideoError(
+                f"{folder} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it"
+            )
+        if folder.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in folder.iterdir()):
+            raise VideoError(f"{folder} holds other files than frames that were written before")
     check_encoding(output, options.codec, options.crf, options.preset, options.fps)
 
 
@@ -79,11 +98,10 @@ def check_places(
         VideoError: if something would be lost, or cannot be written as asked.
         ValueError: if `preview` is not the name of an image file.
     """
+    container_of(output)  # refuses names that have no place beside them for parts
     read = Source(source, options.image_fps)
     if preview is not None:
-        image_format(preview)
-        if not preview.absolute().parent.is_dir():
-            raise VideoError(f"there is no folder {preview.parent} for `preview`")
+        check_preview(preview)
     try:
         check_outputs(
             outputs_of(output, resume, overwrite, keep_partial, preview),
@@ -94,4 +112,4 @@ def check_places(
         raise VideoError(str(error)) from error
     if preview is not None and read.takes(preview):
         raise VideoError(f"`preview` {preview} would become one of the images of {source}")
-    check_output(output, options)
+    check_output(output, options, keep_partial)

@@ -39,7 +39,7 @@ CONTAINERS = {
     ".gif": Container("gif", ("gif",), turns=False),
 }
 
-FOLDER = Container("", ("png",), turns=False)
+FOLDER = Container("", ("png",), steady=True, turns=False)
 
 
 class Codec(NamedTuple):
@@ -113,6 +113,8 @@ def container_of(output: Path) -> Container:
         VideoError: if the ending of the name stands for nothing that can be written.
     """
     suffix = output.suffix.lower()
+    if not output.name:
+        raise VideoError(f"the output must be the name of a file or folder, but is {str(output)!r}")
     if not suffix:
         return FOLDER
     if suffix not in CONTAINERS:

@@ -85,7 +85,7 @@ class VideoJob:
         progress: Callable[[], object] | None = None,
     ):
         self.pipeline, self.options, self.output = pipeline, options.checked(), Path(output)
-        check_output(self.output, self.options)
+        check_output(self.output, self.options, keep_partial)
         container = container_of(self.output)
         self.source = Source(source, self.options.image_fps)
         self.analysis = analyse(
@@ -122,12 +122,12 @@ class VideoJob:
         """The parts that are complete."""
         return [part for part in self.parts if is_complete(self.path(part))]
 
-    def prepare(self, resume: bool, overwrite: bool) -> None:
+    def prepare(self, resume: bool, overwrite: bool, preview: Path | None = None) -> None:
         """
         Make the folder of parts, or take over the one that is there. One process does so for all.
 
         Args:
-            resume, overwrite: see `interpolate_video`.
+            resume, overwrite, preview: see `interpolate_video`.
 
         Raises:
             VideoError: if something is there that must not be lost.
@@ -139,6 +139,7 @@ class VideoJob:
         plan = self.folder / "job.json"
         identity = work_identity(self.options, self.source, self.pipeline, self.encoding)
         limits = {"max_memory": self.options.max_memory, "batch": self.options.batch}
+        shown = None if preview is None else str(preview.absolute())  # which may be replaced when the job goes on
         if plan.is_file() and (resume or not overwrite):
             before = json.loads(plan.read_text(encoding="utf-8"))
             others = [name for name, value in identity.items() if before.get(name) != value]
@@ -155,8 +156,9 @@ class VideoJob:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
                 kept = before["limits"]
                 now = {name: kept[name] if value is None else value for name, value in limits.items()}
-                if now != kept:  # as after memory was too short
-                    write_text(plan, json.dumps({**identity, **self._sizes(now)}))
+                sizes = {} if now == kept else self._sizes(now)  # others, as after memory was too short
+                if sizes or shown != before.get("preview"):
+                    write_text(plan, json.dumps({**before, **sizes, "preview": shown}))
                 return
         elif not plan.is_file() and any(path.suffix != ".tmp" for path in self.folder.glob("*")):
             raise VideoError(f"{self.folder} is needed for parts, but holds something else")
@@ -164,7 +166,7 @@ class VideoJob:
             shutil.rmtree(self.folder)
         self.folder.mkdir()
         try:
-            write_text(plan, json.dumps({**identity, **self._sizes(limits)}))
+            write_text(plan, json.dumps({**identity, **self._sizes(limits), "preview": shown}))
             self._try_encoding()
         except BaseException:
             shutil.rmtree(self.folder)
@@ -420,7 +422,7 @@ def make_video(
         job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
     if rank == 0:
         with _naming(job.output):
-            job.prepare(resume, overwrite)
+            job.prepare(resume, overwrite, preview)
     wait()
     made = 0
     try:

@@ -35,6 +35,9 @@ _OWN_METADATA = (
     "alpha_mode",
 )
 
+# Errors of FFmpeg that tell that a file does not take what it is given; a full disk is another.
+_REFUSALS = (av.error.ArgumentError, av.error.InvalidDataError, av.error.PatchWelcomeError)
+
 # Packets to be written, with what orders them: their time in seconds, and 0 for pictures, 1 for the rest.
 Timed = tuple[Fraction, int, list[av.Packet]]
 
@@ -72,7 +75,8 @@ def assemble(
     if encoding.codec == "gif" or source.images is not None:
         write_pictures(output, encoding, parts, end, loops_of(source))
         return []
-    # Some streams are refused only when the header is written: mostly sound of some flavour of a codec, which can be encoded anew.
+    # Some streams are refused only when the header is written, or at the end: mostly sound of some flavour of a codec, which can be encoded
+    # anew.
     attempts: list[tuple[tuple[str, ...], bool]] = [
         (("audio", "subtitle", "attachment", "video"), False),
         (("audio", "subtitle"), False),
@@ -81,7 +85,7 @@ def assemble(
         ((), False),
     ]
     for kinds, anew in attempts:
-        with source.open() as container, _open(output, encoding) as file:
+        with suppress(*(_REFUSALS if kinds else ())), source.open() as container, _open(output, encoding) as file:
             muxer = Muxer(file, container, encoding, slow_motion, audio, anew)
             try:
                 muxer.add_streams(kinds, main_stream(container, source.path))
@@ -90,6 +94,7 @@ def assemble(
                     raise
                 continue
             muxer.write(parts, end, analysis, is_partial)
+            file.close()  # what the file is refused for at its end, it is refused for here
             return muxer.notes
     raise AssertionError("the last attempt returns or raises")
 
@@ -206,7 +211,7 @@ class Muxer:
             stream.type not in kinds
             or stream.type == "attachment"
             or stream.codec_context is None
-            or (slowed and stream.type == "video")
+            or (stream.type == "video" and (slowed or format_name != "mp4"))  # a cover picture
         ):
             self.notes.append(f"{name} cannot be kept in {format_name}")
             return
@@ -230,6 +235,9 @@ class Muxer:
                 self.notes.append(
                     f"{name} is encoded anew as {carried.stream.codec_context.name}, because {format_name} does not hold it"
                 )
+            before, now = stream.codec_context.layout.nb_channels, carried.stream.codec_context.layout.nb_channels
+            if before != now:
+                self.notes.append(f"{name} has {before} channels, of which {now} are made")
         carried.stream.metadata.update(carried_metadata(stream.metadata))
         carried.stream.disposition = stream.disposition
         self._carried[stream.index] = carried

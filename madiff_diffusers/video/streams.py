@@ -1,5 +1,6 @@
 """Streams beside the pictures: copied packet by packet, or, of sound, encoded anew."""
 
+import itertools
 from fractions import Fraction
 from typing import cast
 
@@ -9,6 +10,9 @@ from av.stream import Stream
 
 
 _AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "vorbis": "libvorbis", "mp3": "libmp3lame"}
+
+# What files refuse, though FFmpeg names it among what they hold.
+_REFUSED = {("mov", "libopus")}
 
 # Seconds of holes in the sound that are filled. Shorter ones come from rounding, and longer ones from faulty times.
 LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
@@ -91,7 +95,7 @@ class AudioTranscoder:
         encoder = _AUDIO_ENCODERS.get(
             source.codec_context.name, _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
         )
-        if encoder not in file.supported_codecs:
+        if encoder not in file.supported_codecs or (file.format.name, encoder) in _REFUSED:
             encoder = _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
         rate = source.codec_context.sample_rate
         rate = (
@@ -105,6 +109,9 @@ class AudioTranscoder:
         self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, rate)
         self._begin, self._slow_motion = begin, slow_motion
         self._graph: av.filter.Graph | None = None
+        # Sound may change on its way; what follows is made what its beginning is.
+        self._first: tuple[str, str, int] | None = None
+        self._changed: tuple[tuple[str, str, int], av.AudioResampler] | None = None
         self._resampler = av.AudioResampler(self.stream.codec_context.format, self.stream.layout, rate)
         # The time in the source when the next sample is due, and the number of the next sample to be encoded.
         self._due, self._position = Fraction(0), 0
@@ -116,7 +123,7 @@ class AudioTranscoder:
         except (av.FFmpegError, ValueError):
             frames = []  # Silence fills the place of what is damaged.
         encoded: list[av.Packet] = []
-        for frame in frames:
+        for frame in itertools.chain.from_iterable(map(self._as_first, frames)):
             time = self._due
             if frame.pts is not None and frame.time_base is not None:
                 time = frame.pts * frame.time_base - self._begin
@@ -134,6 +141,17 @@ class AudioTranscoder:
             encoded += self._encode_ready(self._graph)
             encoded += self.stream.encode(None)
         return encoded
+
+    def _as_first(self, frame: av.AudioFrame) -> list[av.AudioFrame]:
+        """A frame in the format, layout and rate of the first one."""
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if self._first is None:
+            self._first = kind
+        if kind == self._first:
+            return [frame]
+        if self._changed is None or self._changed[0] != kind:
+            self._changed = kind, av.AudioResampler(*self._first)
+        return self._changed[1].resample(frame)
 
     def _tempo(self, frame: av.AudioFrame) -> av.filter.Graph:
         graph = av.filter.Graph()

@@ -1,0 +1,92 @@
+"""Sound of kinds that files take, refuse, or refuse only at their end."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from madiff_diffusers import interpolate_video
+from tests.video_files import drifting
+
+
+CHANNELS = {"mono": 1, "stereo": 2, "5.1": 6, "7.1": 8}
+
+
+def with_sound(
+    path: Path, codec: str, layout: str, pictures: str = "libx264", begins: int = 0, format_name: str | None = None
+) -> Path:
+    """A second of pictures and a tone, from second `begins` on."""
+    with av.open(str(path), "w", format=format_name) as file:
+        video, sound = file.add_stream(pictures, rate=25), file.add_stream(codec, rate=48000)
+        video.width, video.height, video.pix_fmt, sound.layout = 96, 64, "yuv420p", layout
+        video.codec_context.max_b_frames = 0
+        for number, picture in enumerate(drifting(25)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number + 25 * begins, Fraction(1, 25)
+            file.mux(video.encode(frame))
+        file.mux(video.encode(None))
+        samples = sound.codec_context.frame_size or 960
+        for number in range(48000 // samples):
+            wave = (8000 * np.sin(0.05 * (samples * number + np.arange(samples)))).astype(np.int16)
+            array = np.repeat(wave, CHANNELS[layout])[None]
+            frame = av.AudioFrame.from_ndarray(array, format="s16", layout=layout)
+            frame.sample_rate, frame.time_base = 48000, Fraction(1, 48000)
+            frame.pts = samples * number + 48000 * begins
+            file.mux(sound.encode(frame))
+        file.mux(sound.encode(None))
+    return path
+
+
+def sound_of(path: Path) -> tuple[str, float, float, int]:
+    """Codec, seconds, loudness (root mean square of samples in [-1, 1]) and channels."""
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        resampler = av.AudioResampler("fltp", "mono", 48000)
+        pieces = [piece for frame in container.decode(stream) for piece in resampler.resample(frame)]
+        samples = np.concatenate([piece.to_ndarray()[0] for piece in pieces])
+        return (
+            stream.codec_context.name,
+            len(samples) / 48000,
+            float(np.sqrt((samples**2).mean())),
+            stream.codec_context.layout.nb_channels,
+        )
+
+
+@pytest.mark.parametrize("codec, layout", [("pcm_s16le", "stereo"), ("pcm_s16le", "mono"), ("pcm_s24le", "stereo")])
+def test_uncompressed_sound_of_an_avi_reaches_an_mp4(pipeline, tmp_path, codec, layout):
+    """MP4 refuses a layout that AVI does not tell, and only when the file ends."""
+    source = with_sound(tmp_path / "in.avi", codec, layout, pictures="mpeg4")
+    result = interpolate_video(pipeline, source, tmp_path / "out.mp4", factor=1, progress=False)
+    _, seconds, loudness, channels = sound_of(tmp_path / "out.mp4")
+    assert seconds == pytest.approx(1, abs=0.05) and channels == CHANNELS[layout]
+    assert loudness == pytest.approx(sound_of(source)[2], rel=0.1)
+    assert all("cannot be kept" not in note for note in result.notes)
+
+
+def test_sound_that_mov_refuses_is_encoded_anew(pipeline, tmp_path):
+    source = with_sound(tmp_path / "in.mkv", "libopus", "stereo")
+    result = interpolate_video(pipeline, source, tmp_path / "out.mov", factor=1, progress=False)
+    name, seconds, _, _ = sound_of(tmp_path / "out.mov")
+    assert name == "aac" and seconds == pytest.approx(1, abs=0.05)
+    assert any("is encoded anew as aac" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("options, length", [({"factor": 1}, 2), ({"slow_motion": 2, "factor": 1}, 4)])
+def test_sound_that_changes_its_layout_is_encoded_as_it_began(pipeline, tmp_path, options, length):
+    pieces = [
+        with_sound(tmp_path / f"{layout}.ts", "ac3", layout, "mpeg2video", begins, "mpegts")
+        for begins, layout in ((1, "stereo"), (2, "5.1"))
+    ]
+    source = tmp_path / "in.ts"
+    source.write_bytes(b"".join(path.read_bytes() for path in pieces))
+    interpolate_video(pipeline, source, tmp_path / "out.webm", progress=False, **options)
+    _, seconds, loudness, channels = sound_of(tmp_path / "out.webm")
+    assert seconds == pytest.approx(length, abs=0.15) and channels == 2 and loudness > 0.05
+
+
+def test_channels_that_are_lost_are_told(pipeline, tmp_path):
+    source = with_sound(tmp_path / "in.mkv", "flac", "7.1")
+    result = interpolate_video(pipeline, source, tmp_path / "out.mp4", slow_motion=2, factor=1, progress=False)
+    assert any("has 8 channels, of which 2 are made" in note for note in result.notes)
