@@ -621,6 +621,8 @@ def test_a_checkpoint_from_the_hub_keeps_its_card(exported, tmp_path):
         )
     pipe.save_pretrained(tmp_path / "same")
     assert (tmp_path / "same" / "README.md").read_text() == (REPOSITORY / "model_card.md").read_text()
+    picture = (REPOSITORY / "examples" / "limits.png").read_bytes()
+    assert (tmp_path / "same" / "examples" / "limits.png").read_bytes() == picture, "which the card shows"
     pipe.register_to_config(default_num_inference_steps=9)
     pipe.save_pretrained(tmp_path / "changed")
     data = ModelCard.load(tmp_path / "changed" / "README.md").data

@@ -18,7 +18,7 @@ from madiff_diffusers.evaluation.benchmarks import find_triplets
 from madiff_diffusers.evaluation.evaluate import evaluate
 from madiff_diffusers.evaluation.methods import Baseline
 from madiff_diffusers.evaluation.metrics import Scorer
-from madiff_diffusers.files import check_outputs, filled_folder, natural_order, replacing, write_text
+from madiff_diffusers.files import UnwritableError, check_outputs, filled_folder, natural_order, replacing, write_text
 from madiff_diffusers.image_io import write_image
 from madiff_diffusers.video.errors import VideoError
 from tests.conftest import moving_picture
@@ -37,6 +37,12 @@ def image(path: Path, time: float = 0) -> Path:
 
 def run(pipeline, source, output, **options):
     return interpolate_video(pipeline, source, output, progress=False, **{"factor": 1, **options})
+
+
+def test_what_a_format_cannot_hold_is_one_error(tmp_path):
+    with pytest.raises(UnwritableError, match="cannot write .*wide.webp"):
+        write_image(Image.new("RGB", (16384, 1)), tmp_path / "wide.webp")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_numbers_in_names_count():
