@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the package, `madiff-compact`, with its default settings."""
+"""The checkpoints that come with the package, with their default settings."""
 
 import os
 import platform
@@ -15,40 +15,60 @@ from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.evaluation.evaluate import evaluate
 from madiff_diffusers.evaluation.methods import MADiffMethod, checkpoint_digest
 from madiff_diffusers.evaluation.metrics import Scorer, psnr
-from madiff_diffusers.hub_repository import CHECKPOINT_FOLDER
+from madiff_diffusers.hub_repository import CHECKPOINT_FOLDER, bundled_checkpoints
 from madiff_diffusers.precision import fastest_dtype
 from tests.conftest import REPOSITORY, moving_picture
 
 
 EXAMPLES = REPOSITORY / "examples"
+MOST_BYTES = {"madiff-compact": 24 * 10**6, "madiff-fast": 10**7}
+MOST_PARAMETERS = {"madiff-compact": 15_000_000, "madiff-fast": 5_000_000}
+
+
+def test_these_are_all():
+    assert bundled_checkpoints() == [*MOST_BYTES]
+
+
+@pytest.fixture(scope="module", params=MOST_BYTES)
+def name(request) -> str:
+    return request.param
+
+
+def load(name: str, **options) -> MADiffPipeline:
+    pipeline = MADiffPipeline.from_pretrained(name, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def shipped(name) -> MADiffPipeline:
+    return load(name)
 
 
 @pytest.fixture(scope="module")
 def compact() -> MADiffPipeline:
-    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load("madiff-compact")
 
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_is_small_and_safe(compact):
-    files = [path for path in (CHECKPOINT_FOLDER / "madiff-compact").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 24 * 10**6
-    assert {path.suffix for path in files} == {".json", ".safetensors", ".md", ".png"}
-    models = (compact.vqvae, compact.unet, compact.i2e)
-    assert sum(p.numel() for model in models for p in model.parameters()) <= 15_000_000
+def test_is_small_and_safe(shipped, name):
+    files = [path for path in (CHECKPOINT_FOLDER / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= MOST_BYTES[name]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".png"}
+    models = [model for model in (shipped.vqvae, shipped.unet, shipped.i2e) if model is not None]
+    assert sum(p.numel() for model in models for p in model.parameters()) <= MOST_PARAMETERS[name]
     assert all(model.dtype == torch.float32 for model in models)
 
 
 @pytest.fixture(scope="module")
-def fresh_process(tmp_path_factory) -> subprocess.CompletedProcess:
+def fresh_process(name, tmp_path_factory) -> subprocess.CompletedProcess:
     """One that has no network and only a new cache; it loads the checkpoint, makes the frame between a pair of 720p, and tells its peak memory."""
     code = (
         "import resource, numpy as np; from madiff_diffusers import MADiffPipeline; "
-        "pipe = MADiffPipeline.from_pretrained('madiff-compact'); print('loaded'); "
+        f"pipe = MADiffPipeline.from_pretrained({name!r}); print('loaded'); "
         "frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8); "
         "pipe(frame, frame[:, ::-1].copy()); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -62,12 +82,11 @@ def test_loads_without_a_network(fresh_process):
     assert fresh_process.stdout.startswith("loaded"), fresh_process.stderr
 
 
-def test_half_precision_makes_the_same_frames(compact):
+def test_half_precision_makes_the_same_frames(shipped, name):
     """What `dtype="auto"` may choose, where bfloat16 is native."""
     prev, next_ = (np.array(Image.open(EXAMPLES / f"{name}.png")) for name in ("prev", "next"))
-    half = MADiffPipeline.from_pretrained("madiff-compact", dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
-    made, expected = (pipe(prev, next_, generator=seeded(), output_type="np").frames for pipe in (half, compact))
+    half = load(name, dtype=torch.bfloat16)
+    made, expected = (pipe(prev, next_, generator=seeded(), output_type="np").frames for pipe in (half, shipped))
     assert 0 < np.abs(made - expected).mean() <= 0.5 / 255
 
 
@@ -81,44 +100,44 @@ def test_auto_is_half_precision_where_the_device_computes_in_it(compact):
     assert fastest_dtype("mps") == torch.float32
 
 
-def test_example_frames_come_out_better_than_their_average(compact):
+def test_example_frames_come_out_better_than_their_average(shipped):
     prev, next_, truth = (np.array(Image.open(EXAMPLES / f"{name}.png")) for name in ("prev", "next", "truth"))
-    mid = np.array(compact(prev, next_, generator=seeded()).frames[0][0])
+    mid = np.array(shipped(prev, next_, generator=seeded()).frames[0][0])
     average = ((prev.astype(float) + next_) / 2).round().astype(np.uint8)
     assert psnr(mid, truth) > psnr(average, truth) + 5
 
 
-def test_what_does_not_move_comes_back_unchanged(compact):
+def test_what_does_not_move_comes_back_unchanged(shipped):
     frame = np.array(Image.open(EXAMPLES / "prev.png"))
-    assert np.array_equal(np.array(compact(frame, frame, generator=seeded()).frames[0][0]), frame)
+    assert np.array_equal(np.array(shipped(frame, frame, generator=seeded()).frames[0][0]), frame)
     changed = frame.copy()
     changed[100:140, 200:260] = 0
-    mid = np.array(compact(frame, changed, generator=seeded()).frames[0][0])
+    mid = np.array(shipped(frame, changed, generator=seeded()).frames[0][0])
     far = np.ones(frame.shape[:2], bool)
     far[90:150, 190:270] = False
     assert np.array_equal(mid[far], frame[far])
 
 
-def test_odd_sizes(compact):
+def test_odd_sizes(shipped):
     frames = [moving_picture(time, 251, 333) for time in (-1, 1)]
-    mid = np.array(compact(*frames, generator=seeded()).frames[0][0])
+    mid = np.array(shipped(*frames, generator=seeded()).frames[0][0])
     assert mid.shape == (251, 333, 3)
     assert psnr(mid, moving_picture(0, 251, 333)) > 28
 
 
-def test_same_seed_same_picture_and_batch_equals_singles(compact):
+def test_same_seed_same_picture_and_batch_equals_singles(shipped):
     frames = [
         torch.stack([torch.from_numpy(moving_picture(time + shift, 96, 130)).permute(2, 0, 1) for shift in (0, 6)])
         for time in (-1, 1)
     ]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    both = compact(*frames, generator=generators, output_type="pt").frames
+    both = shipped(*frames, generator=generators, output_type="pt").frames
     for i in range(2):
         arguments = {"generator": torch.Generator().manual_seed(i), "output_type": "pt"}
-        single = compact(frames[0][i], frames[1][i], **arguments).frames
+        single = shipped(frames[0][i], frames[1][i], **arguments).frames
         assert (both[i] - single[0]).abs().max() <= 1e-4
         arguments["generator"] = torch.Generator().manual_seed(i)
-        assert torch.equal(single, compact(frames[0][i], frames[1][i], **arguments).frames)
+        assert torch.equal(single, shipped(frames[0][i], frames[1][i], **arguments).frames)
 
 
 def test_event_hints_are_used(compact):
@@ -148,13 +167,13 @@ def test_peak_memory_of_a_720p_pair(fresh_process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, least_psnr, most_lpips",
+    "benchmark, least_psnr, most_lpips",
     [("middlebury", 32.9, 0.0211), ("davis", 25.8, 0.0908), ("ucf101", 33.6, 0.0292)],
 )
-def test_benchmarks_stay_better_than_those_of_rife(compact, shared_data, tmp_path, name, least_psnr, most_lpips):
+def test_benchmarks_stay_better_than_those_of_rife(compact, shared_data, tmp_path, benchmark, least_psnr, most_lpips):
     """LPIPS below that of RIFE 4.0 on the same triplets, PSNR no more than about 0.3 dB below."""
-    root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(name, name)
+    root = shared_data / "bench" / {"middlebury": "middlebury_others"}.get(benchmark, benchmark)
     scorer = Scorer(lpips_backbone=str(shared_data / "weights" / "lpips_alexnet_features.safetensors"))
     method = MADiffMethod(compact, "madiff-compact", checkpoint_digest(CHECKPOINT_FOLDER / "madiff-compact"))
-    (summary,) = evaluate(name, str(root), tmp_path, [method], scorer, gallery=0)
+    (summary,) = evaluate(benchmark, str(root), tmp_path, [method], scorer, gallery=0)
     assert summary["scores"]["psnr"]["mean"] >= least_psnr and summary["scores"]["lpips"]["mean"] <= most_lpips

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from madiff_diffusers import FlowHints, MADiffPipeline, interpolate_frames, interpolate_video
+from madiff_diffusers.hub_repository import bundled_checkpoints
 from tests.conftest import photograph
 
 
@@ -16,9 +17,9 @@ PAN = 12  # pixels that the picture moves by from one source frame to the next
 FRAMES = 3
 
 
-@pytest.fixture(scope="module")
-def shipped() -> MADiffPipeline:
-    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
+@pytest.fixture(scope="module", params=bundled_checkpoints())
+def shipped(request) -> MADiffPipeline:
+    pipeline = MADiffPipeline.from_pretrained(request.param)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

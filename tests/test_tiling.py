@@ -11,6 +11,7 @@ import torch
 
 from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.hint_registry import build_hint_source
+from madiff_diffusers.hub_repository import bundled_checkpoints
 from madiff_diffusers.tiling import TILE_PIXELS, Tiling
 from madiff_diffusers.video.memory import bytes_per_pixel, tile_pixels_for
 from tests.conftest import moving_picture, photograph
@@ -52,9 +53,10 @@ def test_tiles_are_put_together_where_they_were(height, width):
     assert (small - torch.nn.functional.avg_pool2d(image, 8)).abs().max() < 1e-5
 
 
-def test_fast_motion_is_followed_across_the_borders_of_tiles():
+@pytest.mark.parametrize("name", bundled_checkpoints())
+def test_fast_motion_is_followed_across_the_borders_of_tiles(name):
     """A pan of 100 pixels, which is more than tiles overlap by."""
-    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
+    pipeline = MADiffPipeline.from_pretrained(name)
     pipeline.set_progress_bar_config(disable=True)
     picture = cv2.resize(photograph(), (1200, 800), interpolation=cv2.INTER_AREA)
     prev, truth, next_ = (np.ascontiguousarray(picture[200:520, 200 + shift : 840 + shift]) for shift in (0, 50, 100))
@@ -71,9 +73,10 @@ def test_fast_motion_is_followed_across_the_borders_of_tiles():
     assert 10 * np.log10(error() / whole) <= 0.3, "dB lost to tiles"
 
 
-def test_tiled_frames_are_what_whole_ones_are():
+@pytest.mark.parametrize("name", bundled_checkpoints())
+def test_tiled_frames_are_what_whole_ones_are(name):
     """The shipped networks; the least tiles that there can be."""
-    pipeline = MADiffPipeline.from_pretrained("madiff-compact")
+    pipeline = MADiffPipeline.from_pretrained(name)
     pipeline.set_progress_bar_config(disable=True)
     frames = [moving_picture(time, 320, 576) for time in (-1, 1)]
 
