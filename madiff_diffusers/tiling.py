@@ -14,6 +14,8 @@ Span = tuple[int, int]
 # freed memory. Larger tiles take longer.
 TILE_PIXELS = 480_000
 
+LEAST_OVERLAP = 64  # Pixels, or half of a tile: what a decoder sees around a place.
+
 
 class Tile(NamedTuple):
     """Rows and columns of a part of a frame, in pixels: from the first to the one after the last."""
@@ -54,7 +56,7 @@ class Tiling:
         self.pixels, self.multiple = pixels, multiple
 
     def tiles(self, height: int, width: int) -> tuple[list[Span], list[Span]]:
-        """First and last rows and columns of tiles, which overlap by an eighth of their side: of all such ways to cut a frame, the one
+        """First and last rows and columns of tiles, which overlap by an eighth of their side, 64 pixels at least: of all such ways to cut a frame, the one
         whose tiles have the fewest pixels together, and of those the one with the fewest tiles."""
         if height * width <= self.pixels:
             return [(0, height)], [(0, width)]
@@ -75,7 +77,7 @@ class Tiling:
         """The fewest spans of at most `side` that cover a length, as short as they can be."""
         if length <= side:
             return [(0, length)]
-        overlap = max(1, side // 8 // self.multiple) * self.multiple
+        overlap = max(1, side // 8 // self.multiple, min(LEAST_OVERLAP, side // 2) // self.multiple) * self.multiple
         count = -(-(length - overlap) // (side - overlap))
         side = -(-(length + (count - 1) * overlap) // (count * self.multiple)) * self.multiple
         starts = [number * (length - side) // (count - 1) // self.multiple * self.multiple for number in range(count)]

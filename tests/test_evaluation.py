@@ -367,7 +367,7 @@ def test_functions(peer, root, tmp_path, monkeypatch):
     (result,) = FunctionMethod("peers:blend")([(prev, next_)])
     assert np.array_equal(result, next_) and np.array_equal(prev, before)
     for name, message in (
-        ("peers:broken", "failed: RuntimeError: out of ideas .*peers.py, line 25"),
+        ("peers:broken", "failed: RuntimeError: out of ideas .*peers.py, line 27"),
         ("peers:small", r"must give an array \(64, 96, 3\), but gave an array \(63, 96, 3\)"),
         ("peers:bright", r"must give uint8, or floating point in \[0, 1\], but gave float32"),
         ("peers:nothing", "but gave a NoneType"),

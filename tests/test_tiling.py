@@ -68,7 +68,7 @@ def test_fast_motion_is_followed_across_the_borders_of_tiles(name):
         return ((made * 255 - truth)[:, 100:-100] ** 2).mean()
 
     whole = error()
-    pipeline.enable_tiling(1)
+    pipeline.enable_tiling(256 * 256)
     assert len(pipeline.tiling.tiles(320, 640)[1]) > 2
     assert 10 * np.log10(error() / whole) <= 0.3, "dB lost to tiles"
 
