@@ -461,6 +461,7 @@ def test_a_preview_replaces_only_its_own_when_work_goes_on(pipeline, film, tmp_p
         interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, preview=picture, progress=False)
     assert picture.read_bytes() == before
     shown = own.read_bytes()
+    job.prepare(resume=True, overwrite=False)  # without one, it stays the job's own
     interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, preview=own, progress=False)
     assert own.read_bytes() != shown
 

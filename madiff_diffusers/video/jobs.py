@@ -157,7 +157,8 @@ class VideoJob:
                 kept = before["limits"]
                 now = {name: kept[name] if value is None else value for name, value in limits.items()}
                 sizes = {} if now == kept else self._sizes(now)  # others, as after memory was too short
-                if sizes or shown != before.get("preview"):
+                shown = shown or before["preview"]
+                if sizes or shown != before["preview"]:
                     write_text(plan, json.dumps({**before, **sizes, "preview": shown}))
                 return
         elif not plan.is_file() and any(path.suffix != ".tmp" for path in self.folder.glob("*")):
