@@ -20,6 +20,7 @@ _LOCATIONS = {
     "ModelHints": "motion_hints",
     "MotionHintModel": "motion_flow",
     "RIFEFlowModel": "motion_flow",
+    "SearchHints": "motion_hints",
     "StackedHints": "motion_hints",
     "VQMAGANDecoderOutput": "vq_magan",
     "VQMAGANEncoderOutput": "vq_magan",
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from .hint_registry import build_hint_source, register_hint_source
     from .image_processor import FrameProcessor
     from .motion_flow import MotionHintModel, RIFEFlowModel
-    from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, StackedHints
+    from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, SearchHints, StackedHints
     from .pipeline_madiff import MADiffPipeline
     from .pipeline_output import MADiffPipelineOutput
     from .video.errors import VideoError

@@ -15,11 +15,21 @@ from typing import Any
 from diffusers import ModelMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, NullHints, StackedHints
+from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, NullHints, SearchHints, StackedHints
 from .tiling import TILE_PIXELS, Tiling
 
 
-HINT_SOURCES = ("events", "flow", "fine_flow", "events+flow", "events+fine_flow", "model", "events+model")
+HINT_SOURCES = (
+    "events",
+    "flow",
+    "fine_flow",
+    "search",
+    "model",
+    "events+flow",
+    "events+fine_flow",
+    "events+search",
+    "events+model",
+)
 
 # Files of this package that a checkpoint holds, by their stems.
 TRAVELLING = (
@@ -33,6 +43,7 @@ TRAVELLING = (
     "model_cards",
     "motion_flow",
     "motion_hints",
+    "motion_search",
     "optical_flow",
     "pipeline_files",
     "pipeline_inputs",
@@ -42,11 +53,16 @@ TRAVELLING = (
     "sampling_steps",
     "tiling",
     "vq_magan",
+    "warping",
 )
 
-_OWN = ("events", "flow", "fine_flow", "model")
+_OWN = ("events", "flow", "fine_flow", "search", "model")
 # What the parts of a hint source's name stand for; `events` needs the pipeline's `i2e`, and `model` its `hint_model`.
-_SOURCES: dict[str, Callable[..., HintSource]] = {"flow": FlowHints, "fine_flow": partial(FlowHints, fine=True)}
+_SOURCES: dict[str, Callable[..., HintSource]] = {
+    "flow": FlowHints,
+    "fine_flow": partial(FlowHints, fine=True),
+    "search": SearchHints,
+}
 _METHODS = ("start", "from_guess")
 
 
@@ -262,6 +278,10 @@ def describe_hint_source(
             names.append("model")
         elif kind is FlowHints and isinstance(part, FlowHints):
             names.append("fine_flow" if part.fine else "flow")
+        elif kind is SearchHints and isinstance(part, SearchHints):
+            names.append("search")
+            if part.config != SearchHints().config:
+                settings["search"] = dict(part.config)
         else:
             name = saved_name(kind)
             config = dict(getattr(part, "config", None) or {}) if known is None else known[number]

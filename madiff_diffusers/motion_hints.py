@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from einops import rearrange
 
+from .motion_search import search_flow
 from .optical_flow import dis_flow, seen_from_the_end, single_threaded_opencv
 from .tiling import Tiling
+from .warping import halves
 
 
 HintPair = tuple[torch.Tensor, torch.Tensor]
@@ -186,6 +188,56 @@ class FlowHints:
         flow = self._flows([*frame_mid, *frame_mid], [*frame_prev, *frame_next], patch_stride=3)
         hints_prev, hints_next = flow.chunk(2)
         return hints_prev, hints_next
+
+
+class SearchHints:
+    """Flow by search on the frames' device, without weights (`motion_search.py`): backward flow from the middle frame to each neighbour,
+    (x, y) in pixels. Before there is a guess, both lie on one straight path.
+
+    Args:
+        finest_scale: halvings of the frames at which the search ends; 0 is full resolution, some four times the work.
+
+    Raises:
+        ValueError: if that is negative.
+    """
+
+    hint_channels = 2
+    device_bound = True
+
+    def __init__(self, finest_scale: int = 1):
+        if type(finest_scale) is not int or finest_scale < 0:
+            raise ValueError(f"`finest_scale` must be a whole number, 0 or more, but is {finest_scale!r}.")
+        self.finest_scale = finest_scale
+        self.config = {"finest_scale": finest_scale}
+
+    def _search(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        time: float | torch.Tensor,
+        start: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        grey_first, grey_second = ((to_grey(frames.float()).clamp(-1, 1) + 1) / 2 for frames in (first, second))
+        return search_flow(grey_first, grey_second, time, start, self.finest_scale)
+
+    @torch.no_grad()
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5) -> HintPair:
+        flow = self._search(frame_prev, frame_next, time)
+        share = torch.as_tensor(time, dtype=flow.dtype, device=flow.device).view(-1, 1, 1, 1)
+        return -share * flow, (1 - share) * flow
+
+    @torch.no_grad()
+    def from_guess(
+        self,
+        frame_prev: torch.Tensor,
+        frame_mid: torch.Tensor,
+        frame_next: torch.Tensor,
+        hints: HintPair | None = None,
+    ) -> HintPair:
+        """Flow that a guess tells, found from the `hints` on that were known before, where they are given."""
+        start = None if hints is None else torch.cat(hints)
+        both = self._search(torch.cat([frame_mid, frame_mid]), torch.cat([frame_prev, frame_next]), 0.0, start)
+        return halves(both)
 
 
 class ModelHints:

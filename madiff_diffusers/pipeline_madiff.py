@@ -29,6 +29,7 @@ from .hub_repository import upload_repository as upload_repository
 from .image_processor import FrameInput, FrameProcessor, check_same_size
 from .model_cards import model_card as model_card
 from .motion_hints import HintSource, damp_hints, goes_on, together
+from .motion_search import search_flow as search_flow
 from .optical_flow import dis_flow as dis_flow
 from .pipeline_files import CheckpointPipeline
 from .pipeline_inputs import (
@@ -45,6 +46,7 @@ from .pipeline_output import Frames, MADiffPipelineOutput
 from .precision import fastest_dtype as fastest_dtype
 from .sampling_steps import call_back, clean_latents, in_own_dtype
 from .tiling import TILE_PIXELS, Tiling
+from .warping import warp as warp
 
 
 class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):

@@ -133,9 +133,7 @@ def test_damped_hints_settle():
 
 
 def test_unknown_or_impossible_sources_are_named():
-    with pytest.raises(
-        ValueError, match="events, flow, fine_flow, events\\+flow, events\\+fine_flow, .*but is 'sound'"
-    ):
+    with pytest.raises(ValueError, match="events, flow, fine_flow, search, .*events\\+fine_flow, .*but is 'sound'"):
         build_hint_source("sound")
     with pytest.raises(ValueError, match="`i2e` is None"):
         build_hint_source("events")
