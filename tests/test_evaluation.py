@@ -24,6 +24,7 @@ from madiff_diffusers.evaluation.benchmarks import find_triplets
 from madiff_diffusers.evaluation.evaluate import QUESTIONS, ablation, evaluate
 from madiff_diffusers.evaluation.methods import (
     LATENTS,
+    MIDDLE,
     Baseline,
     FunctionMethod,
     MADiffMethod,
@@ -34,6 +35,7 @@ from madiff_diffusers.evaluation.metrics import Scorer, psnr
 from madiff_diffusers.evaluation.report import differences
 from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
+from madiff_diffusers.evaluation.visualization import offsets_image
 from madiff_diffusers.image_io import read_image
 from tests.conftest import moving_picture, two_processes
 from tests.processes import run_python, start_python
@@ -458,6 +460,8 @@ def test_a_scheduler_that_cannot_sample_is_refused_before_anything_runs(pipeline
 def test_questions():
     own = Settings()
     for question, (name, defaults) in QUESTIONS.items():
+        if question == "parts":
+            continue
         variants = ablation(question, own, "events+flow")
         assert (
             len({getattr(each, name) for each in variants})
@@ -470,6 +474,13 @@ def test_questions():
         ablation("source", own, "flow")
     with pytest.raises(ValueError, match="`question` steps varies `steps`"):
         ablation("steps", Settings(steps=3), "flow")
+    parts = ablation("parts", Settings(quantized=False), "flow")
+    assert all(each.quantized is False for each in parts) and len({*parts}) == len(parts) == 11
+    assert all(sum(value is not None for value in each) == 2 for each in parts)
+    with pytest.raises(ValueError, match="`question` parts varies steps, which must not be set"):
+        ablation("parts", Settings(steps=3), "flow")
+    with pytest.raises(ValueError, match="`values` must not be given for `question` parts, but are 1"):
+        ablation("parts", own, "flow", [1])
 
 
 def test_a_checkpoint_s_digest_is_of_weights_and_configurations(checkpoint, tmp_path):
@@ -644,7 +655,11 @@ def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
         tmp_path / "out",
     ]
     for question, values, labels in (
-        ("hints", [], [f"hint_policy={policy}" for policy in ("damped", "neighbours", "none", "sampling", "start")]),
+        (
+            "hints",
+            [],
+            [f"hint_policy={policy}" for policy in ("damped", "neighbours", "none", "sampling", "start", "true")],
+        ),
         ("source", [], ["hint_source=events", "hint_source=events+flow", "hint_source=flow"]),
         ("interval", ["1", "2"], ["steps=8 hint_interval=1", "steps=8 hint_interval=2"]),
         ("steps", ["1", "3", "12"], ["steps=1", "steps=3", "steps=12"]),
@@ -662,8 +677,27 @@ def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
         assert (tmp_path / question / "chart-ucf101.svg").read_text().count("<svg") == 1
     assert main(["ablate", "steps", *map(str, options), "--values", "some"]) == 2
     assert "--values must be integers, but has 'some'" in capsys.readouterr().err
+    assert main(["ablate", "parts", *map(str, options), "--values", "1"]) == 2
+    assert "--values must not be given for parts" in capsys.readouterr().err
     assert main(["ablate", "quantized", *map(str, options), "--values", "perhaps"]) == 2
     assert "--values must be yes or no" in capsys.readouterr().err
+
+
+def test_true_hints_are_what_the_true_frame_tells(pipeline):
+    prev, next_ = (moving_picture(time, 64, 96) for time in (-2, 2))
+    early, late = (moving_picture(time, 64, 96) for time in (-1, 1))
+    method = MADiffMethod(pipeline, "tiny", "0", Settings(hint_policy="true"))
+    with pytest.raises(ValueError, match="`truths` must be given for `latents` or `hint_policy` true"):
+        method([(prev, next_)])
+    seen = []
+    for truth in (early, late):
+        pictures = dict(method.explain((prev, next_), MIDDLE, truth))
+        flow = pipeline.hints.sources[-1].from_guess(
+            *(torch.from_numpy(each).permute(2, 0, 1)[None] / 127.5 - 1 for each in (prev, truth, next_))
+        )
+        assert np.array_equal(pictures["flow to previous"], offsets_image(flow[0][0]))
+        seen.append(method([(prev, next_)], MIDDLE, [truth])[0])
+    assert not np.array_equal(*seen) and pipeline._hints is None
 
 
 def test_latents_take_the_place_of_what_was_denoised(pipeline):

@@ -24,11 +24,12 @@ class AblateCommand(BaseCommand):
         command.add_argument(
             "question",
             metavar="QUESTION",
-            choices=("hints", "source", "interval", "steps", "scheduler", "quantized", "latents"),
-            help="setting to compare: hints (where motion hints come from: none, neighbours, start, sampling, damped), source (events, flow or "
+            choices=("hints", "source", "interval", "steps", "scheduler", "quantized", "latents", "parts"),
+            help="setting to compare: hints (where motion hints come from: none, neighbours, start, sampling, damped, true), source (events, flow or "
             "both), interval (sampling steps from one extraction of hints to the next, of 8 steps unless --steps is given), steps (sampling steps), "
             "scheduler, quantized (latents moved to their nearest codes, or not), latents (what is decoded: denoised, zero, noise, mirrored, "
-            "which is what is denoised of the mirrored pair, or true, which is the true frame's)",
+            "which is what is denoised of the mirrored pair, or true, which is the true frame's), parts (all of these latents, 1, 2 and 4 steps, "
+            "and hints none, start and true, which are those of the true frame: one table)",
         )
         command.add_argument(
             "--values",
@@ -47,6 +48,8 @@ class AblateCommand(BaseCommand):
             from ..evaluation.evaluate import QUESTIONS, ablation
 
             setting, _ = QUESTIONS[args.question]
+            if args.question == "parts" and args.values is not None:
+                raise CommandError(f"--values must not be given for parts, but are {' '.join(args.values)}")
             values = None if args.values is None else [parse_setting(setting, value) for value in args.values]
             if args.question == "interval" and args.steps is None:
                 args.steps = 8  # at a small checkpoint's one or two steps, there is nothing to space out

@@ -106,7 +106,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument(
         "--hint-policy",
         metavar="P",
-        help="hint policy: sampling, damped, start, neighbours or none (default: the checkpoint's own)",
+        help="hint policy: sampling, damped, start, neighbours, none, or true: the true frame's (default: the checkpoint's own)",
     )
     command.add_argument(
         "--hint-interval",

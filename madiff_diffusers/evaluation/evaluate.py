@@ -19,7 +19,7 @@ from .runs import BenchmarkRun
 
 # The questions of ablations, each with the setting that it varies and the values that are compared unless others are given.
 QUESTIONS: dict[str, Any] = {
-    "hints": ("hint_policy", ("none", "neighbours", "start", "sampling", "damped")),
+    "hints": ("hint_policy", ("none", "neighbours", "start", "sampling", "damped", "true")),
     "source": ("hint_source", None),  # all that the checkpoint has, and each part of it
     "interval": ("hint_interval", (1, 2, 4, 8)),
     "steps": ("steps", (1, 2, 5, 10, 25, 50)),
@@ -36,7 +36,15 @@ QUESTIONS: dict[str, Any] = {
     ),
     "quantized": ("quantized", (True, False)),
     "latents": ("latents", LATENTS),
+    "parts": (None, None),  # what each part is worth: latents, steps and hints, in one table
 }
+
+# What the question `parts` compares.
+PARTS: tuple[dict[str, Any], ...] = (
+    *({"latents": each} for each in LATENTS),
+    *({"steps": each} for each in (1, 2, 4)),
+    *({"hint_policy": each} for each in ("none", "start", "true")),
+)
 
 
 def ablation(question: str, base: Settings, hint_source: str, values: Sequence | None = None) -> list[Settings]:
@@ -52,6 +60,16 @@ def ablation(question: str, base: Settings, hint_source: str, values: Sequence |
         ValueError: if there is nothing to compare.
     """
     name, defaults = QUESTIONS[question]
+    if question == "parts":
+        if values is not None:
+            raise ValueError(
+                f"`values` must not be given for `question` parts, but are {', '.join(map(str, values))}."
+            )
+        varied = {name for part in PARTS for name in part}
+        taken = [name for name in sorted(varied) if getattr(base, name) is not None]
+        if taken:
+            raise ValueError(f"`question` parts varies {', '.join(taken)}, which must not be set besides.")
+        return [base._replace(**part) for part in PARTS]
     if values is None and name == "hint_source":
         parts = hint_parts(hint_source)
         defaults = (hint_source, *parts)

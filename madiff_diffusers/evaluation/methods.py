@@ -24,7 +24,7 @@ from ..motion_hints import HintSource, NullHints, StackedHints
 from ..optical_flow import dis_flow
 from ..pipeline_inputs import HINT_POLICIES
 from ..pipeline_madiff import MADiffPipeline
-from .hint_policies import ABLATION_POLICIES, NeighbourHints
+from .hint_policies import ABLATION_POLICIES, NeighbourHints, TrueHints
 from .visualization import gate_image, hints_images
 
 
@@ -225,9 +225,10 @@ class MADiffMethod:
         self.hint_policy = settings.hint_policy
         if settings.hint_policy in ABLATION_POLICIES:  # of other hints at the start, which stay
             source = self.hints or pipeline.hints
-            self.hints = (
-                NeighbourHints(source) if settings.hint_policy == "neighbours" else NullHints(source.hint_channels)
-            )
+            if settings.hint_policy == "neighbours":
+                self.hints = NeighbourHints(source)
+            elif settings.hint_policy == "none":
+                self.hints = NullHints(source.hint_channels)
             self.hint_policy = "start"
         self.scheduler = pipeline.scheduler
         if settings.scheduler is not None:
@@ -250,7 +251,7 @@ class MADiffMethod:
             raise ValueError(f"`latents` must be one of {', '.join(LATENTS)}, but is {settings.latents!r}.")
         if settings.latents not in (None, "denoised"):
             self.identity["latents"] = settings.latents
-        self.needs_truth = settings.latents == "true"
+        self.needs_truth = "true" in (settings.latents, settings.hint_policy)
 
     def _take_scheduler(self, name: str) -> None:
         """Configure a scheduler as the checkpoint's own, and sample once with it.
@@ -276,30 +277,39 @@ class MADiffMethod:
     def __call__(
         self, pairs: Sequence[Pair], time: Fraction = MIDDLE, truths: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """See `Method`. `truths` are the true frames, whose latents are decoded if the settings say so."""
+        """See `Method`. `truths` are the true frames, whose latents are decoded, or whose hints are taken, if the settings say so.
+
+        Raises:
+            ValueError: if they do, and these are not given.
+        """
+        if self.needs_truth and truths is None:
+            raise ValueError("`truths` must be given for `latents` or `hint_policy` true.")
         arguments: dict[str, Any] = {}
+        if self.settings.hint_policy == "true":
+            arguments["hints"] = self._true_hints(truths or ())
         if "latents" in self.identity:
-            arguments = {"callback_on_step_end": self._replacement(pairs, time, truths)}
+            arguments["callback_on_step_end"] = self._replacement(pairs, time, truths)
             arguments["callback_on_step_end_tensor_inputs"] = ["latents", "hints_prev", "hints_next"]
         frames = self._run(pairs, time, **arguments)
         return [np.array(frame) for (frame,) in frames]
 
+    def _true_hints(self, truths: Sequence[np.ndarray]) -> TrueHints:
+        frames = self.pipeline.encode_frames([Image.fromarray(truth) for truth in truths]).frames
+        return TrueHints(self.hints or self.pipeline.hints, frames)
+
     def _replacement(
         self, pairs: Sequence[Pair], time: Fraction, truths: Sequence[np.ndarray] | None
     ) -> Callable[..., dict[str, torch.Tensor]]:
-        """A callback that replaces the latents of the last step.
-
-        Raises:
-            ValueError: if the true frames' are wanted, and these are not given.
-        """
+        """A callback that replaces the latents of the last step."""
         kind = self.settings.latents
-        if kind == "true" and truths is None:
-            raise ValueError("`truths` must be given for `latents` true.")
         true_frames = [] if truths is None else truths
         mirrored: torch.Tensor | None = None
         if kind == "mirrored":
             turned = [(prev[:, ::-1], next_[:, ::-1]) for prev, next_ in pairs]
-            mirrored = torch.as_tensor(self._run(turned, time, output_type="latent"))[:, 0]
+            hints = None
+            if self.settings.hint_policy == "true":
+                hints = self._true_hints([truth[:, ::-1] for truth in true_frames])
+            mirrored = torch.as_tensor(self._run(turned, time, hints, output_type="latent"))[:, 0]
 
         def replace(
             pipeline: MADiffPipeline, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
@@ -327,8 +337,8 @@ class MADiffMethod:
 
         return replace
 
-    def explain(self, pair: Pair, time: Fraction = MIDDLE) -> list[tuple[str, np.ndarray]]:
-        """Named pictures `(H, W, 3)` uint8 of the hints and the gate of a pair's last decoding.
+    def explain(self, pair: Pair, time: Fraction, truth: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """Named pictures `(H, W, 3)` uint8 of the hints and the gate of a pair's last decoding; the true frame is read as in `__call__`.
 
         The gate is the finest: white where the previous frame was taken, black where the next one.
         """
@@ -343,7 +353,8 @@ class MADiffMethod:
         )
         try:
             names = ["hints_prev", "hints_next"]
-            self._run([pair], time, callback_on_step_end=note_hints, callback_on_step_end_tensor_inputs=names)
+            hints = self._true_hints([truth]) if self.settings.hint_policy == "true" else None
+            self._run([pair], time, hints, callback_on_step_end=note_hints, callback_on_step_end_tensor_inputs=names)
         finally:
             hook.remove()
         height, width = pair[0].shape[:2]
@@ -360,13 +371,19 @@ class MADiffMethod:
         return pictures
 
     def _run(
-        self, pairs: Sequence[Pair], time: Fraction = MIDDLE, **arguments: Any
+        self,
+        pairs: Sequence[Pair],
+        time: Fraction = MIDDLE,
+        hints: HintSource | None = None,
+        **arguments: Any,
     ) -> list[list[Image.Image]] | np.ndarray | torch.Tensor:
+        """Frames of the pipeline in these settings; with other `hints`, if they are given."""
         pipeline, settings = self.pipeline, self.settings
         before = pipeline.scheduler, pipeline._hints
         pipeline.scheduler = self.scheduler
-        if self.hints is not None:
-            pipeline.hints = self.hints
+        hints = hints or self.hints
+        if hints is not None:
+            pipeline.hints = hints
         try:
             return pipeline(
                 [Image.fromarray(prev) for prev, _ in pairs],

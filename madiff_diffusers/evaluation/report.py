@@ -288,7 +288,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], ou
                 ("error", error_image(result, truth)),
             ]
             if hasattr(method, "explain"):
-                pictures += method.explain((prev, next_), triplet.time)
+                pictures += method.explain((prev, next_), triplet.time, truth)
             shown = []
             for title, image in pictures:
                 name = f"{number:03d}-{title.replace(' ', '-')}.jpg"
