@@ -62,7 +62,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         scheduler ([`SchedulerMixin`]): any of Diffusers' that takes the checkpoint's `prediction_type`.
         i2e ([`EventGANModel`], *optional*): makes event hints; not needed where `hint_source` is flow alone.
         hint_model ([`MotionHintModel`] or a network with its methods, *optional*): makes the hints of a `hint_source` `"model"`.
-        hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, `"model"`, a registered name, `"MODULE:CLASS"`, or several of these joined
+        hint_source (`str`): `"events"` (the paper's), `"flow"`, `"fine_flow"`, `"search"`, `"model"`, a registered name, `"MODULE:CLASS"`, or several of these joined
             by `+`, see [`build_hint_source`]. With events among others and no `i2e`, event hints are zeros.
         default_num_inference_steps (`int`): what `num_inference_steps=None` stands for.
         default_hint_interval (`int`): what `hint_interval=None` stands for.

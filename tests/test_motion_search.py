@@ -121,15 +121,13 @@ def test_a_source_that_was_assigned_is_kept_with_where_its_search_ends(tmp_path,
     assert loaded.config.hint_source == "search" and loaded.hints.finest_scale == 2
 
 
-def test_frames_between_are_made_without_opencv(tmp_path, tiny_news):
-    pipeline = build_pipeline({**tiny_news, "hint_source": "search"})
-    pipeline.save_pretrained(tmp_path)
-    code = f"""
+def test_frames_between_are_made_without_opencv():
+    code = """
 import sys
 sys.modules["cv2"] = None  # whoever imports it fails
 import torch
 from madiff_diffusers import MADiffPipeline
-pipeline = MADiffPipeline.from_pretrained({str(tmp_path)!r})
+pipeline = MADiffPipeline.from_pretrained("madiff-fast")
 prev, next_ = torch.rand(2, 1, 3, 64, 64)
 print(pipeline(prev, next_, num_frames=2, num_inference_steps=2, output_type="pt").frames.shape)
 """

@@ -2,7 +2,7 @@
 
     python -m training.crop_cache CLIPS OUTPUT [--count 6000] [--size 224]
 
-Hints are OpenCV's flow between the neighbours, as the pipeline starts with it (`--hint_source`), found on crops larger than those of
+Hints are the optical flow that the pipeline starts with (`--hint_source`), found on crops larger than those of
 training, so that what moves into the picture is seen. Gaps, instants and the choice by motion are those of `write_crops`; options of the same names
 are not read again. `training.train_sampler --data crops:OUTPUT` trains on them.
 """

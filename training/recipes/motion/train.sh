@@ -4,11 +4,12 @@
 # CLIPS is a folder of video files, or crops:FOLDER of training.crop_cache (with --resolution 128); ALEXNET_FEATURES a
 # safetensors file with torchvision's ImageNet AlexNet; RIFE what `madiff convert-rife` made of the published weights.
 # `start` beside this file holds the weights that summary.csv ended with, but the hint model went on alone
-# (summary_hints.csv: --hints_until 1), and the others on crops with OpenCV's hints (summary_crops.csv, summary_fine.csv):
-# the last are those of madiff-fast (summary_flow.csv went on with plain flow, and was not kept).
+# (summary_hints.csv: --hints_until 1), and the others on crops with OpenCV's hints (summary_crops.csv, summary_fine.csv;
+# summary_flow.csv went on with plain flow, and was not kept), then on crops with flow by search (summary_search.csv:
+# crop_cache --hint_source search), the denoiser's last layer from zero: those are madiff-fast's.
 # Flags are those of training.train_sampler: on a GPU, --mixed_precision bf16 --train_batch_size 160 --learning_rate 1.2e-3.
 set -eu
-[ $# -ge 4 ] || { sed -n 2,9p "$0" | cut -c3- >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n 2,10p "$0" | cut -c3- >&2; exit 2; }
 recipe=$(cd "$(dirname "$0")" && pwd)
 case $1 in
     crops:*) data=crops:$(realpath "${1#crops:}") ;;
