@@ -50,8 +50,8 @@ class HintSource(Protocol):
 
 def to_grey(frames: torch.Tensor) -> torch.Tensor:
     """RGB `(B, 3, H, W)` to luma `(B, 1, H, W)` (BT.601), in the range of the input."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device, dtype=frames.dtype)
-    return (frames * weights.view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    red, green, blue = frames.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue  # numbers: a tensor of them would be copied to a GPU
 
 
 def null_hints(frames: torch.Tensor, channels: int) -> HintPair:
@@ -223,7 +223,7 @@ class SearchHints:
     @torch.no_grad()
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5) -> HintPair:
         flow = self._search(frame_prev, frame_next, time)
-        share = torch.as_tensor(time, dtype=flow.dtype, device=flow.device).view(-1, 1, 1, 1)
+        share = time.to(flow).view(-1, 1, 1, 1) if isinstance(time, torch.Tensor) else time
         return -share * flow, (1 - share) * flow
 
     @torch.no_grad()

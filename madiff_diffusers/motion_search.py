@@ -8,7 +8,6 @@ frames differ least, then goes down the slope of that difference (Lucas & Kanade
 Manduchi, "Bilateral filtering", 1998).
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +50,9 @@ def search_flow(
         frame to `p + (1 - time) * flow(p)` in the second.
     """
     size = first.shape[-2:]
-    share = torch.as_tensor(time, dtype=torch.float32, device=first.device).expand(len(first)).view(-1, 1, 1, 1)
+    # A number is filled in on the device, so that nothing is copied to it.
+    share = time if isinstance(time, torch.Tensor) else torch.full((1,), time, device=first.device)
+    share = share.to(first.device, torch.float32).expand(len(first)).view(-1, 1, 1, 1)
     # The flow times these are the offsets to both frames.
     shares = torch.cat([-share, 1 - share])
     last = finest_scale + 2 if start is not None else None
@@ -69,11 +70,10 @@ def search_flow(
             flow = flow[..., : frames.shape[-2], : frames.shape[-1]]
         if flow is None:
             flow = seen.new_zeros(len(first), 2, *frames.shape[-2:])
-            around = range(-REACH_AT_COARSEST, REACH_AT_COARSEST + 1)
-            ways = sorted(itertools.product(around, around), key=lambda way: (way != (0, 0), way))
-            candidates = torch.stack([flow + flow.new_tensor(way).view(1, 2, 1, 1) for way in ways])
-            costs = CHANGE_COST * flow.new_tensor(ways).norm(dim=1)
-            flow, difference = _least(seen, candidates, shares, costs)
+            around = torch.arange(-REACH_AT_COARSEST, REACH_AT_COARSEST + 1, device=flow.device, dtype=flow.dtype)
+            ways = torch.cartesian_prod(around, around)
+            candidates = flow + ways.view(-1, 1, 2, 1, 1)
+            flow, difference = _least(seen, candidates, shares, CHANGE_COST * ways.norm(dim=1))
         else:
             difference = _difference(seen, flow, shares)
         for jump in JUMPS:

@@ -71,8 +71,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             only the result is decoded at full size. 1 is the paper's.
         event_scale (`int`): event hints are extracted from frames this many times smaller (1, 2, 4 or 8); 1 is the paper's.
         default_recursive (`bool`): what `recursive=None` stands for.
-        hint_settings (`dict`, *optional*): arguments of the constructors of hint sources that are not this package's, by their names in
-            `hint_source`.
+        hint_settings (`dict`, *optional*): arguments of the constructors of `"search"` and of hint sources that are not this package's,
+            by their names in `hint_source`.
 
     Raises:
         ValueError: for a setting out of its range, or parts that do not fit together.

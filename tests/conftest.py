@@ -95,6 +95,21 @@ def tiny_news() -> dict:
     return load_tiny_news()
 
 
+def drifting(*times: float, height: int = 96, width: int = 128) -> list[torch.Tensor]:
+    """A picture that drifts by (3, 1) pixels per unit of time, as frames in [-1, 1]."""
+    pictures = (torch.from_numpy(moving_picture(time, height, width)) for time in times)
+    return [picture.permute(2, 0, 1)[None].float() / 127.5 - 1 for picture in pictures]
+
+
+def moving_patch() -> list[torch.Tensor]:
+    """Three frames of a patch that moves by 16 pixels across a still picture; in the second it is at [32:64, 68:100]."""
+    still, patch = drifting(0, 30, width=160)
+    pictures = [still.clone() for _ in range(3)]
+    for left, picture in zip((60, 68, 76), pictures):
+        picture[..., 32:64, left : left + 32] = patch[..., 32:64, 60:92]
+    return pictures
+
+
 def two_processes(module_and_options: list) -> list:
     """The command that runs a module on two processes; on CPUs (ACCELERATE_USE_CPU=true) they talk through gloo."""
     launch = [

@@ -678,7 +678,7 @@ def test_ablate_prints_a_table(root, checkpoint, tmp_path, capsys):
     assert main(["ablate", "steps", *map(str, options), "--values", "some"]) == 2
     assert "--values must be integers, but has 'some'" in capsys.readouterr().err
     assert main(["ablate", "parts", *map(str, options), "--values", "1"]) == 2
-    assert "--values must not be given for parts" in capsys.readouterr().err
+    assert "--values must not be given for QUESTION parts, but are 1" in capsys.readouterr().err
     assert main(["ablate", "quantized", *map(str, options), "--values", "perhaps"]) == 2
     assert "--values must be yes or no" in capsys.readouterr().err
 

@@ -10,14 +10,8 @@ from madiff_diffusers.evaluation.hint_policies import from_neighbours
 from madiff_diffusers.motion_hints import damp_hints
 from madiff_diffusers.optical_flow import dis_flow, single_threaded_opencv
 from madiff_diffusers.vq_magan import warp
-from tests.conftest import moving_picture
+from tests.conftest import drifting, moving_patch, moving_picture
 from training.hints import load_hint_source, start_hints
-
-
-def frames(*times: float, width: int = 128) -> list:
-    return [
-        torch.from_numpy(moving_picture(time, 96, width)).permute(2, 0, 1)[None].float() / 127.5 - 1 for time in times
-    ]
 
 
 @pytest.fixture
@@ -28,7 +22,7 @@ def i2e() -> EventGANModel:
 
 def test_flow_hints_are_offsets_from_the_middle_frame_to_the_neighbours():
     # The picture drifts by (3, 1) pixels per unit of time, so that what is at p in the middle was at p - (3, 1).
-    prev, mid, next_ = frames(-1, 0, 1)
+    prev, mid, next_ = drifting(-1, 0, 1)
     hints_prev, hints_next = FlowHints().from_guess(prev, mid, next_)
     assert hints_prev.shape == (1, 2, 96, 128) and hints_prev.dtype == torch.float32
     inner = (slice(None), slice(None), slice(16, -16), slice(16, -16))
@@ -38,19 +32,15 @@ def test_flow_hints_are_offsets_from_the_middle_frame_to_the_neighbours():
 
 
 def test_flow_starts_from_half_of_the_flow_between_the_neighbours():
-    prev, next_ = frames(-1, 1)
+    prev, next_ = drifting(-1, 1)
     start_prev, start_next = FlowHints().start(prev, next_)
     assert torch.equal(start_next, 0.5 * FlowHints().from_guess(prev, prev, next_)[1])
     assert torch.equal(start_prev, 0.5 * FlowHints().from_guess(prev, next_, next_)[0])
 
 
 def test_fine_flow_starts_from_the_motion_that_passes_the_middle():
-    """A patch moves by 16 pixels across a still picture: in the middle of its way, offsets lead to where it is in the neighbours."""
-    still, patch = frames(0, 30, width=160)
-    pictures = [still.clone() for _ in range(3)]
-    for left, picture in zip((60, 68, 76), pictures):
-        picture[..., 32:64, left : left + 32] = patch[..., 32:64, 60:92]
-    prev, mid, next_ = pictures
+    """Half-way along a patch's way across a still picture, offsets lead to where it is in the neighbours."""
+    pictures = prev, mid, next_ = moving_patch()
 
     def wrong(hints, frame) -> float:
         """Share of the middle's patch and its surroundings that is not what the offsets lead to."""
@@ -64,7 +54,7 @@ def test_fine_flow_starts_from_the_motion_that_passes_the_middle():
 
 @pytest.mark.parametrize("fine", [False, True])
 def test_flow_does_not_depend_on_threads_or_batch(fine):
-    prev, mid, next_ = frames(-1, 0, 1)
+    prev, mid, next_ = drifting(-1, 0, 1)
     alone = FlowHints(fine).from_guess(prev, mid, next_)[0]
     threads = cv2.getNumThreads()
     try:
@@ -93,7 +83,7 @@ def test_opencv_s_threads_are_set_back_once_the_last_of_two_at_once_is_done():
 
 
 def test_event_hints_start_from_nothing_and_run_towards_the_future(i2e):
-    prev, mid, next_ = frames(-1, 0, 1)
+    prev, mid, next_ = drifting(-1, 0, 1)
     source = EventHints(i2e)
     assert source.hint_channels == 10
     assert not any(hints.any() for hints in source.start(prev, next_))
@@ -110,7 +100,7 @@ def test_event_hints_start_from_nothing_and_run_towards_the_future(i2e):
 
 
 def test_a_stack_holds_its_sources_side_by_side_with_flow_last(i2e):
-    prev, mid, next_ = frames(-1, 0, 1)
+    prev, mid, next_ = drifting(-1, 0, 1)
     source = build_hint_source("events+flow", i2e)
     assert isinstance(source, StackedHints) and source.hint_channels == 12
     with torch.no_grad():
@@ -140,7 +130,7 @@ def test_unknown_or_impossible_sources_are_named():
 
 
 def test_start_hints_of_a_batch_are_each_of_its_own_instant():
-    pictures = frames(-1, 1, 5)
+    pictures = drifting(-1, 1, 5)
     prev, next_ = (
         torch.cat([pictures[0], pictures[1], pictures[0]]),
         torch.cat([pictures[1], pictures[2], pictures[2]]),
@@ -158,7 +148,7 @@ def test_events_of_smaller_frames_are_spread_over_as_many_pixels(i2e, tmp_path):
     source, _ = load_hint_source(
         {"hint_source": "events", "pipeline": {"event_scale": 2}}, str(tmp_path), torch.device("cpu")
     )
-    prev, mid, next_ = frames(-1, 0, 1)
+    prev, mid, next_ = drifting(-1, 0, 1)
     with torch.no_grad():
         hints = source.from_guess(prev, mid, next_)
         small = EventHints(i2e).from_guess(*(torch.nn.functional.avg_pool2d(frame, 2) for frame in (prev, mid, next_)))

@@ -20,6 +20,7 @@ from madiff_diffusers import (
     ModelHints,
     MotionHintModel,
     RIFEFlowModel,
+    SearchHints,
     VQMAGANModel,
     convert_rife_checkpoint,
     interpolate_frames,
@@ -373,8 +374,10 @@ class UnaskingScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(prev_sample=sample, pred_original_sample=model_output)
 
 
-def test_steps_leave_nothing_to_the_host(pipeline):
+@pytest.mark.parametrize("source", [None, SearchHints()], ids=["model", "search"])
+def test_steps_leave_nothing_to_the_host(pipeline, source):
     """On a GPU whose tensors have no values: whoever asked for one would fail."""
+    pipeline.hints = source
     pipeline.scheduler = UnaskingScheduler.from_config(pipeline.scheduler.config)
     copies = {}
     assert pipeline.hints.device_bound

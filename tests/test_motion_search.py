@@ -8,15 +8,7 @@ import torch
 from madiff_diffusers import MADiffPipeline, SearchHints, build_hint_source
 from madiff_diffusers.motion_search import search_flow
 from madiff_diffusers.warping import warp
-from tests.conftest import build_pipeline, moving_picture
-
-
-def frames(*times: float, height: int = 96, width: int = 128) -> list[torch.Tensor]:
-    """A picture that drifts by (3, 1) pixels per unit of time."""
-    return [
-        torch.from_numpy(moving_picture(time, height, width)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        for time in times
-    ]
+from tests.conftest import build_pipeline, drifting, moving_patch
 
 
 def inner(hints: torch.Tensor) -> torch.Tensor:
@@ -26,7 +18,7 @@ def inner(hints: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("finest_scale", [0, 1])
 @pytest.mark.parametrize("time", [0.5, 0.25, 2 / 3])
 def test_flow_of_any_instant_leads_to_both_neighbours(time, finest_scale):
-    prev, next_ = frames(0, 4)
+    prev, next_ = drifting(0, 4)
     hints_prev, hints_next = SearchHints(finest_scale).start(prev, next_, time)
     assert hints_prev.shape == hints_next.shape == (1, 2, 96, 128) and hints_prev.dtype == torch.float32
     whole = torch.tensor([12.0, 4.0]).view(1, 2, 1, 1)
@@ -35,17 +27,13 @@ def test_flow_of_any_instant_leads_to_both_neighbours(time, finest_scale):
 
 
 def test_motion_as_long_as_a_quarter_of_the_frame_is_found():
-    prev, next_ = frames(0, 10)
+    prev, next_ = drifting(0, 10)
     hints_prev, _ = SearchHints().start(prev, next_)
     assert (inner(hints_prev) + 0.5 * torch.tensor([30.0, 10.0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.5
 
 
 def test_what_moves_over_a_still_picture_is_found_within_its_edges():
-    still, patch = frames(0, 30, width=160)
-    pictures = [still.clone() for _ in range(3)]
-    for left, picture in zip((60, 68, 76), pictures):
-        picture[..., 32:64, left : left + 32] = patch[..., 32:64, 60:92]
-    prev, mid, next_ = pictures
+    prev, mid, next_ = moving_patch()
     hints_prev, hints_next = SearchHints().start(prev, next_)
     inside, outside = np.s_[:, :, 36:60, 72:96], np.s_[:, :, 10:86, 120:150]
     assert (hints_prev[inside] - torch.tensor([-8.0, 0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.25
@@ -55,14 +43,14 @@ def test_what_moves_over_a_still_picture_is_found_within_its_edges():
 
 
 def test_a_change_of_light_is_not_motion():
-    prev, next_ = frames(0, 2)
+    prev, next_ = drifting(0, 2)
     hints_prev, _ = SearchHints().start(prev * 0.6, next_ * 0.6 + 0.3)
     assert (inner(hints_prev) + torch.tensor([3.0, 1.0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.3
 
 
 def test_a_guess_tells_the_way_to_each_neighbour_by_itself():
     """The middle frame is not half-way: flow to the previous frame is a third of that to the next one."""
-    prev, mid, next_ = frames(0, 1, 4)
+    prev, mid, next_ = drifting(0, 1, 4)
     source = SearchHints(finest_scale=0)
     for hints in (None, source.start(prev, next_)):
         hints_prev, hints_next = source.from_guess(prev, mid, next_, hints)
@@ -71,7 +59,7 @@ def test_a_guess_tells_the_way_to_each_neighbour_by_itself():
 
 
 def test_flow_does_not_depend_on_the_batch_and_every_item_has_its_instant():
-    prev, next_ = frames(0, 2)
+    prev, next_ = drifting(0, 2)
     both = SearchHints().start(torch.cat([prev, next_]), torch.cat([next_, prev]), torch.tensor([0.5, 0.25]))
     for number, (pair, time) in enumerate([((prev, next_), 0.5), ((next_, prev), 0.25)]):
         for batched, alone in zip(both, SearchHints().start(*pair, time)):
@@ -80,7 +68,7 @@ def test_flow_does_not_depend_on_the_batch_and_every_item_has_its_instant():
 
 @pytest.mark.parametrize("height, width", [(1, 1), (7, 9), (33, 130), (90, 45)])
 def test_frames_of_any_size_have_flow_of_their_size(height, width):
-    prev, next_ = frames(0, 1, height=height, width=width)
+    prev, next_ = drifting(0, 1, height=height, width=width)
     for hints in (SearchHints().start(prev, next_), SearchHints().from_guess(prev, next_, next_, (prev[:, :2],) * 2)):
         assert all(each.shape == (1, 2, height, width) and each.isfinite().all() for each in hints)
 
@@ -91,7 +79,7 @@ def test_flat_frames_do_not_move():
 
 
 def test_still_frames_do_not_move():
-    (frame,) = frames(0)
+    (frame,) = drifting(0)
     flow = search_flow(*[(frame[:, :1] + 1) / 2] * 2, 0.5)
     assert flow.abs().max() < 1e-3
 

@@ -48,8 +48,6 @@ class AblateCommand(BaseCommand):
             from ..evaluation.evaluate import QUESTIONS, ablation
 
             setting, _ = QUESTIONS[args.question]
-            if args.question == "parts" and args.values is not None:
-                raise CommandError(f"--values must not be given for parts, but are {' '.join(args.values)}")
             values = None if args.values is None else [parse_setting(setting, value) for value in args.values]
             if args.question == "interval" and args.steps is None:
                 args.steps = 8  # at a small checkpoint's one or two steps, there is nothing to space out

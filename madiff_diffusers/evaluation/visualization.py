@@ -38,7 +38,7 @@ def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> l
         if name == "events":
             images.append((name, events_image(each)))
         elif len(each) == 2:
-            images.append(("flow" if name == "fine_flow" else name, offsets_image(each)))
+            images.append(("flow" if name in ("fine_flow", "search") else name, offsets_image(each)))
         else:
             mean = each.float().mean(0).cpu().numpy()
             levels = (255 * (mean - mean.min()) / max(float(np.ptp(mean)), 1e-6)).astype(np.uint8)
