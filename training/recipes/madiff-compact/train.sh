@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains madiff-compact from nothing on two CPU cores, or goes on where it was stopped:
 #     training/recipes/madiff-compact/train.sh CLIPS ALEXNET_FEATURES OUTPUT
-# CLIPS is a folder of video files, ALEXNET_FEATURES a safetensors file with torchvision's ImageNet AlexNet. The tables
+# CLIPS is a folder of video files, those that clips.tsv names; ALEXNET_FEATURES a safetensors file with torchvision's ImageNet AlexNet. The tables
 # beside this file are the summary.csv that each stage left in OUTPUT.
 set -eu
 [ $# = 3 ] || { sed -n 2,5p "$0" | cut -c3- >&2; exit 2; }
