@@ -25,6 +25,9 @@ from .decoder_inputs import FrameFeatures, HintLayout
 from .warping import Origin, correlate, halves, laid_out_as, part_of, warp
 
 
+STRIP_PIXELS = 128 * 1024  # of a strip of rows, see `in_strips`
+
+
 @dataclass
 class VQMAGANEncoderOutput(VQEncoderOutput):
     """
@@ -68,6 +71,16 @@ def _upsample_offsets(offsets: torch.Tensor, factor: int = 2) -> torch.Tensor:
 def _at_stride(origin: Origin, stride: int) -> Origin:
     """An origin in pixels as one in those of a feature map."""
     return None if origin is None else (origin[0] // stride, origin[1] // stride)
+
+
+def in_strips(frames: torch.Tensor) -> bool:
+    """Whether full resolution is gone through by strips of rows, which takes less memory: on a CPU, where no gradient is wanted."""
+    return (
+        frames.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 def _activation(act_fn: str) -> nn.Module:
@@ -411,13 +424,41 @@ class WarpHead(nn.Module):
             assert warped is not None, "what is compared"
             hidden_states = torch.cat([hidden_states, *halves(warped)], dim=1)
         pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride).to(frames.dtype)
+        arguments = (pixels, start, None if log_odds is None else log_odds.to(frames.dtype))
+        dtype, height = hidden_states.dtype, start.shape[-2]
+        if not in_strips(frames):
+            return self._image(*arguments, frames, share, origin, dtype)
+        top, left = (0, 0) if origin is None else origin
+        rows, margin = max(STRIP_PIXELS // start.shape[-1], 1), 2 if self.refine is None else 3
+        strips = []
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            begin, end = max(first - margin, 0), min(last + margin, height)
+            seen = [
+                each if each is None or each.shape[-2] != height else each[..., begin:end, :] for each in arguments
+            ]
+            found = self._image(*seen, frames, share, (top + begin, left), dtype)
+            strips.append([each[..., first - begin : last - begin, :] for each in found])
+        return tuple(torch.cat(each, dim=-2) for each in zip(*strips))
+
+    def _image(
+        self,
+        pixels: torch.Tensor,
+        start: torch.Tensor,
+        log_odds: torch.Tensor | None,
+        frames: torch.Tensor,
+        share: torch.Tensor | None,
+        origin: Origin,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `forward` returns, from what was predicted for pixels, `(B, 8, H, W)`; refined in `dtype`."""
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
         logits = pixels[:, 4:5]
-        gate = torch.sigmoid(logits if log_odds is None else logits + log_odds.to(frames.dtype))
+        gate = torch.sigmoid(logits if log_odds is None else logits + log_odds)
         warped_prev, warped_next = halves(warp(frames, offsets, origin))  # [B,3,H,W]
         image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
         if self.refine is not None:
-            seen = torch.cat([warped_prev, warped_next, image, gate], dim=1).to(hidden_states.dtype)
+            seen = torch.cat([warped_prev, warped_next, image, gate], dim=1).to(dtype)
             image = image + self.refine(seen).to(frames.dtype)
         if self.still_threshold > 0:
             prev, next_ = halves(part_of(frames, offsets.shape[-2:], origin))

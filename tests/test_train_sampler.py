@@ -356,6 +356,13 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
     assert index["hint_source"] == "fine_flow" and index["hint_model"] == [None, None]
+    start = tmp_path / "run" / "pipeline"
+    without = ("--latent_shares", "[0, 0.5, 0.5]", "--latent_weight", "0", "--two_step_share", "0")
+    done = train(config, crops, tmp_path / "control", "--init", str(start), *without)
+    assert done.returncode == 0, done.stderr
+    before, after = weights(start), weights(tmp_path / "control" / "pipeline")
+    moved = {part.partition(".")[0] for part in before if not torch.equal(before[part], after[part])}
+    assert moved == {"vqvae"}, "the denoiser was left out"
     done = train(config, crops, tmp_path / "other", "--hints_until", "0.5")
     assert done.returncode == 2 and "`hints_until` must be 0 with crops" in done.stderr
     done = train(config, crops, tmp_path / "other", "--layers", "2")
@@ -370,6 +377,10 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
         (["--data", "stills:photos"], "`data` must be one folder of videos or of crops"),
         (["--latent_shares", "[1, 0]"], "--latent_shares must be 3 numbers"),
         (["--latent_shares", "[0, 0, 0]"], "`latent_shares` must be shares, not all of them zero"),
+        (
+            ["--latent_shares", "[0, 1, 1]", "--latent_weight", "0"],
+            "`latent_weight` must be more than 0 where no denoised latents are decoded",
+        ),
         (["--config", "tiny"], "`config` must be one with `news_latents`"),
     ],
 )

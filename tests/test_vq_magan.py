@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import VQModel
 
-from madiff_diffusers import VQMAGANModel
+from madiff_diffusers import VQMAGANModel, vq_magan
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import excite, load_config
 
@@ -157,6 +157,46 @@ def test_warp_in_half_precision_still_addresses_pixels_of_a_wide_frame():
     image = torch.arange(3000.0).view(1, 1, 1, 3000) / 3000
     warped = warp(image.bfloat16(), torch.full((1, 2, 1, 3000), 5.0))
     assert torch.equal(warped[..., :-5], image.bfloat16()[..., 5:])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("origin", [None, (4, 8)])
+def test_features_are_warped_alike_by_rows_and_by_channels(dtype, tolerance, origin):
+    """Rows of channels are read where they lie side by side and no gradient is wanted."""
+    image = torch.rand(2, 24, 20, 40).to(dtype)
+    offsets = 9 * torch.randn(2, 2, 8, 16)
+    offsets[:, :, 2] = offsets[:, :, 2].round()
+    offsets[:, :, 3] = 100
+    expected = warp(image, offsets, origin)
+    with torch.no_grad():
+        warped = warp(image.contiguous(memory_format=torch.channels_last), offsets, origin)
+    assert warped.is_contiguous(memory_format=torch.channels_last) and warped.dtype == dtype
+    assert torch.allclose(warped, expected, atol=tolerance)
+    assert torch.equal(warped[:, :, 3], image[:, :, -1:, -1].expand(-1, -1, 16))
+
+
+@pytest.mark.parametrize("refine_channels", [0, 4])
+def test_strips_of_the_last_warp_meet_without_a_seam(monkeypatch, refine_channels):
+    model = excite(build(refine_channels=refine_channels, still_threshold=0.5)).eval()
+    with torch.no_grad():
+        mid, prev, next_, *hints = inputs(model, height=40)
+        features = [model.encode(frame).features for frame in (prev, next_)]
+        latents = model.encode(mid).latents
+
+        def decode(**part):
+            return model.decode(latents, *features, *hints, **part)
+
+        whole = decode()
+        monkeypatch.setattr(vq_magan, "STRIP_PIXELS", 7 * 48)
+        strips = decode()
+        for name in ("offsets", "gates"):
+            assert torch.allclose(getattr(strips, name)[-1], getattr(whole, name)[-1], atol=1e-5)
+        assert torch.allclose(strips.sample, whole.sample, atol=1e-5)
+
+        latents, hints = latents[..., 1:, 2:], [each[..., 8:, 16:] for each in hints]
+        part = decode(origin=(8, 16)).sample
+        monkeypatch.undo()
+        assert torch.allclose(part, decode(origin=(8, 16)).sample, atol=1e-5)
 
 
 def test_resized_hints_average_events_and_rescale_offsets():

@@ -11,6 +11,8 @@ from the true middle frame, which is exact in composed scenes, and in clips come
 only where it warps better than what is trained; vector quantization. At the end the parts are written to OUTPUT/pipeline. To
 resume, run the same command again.
 
+With no denoised latents in `latent_shares` and a `latent_weight` of 0, the denoiser is left out: a control, or a first stage of the rest.
+
 `--data crops:FOLDER` trains on what `training.crop_cache` made: its hints, such as OpenCV's flow, take the hint model's place.
 """
 
@@ -190,6 +192,7 @@ class SamplerNetwork(nn.Module):
         two_steps: bool,
         hints_only: bool = False,
         hint_source: HintSource | None = None,
+        denoises: bool = True,
     ) -> dict[str, Any]:
         """
         Args:
@@ -199,6 +202,7 @@ class SamplerNetwork(nn.Module):
             two_steps: whether a second step follows.
             hints_only: whether it ends with the hints, of the instant and of the true middle frame; nothing is drawn then.
             hint_source: makes hints from guesses where there is no hint model.
+            denoises: whether the denoiser is run; without it, there is one step and no denoised latents are chosen.
         """
         prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
         vqvae = self.vqvae
@@ -240,8 +244,11 @@ class SamplerNetwork(nn.Module):
             return self.unet(seen, timesteps, class_labels=1000 * time, return_dict=False)[0].float()
 
         noise, timesteps = draws["noise"], draws["timesteps"]
-        clean = denoise(self.scheduler.add_noise(news.detach(), noise, timesteps), timesteps, hints)
-        found["latent"] = F.mse_loss(clean, news.detach())
+        if denoises:
+            clean = denoise(self.scheduler.add_noise(news.detach(), noise, timesteps), timesteps, hints)
+            found["latent"] = F.mse_loss(clean, news.detach())
+        else:
+            clean, found["latent"] = torch.zeros_like(noise), noise.new_zeros(())
         choice = draws["choice"].view(-1, 1, 1, 1)
 
         if two_steps:
@@ -444,6 +451,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
         )
+    denoises = options.latent_shares[0] > 0 or options.latent_weight > 0
+    if not denoises and (options.two_step_share > 0 or trainer.accelerator.num_processes > 1):
+        raise ValueError(
+            "`latent_weight` must be more than 0 where no denoised latents are decoded, so that the denoiser is trained, with "
+            "`two_step_share` or several processes, but is 0."
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
@@ -553,6 +566,7 @@ def main(argv: list[str] | None = None) -> None:
             two_steps,
             hints_only,
             None if cache is None else pipeline.hints,
+            denoises,
         )
         with torch.no_grad():
             weight, ours = torch.ones_like(flow[:, :2]), warp_errors(batch, found["estimates"][-1])
