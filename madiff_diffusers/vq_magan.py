@@ -424,22 +424,22 @@ class WarpHead(nn.Module):
             assert warped is not None, "what is compared"
             hidden_states = torch.cat([hidden_states, *halves(warped)], dim=1)
         pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride).to(frames.dtype)
-        arguments = (pixels, start, None if log_odds is None else log_odds.to(frames.dtype))
+        log_odds = None if log_odds is None else log_odds.to(frames.dtype)
         dtype, height = hidden_states.dtype, start.shape[-2]
         if not in_strips(frames):
-            return self._image(*arguments, frames, share, origin, dtype)
+            return self._image(pixels, start, log_odds, frames, share, origin, dtype)
         top, left = (0, 0) if origin is None else origin
         rows, margin = max(STRIP_PIXELS // start.shape[-1], 1), 2 if self.refine is None else 3
         strips = []
         for first in range(0, height, rows):
             last = min(first + rows, height)
             begin, end = max(first - margin, 0), min(last + margin, height)
-            seen = [
-                each if each is None or each.shape[-2] != height else each[..., begin:end, :] for each in arguments
-            ]
+            odds = log_odds if log_odds is None or log_odds.shape[-2] == 1 else log_odds[..., begin:end, :]
+            seen = (pixels[..., begin:end, :], start[..., begin:end, :], odds)
             found = self._image(*seen, frames, share, (top + begin, left), dtype)
             strips.append([each[..., first - begin : last - begin, :] for each in found])
-        return tuple(torch.cat(each, dim=-2) for each in zip(*strips))
+        image, offsets, gate = (torch.cat(each, dim=-2) for each in zip(*strips))
+        return image, offsets, gate
 
     def _image(
         self,
