@@ -196,19 +196,22 @@ class SearchHints:
 
     Args:
         finest_scale: halvings of the frames at which the search ends; 0 is full resolution, some four times the work.
+        polish: whether what was found is fitted to the frames at full resolution, which takes nearly as long as the search of half of it.
 
     Raises:
-        ValueError: if that is negative.
+        ValueError: if `finest_scale` is negative, or either is of another type.
     """
 
     hint_channels = 2
     device_bound = True
 
-    def __init__(self, finest_scale: int = 1):
+    def __init__(self, finest_scale: int = 1, polish: bool = True):
         if type(finest_scale) is not int or finest_scale < 0:
             raise ValueError(f"`finest_scale` must be a whole number, 0 or more, but is {finest_scale!r}.")
-        self.finest_scale = finest_scale
-        self.config = {"finest_scale": finest_scale}
+        if type(polish) is not bool:
+            raise ValueError(f"`polish` must be true or false, but is {polish!r}.")
+        self.finest_scale, self.polish = finest_scale, polish
+        self.config = {"finest_scale": finest_scale, "polish": polish}
 
     def _search(
         self,
@@ -218,7 +221,7 @@ class SearchHints:
         start: torch.Tensor | None = None,
     ) -> torch.Tensor:
         grey_first, grey_second = ((to_grey(frames.float()).clamp(-1, 1) + 1) / 2 for frames in (first, second))
-        return search_flow(grey_first, grey_second, time, start, self.finest_scale)
+        return search_flow(grey_first, grey_second, time, start, self.finest_scale, self.polish)
 
     @torch.no_grad()
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5) -> HintPair:

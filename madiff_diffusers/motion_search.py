@@ -21,6 +21,7 @@ COARSEST_SIDE = 10  # pixels of the shorter side at the coarsest scale, at least
 REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
 JUMPS = (8, 3)  # distances at which other pixels' flows are tried, at every scale
 DESCENTS = 2  # steps of Lucas and Kanade at every scale
+POLISHING_DESCENTS = 1  # of them at full resolution, where nothing else is tried
 MOST_DESCENT = 1.5  # pixels of the scale, in each direction
 CONTRAST_RADIUS, DIFFERENCE_RADIUS = 4, 2  # of windows, in pixels of the scale
 LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between frames counts less
@@ -37,6 +38,7 @@ def search_flow(
     time: float | torch.Tensor,
     start: torch.Tensor | None = None,
     finest_scale: int = 1,
+    polish: bool = True,
 ) -> torch.Tensor:
     """
     Args:
@@ -44,6 +46,7 @@ def search_flow(
         time (`float` or `torch.Tensor` of shape `(B,)`): the instant, from 0, the first frame's, to 1, the second's.
         start (`torch.Tensor` of shape `(B, 2, H, W)`, *optional*): flow to start from, two scales before the finest.
         finest_scale (`int`): halvings of the frames at which the search ends.
+        polish (`bool`): then go down the slope at full resolution, from what was found at a smaller one.
 
     Returns:
         Flow `(B, 2, H, W)` float32, (x, y) in pixels: what is at `p` at the instant moves from `p - time * flow(p)` in the first
@@ -79,13 +82,30 @@ def search_flow(
         for jump in JUMPS:
             candidates = torch.stack([flow, *_around(flow, [(jump, 0), (-jump, 0), (0, jump), (0, -jump)])])
             flow, difference = _least(seen, candidates, shares, CHANGE_COST, difference)
-        flow, difference = _descended(seen, flow, shares, difference)
-        first_seen, second_seen = _warp_both(frames, flow, shares)
-        flow = _averaged(flow, (first_seen + second_seen) / 2, torch.exp(-difference / CONFIDENCE) + 1e-3)
+        flow = _settled(frames, seen, flow, shares, difference, DESCENTS)
     assert flow is not None  # there is a scale at least
     for _ in range(finest_scale):
         flow = _at_next_scale(flow, (2 * flow.shape[-2], 2 * flow.shape[-1]))
-    return flow[..., : size[0], : size[1]]
+    flow = flow[..., : size[0], : size[1]]
+    if polish and finest_scale > 0:
+        frames = torch.cat([first, second]).float()
+        seen = _contrast(frames)
+        flow = _settled(frames, seen, flow, shares, _difference(seen, flow, shares), POLISHING_DESCENTS)
+    return flow
+
+
+def _settled(
+    frames: torch.Tensor,
+    seen: torch.Tensor,
+    flow: torch.Tensor,
+    shares: torch.Tensor,
+    difference: torch.Tensor,
+    descents: int,
+) -> torch.Tensor:
+    """Flow after so many steps of descent, averaged within edges. `seen` are the frames' contrasts."""
+    flow, difference = _descended(seen, flow, shares, difference, descents)
+    first, second = _warp_both(frames, flow, shares)
+    return _averaged(flow, (first + second) / 2, torch.exp(-difference / CONFIDENCE) + 1e-3)
 
 
 def _pyramid(frames: torch.Tensor, finest_scale: int, last: int | None) -> list[torch.Tensor]:
@@ -179,13 +199,13 @@ def _around(images: torch.Tensor, ways: Sequence[tuple[int, int]]) -> list[torch
 
 
 def _descended(
-    images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor, difference: torch.Tensor
+    images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor, difference: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flow after steps of Lucas and Kanade, each taken where it makes the difference smaller."""
+    """Flow after so many steps of Lucas and Kanade, each taken where it makes the difference smaller."""
     left, right, above, below = _around(images, [(-1, 0), (1, 0), (0, -1), (0, 1)])
     with_slopes = torch.cat([images, (right - left) / 2, (below - above) / 2], dim=1)
     to_first, to_second = halves(shares.abs())
-    for _ in range(DESCENTS):
+    for _ in range(steps):
         first, second = _warp_both(with_slopes, flow, shares)
         gap = second[:, :1] - first[:, :1]
         slope = to_second * second[:, 1:] + to_first * first[:, 1:]

@@ -42,6 +42,15 @@ def test_what_moves_over_a_still_picture_is_found_within_its_edges():
     assert (mean - mid).abs().mean() < 0.5 * ((prev + next_) / 2 - mid).abs().mean()
 
 
+def test_polished_flow_keeps_closer_to_edges():
+    prev, mid, next_ = moving_patch()
+    errors = []
+    for polish in (False, True):
+        hints_prev, hints_next = SearchHints(polish=polish).start(prev, next_)
+        errors.append(((warp(prev, hints_prev) + warp(next_, hints_next)) / 2 - mid).abs().mean())
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_a_change_of_light_is_not_motion():
     prev, next_ = drifting(0, 2)
     hints_prev, _ = SearchHints().start(prev * 0.6, next_ * 0.6 + 0.3)
@@ -84,20 +93,23 @@ def test_still_frames_do_not_move():
     assert flow.abs().max() < 1e-3
 
 
-def test_scale_must_be_a_whole_number():
+def test_settings_have_their_types():
     for value in (-1, 0.5, True, "1"):
         with pytest.raises(ValueError, match="`finest_scale` must be a whole number, 0 or more"):
             SearchHints(value)
+    with pytest.raises(ValueError, match="`polish` must be true or false, but is 1"):
+        SearchHints(polish=1)
 
 
 def test_a_checkpoint_keeps_where_the_search_ends(tmp_path, tiny_news):
-    for scale, settings in ((1, None), (0, {"search": {"finest_scale": 0}})):
+    for scale, polish, settings in ((1, True, None), (0, False, {"search": {"finest_scale": 0, "polish": False}})):
         config = {**tiny_news, "hint_source": "search"}
         config["pipeline"] = {**config["pipeline"], "hint_settings": settings}
         pipeline = build_pipeline(config)
         assert pipeline.hints.finest_scale == scale and pipeline.hints.device_bound
         pipeline.save_pretrained(tmp_path / str(scale))
-        assert MADiffPipeline.from_pretrained(tmp_path / str(scale)).hints.finest_scale == scale
+        loaded = MADiffPipeline.from_pretrained(tmp_path / str(scale)).hints
+        assert loaded.finest_scale == scale and loaded.polish == polish
     assert build_hint_source("search").finest_scale == 1
 
 
