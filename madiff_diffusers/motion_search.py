@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from .warping import halves, warp
 
 
-# Chosen on 60 windows of training clips by LPIPS of the mean of both warped frames (training/EXPERIMENTS.md).
+# Chosen on windows of training clips, by LPIPS of the mean of both warped frames and of what a decoder makes of it (training/EXPERIMENTS.md).
 COARSEST_SIDE = 10  # pixels of the shorter side at the coarsest scale, at least
 REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
-JUMPS = (8, 3)  # distances at which other pixels' flows are tried, at every scale
+JUMPS = (12, 4)  # distances at which other pixels' flows are tried, at every scale
 DESCENTS = 2  # steps of Lucas and Kanade at every scale
 POLISHING_DESCENTS = 1  # of them at full resolution, where nothing else is tried
 MOST_DESCENT = 1.5  # pixels of the scale, in each direction
-CONTRAST_RADIUS, DIFFERENCE_RADIUS = 4, 2  # of windows, in pixels of the scale
+CONTRAST_RADIUS, DIFFERENCE_RADIUS = 4, 3  # of windows, in pixels of the scale
 LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between frames counts less
 CHANGE_COST = 0.002  # how much smaller the difference must be for another flow to be taken
 STIFFNESS = 5e-6  # of the descent where there is no slope
