@@ -21,8 +21,8 @@ from tests.conftest import REPOSITORY, moving_picture
 
 
 EXAMPLES = REPOSITORY / "examples"
-MOST_BYTES = {"madiff-compact": 24 * 10**6, "madiff-fast": 10**7}
-MOST_PARAMETERS = {"madiff-compact": 15_000_000, "madiff-fast": 5_000_000}
+MOST_BYTES = {"madiff-compact": 24 * 10**6, "madiff-fast": 12 * 10**6}
+MOST_PARAMETERS = {"madiff-compact": 15_000_000, "madiff-fast": 6_000_000}
 
 
 def test_these_are_all():
