@@ -64,7 +64,8 @@ def _warp_by_rows(image: torch.Tensor, offsets: torch.Tensor, top: int, left: in
     offsets = offsets.float()
     x = (torch.arange(offsets.shape[-1], dtype=torch.float32) + left + offsets[:, 0]).clamp(0, width - 1)
     y = (torch.arange(offsets.shape[-2], dtype=torch.float32)[:, None] + top + offsets[:, 1]).clamp(0, height - 1)
-    column, row = x.floor().clamp(max=width - 2), y.floor().clamp(max=height - 2)
+    # An offset that is no number reads some row, with shares that are none: so is what comes out, as in `grid_sample`.
+    column, row = (each.floor().clamp(max=most - 2).nan_to_num() for each, most in ((x, width), (y, height)))
     right, below = x - column, y - row
     first = row.long() * width + column.long() + height * width * torch.arange(batch).view(-1, 1, 1)
     corners = torch.stack([first, first + 1, first + width, first + width + 1], dim=-1)

@@ -167,11 +167,12 @@ def test_features_are_warped_alike_by_rows_and_by_channels(dtype, tolerance, ori
     offsets = 9 * torch.randn(2, 2, 8, 16)
     offsets[:, :, 2] = offsets[:, :, 2].round()
     offsets[:, :, 3] = 100
+    offsets[0, 0, 5, 5] = float("nan")
     expected = warp(image, offsets, origin)
     with torch.no_grad():
         warped = warp(image.contiguous(memory_format=torch.channels_last), offsets, origin)
     assert warped.is_contiguous(memory_format=torch.channels_last) and warped.dtype == dtype
-    assert torch.allclose(warped, expected, atol=tolerance)
+    assert torch.allclose(warped, expected, atol=tolerance, equal_nan=True) and warped[0, :, 5, 5].isnan().all()
     assert torch.equal(warped[:, :, 3], image[:, :, -1:, -1].expand(-1, -1, 16))
 
 
