@@ -5,7 +5,8 @@ One flow is sought for both frames: what is at a pixel of the instant was at som
 second, on a straight path (motion symmetric about the instant: Park et al., "BMBC", ECCV 2020). From coarse to fine, each pixel
 takes, of its own flow and those of pixels around (propagation: Barnes et al., "PatchMatch", 2009), the one along which windows of both
 frames differ least, then goes down the slope of that difference (Lucas & Kanade, 1981); an average within edges follows (Tomasi &
-Manduchi, "Bilateral filtering", 1998).
+Manduchi, "Bilateral filtering", 1998), and at the coarser scales a flow that bends little (Brox et al., "High accuracy optical flow
+estimation based on a theory for warping", ECCV 2004).
 """
 
 from collections.abc import Sequence
@@ -20,16 +21,21 @@ from .warping import halves, warp
 COARSEST_SIDE = 10  # pixels of the shorter side at the coarsest scale, at least
 REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
 JUMPS = (12, 4)  # distances at which other pixels' flows are tried, at every scale
-DESCENTS = 2  # steps of Lucas and Kanade at every scale
+DESCENTS = 2  # steps of Lucas and Kanade at the coarser scales
+LAST_DESCENTS = 1  # at the finest, whose start has been smoothed
 POLISHING_DESCENTS = 1  # of them at full resolution, where nothing else is tried
 MOST_DESCENT = 1.5  # pixels of the scale, in each direction
 CONTRAST_RADIUS, DIFFERENCE_RADIUS = 4, 3  # of windows, in pixels of the scale
 LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between frames counts less
 CHANGE_COST = 0.002  # how much smaller the difference must be for another flow to be taken
-STIFFNESS = 5e-6  # of the descent where there is no slope
+STIFFNESS = 5e-6  # of the descent, and of smoothing, where there is no slope
 EDGE = 0.1  # of [0, 1]: pixels that differ so much are averaged little
 CONFIDENCE = 0.03  # pixels whose windows differ so much count little in averages
 AVERAGED = (1, 2)  # distances of the eight pixels around that are averaged, one after the other
+SMOOTHINGS, SWEEPS = 2, 10  # how often both frames are looked at again, and sweeps of Jacobi each time
+BEND_COST = 0.2  # of a pixel by which neighbours' flows differ, where a grey value of [0, 1] by which frames differ costs 1
+GAP_KNEE, BEND_KNEE = 0.01, 0.1  # of grey values and pixels: a difference beyond costs what it is, one below its square
+MOST_SMOOTHING = 1.0  # pixels of the scale, in each direction and at a time
 
 
 def search_flow(
@@ -82,7 +88,9 @@ def search_flow(
         for jump in JUMPS:
             candidates = torch.stack([flow, *_around(flow, [(jump, 0), (-jump, 0), (0, jump), (0, -jump)])])
             flow, difference = _least(seen, candidates, shares, CHANGE_COST, difference)
-        flow = _settled(frames, seen, flow, shares, difference, DESCENTS)
+        flow = _settled(frames, seen, flow, shares, difference, DESCENTS if number > finest_scale else LAST_DESCENTS)
+        if number > finest_scale:
+            flow = _smoothed(frames, seen, flow, shares)
     assert flow is not None  # there is a scale at least
     for _ in range(finest_scale):
         flow = _at_next_scale(flow, (2 * flow.shape[-2], 2 * flow.shape[-1]))
@@ -233,3 +241,53 @@ def _averaged(flow: torch.Tensor, image: torch.Tensor, confidence: torch.Tensor)
             weights += weight
         flow = total / weights
     return flow
+
+
+def _smoothed(frames: torch.Tensor, seen: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Flow near this one along which the frames' contrasts `seen` differ little and that bends little, but at edges.
+
+    What is made small is the sum over pixels of `sqrt(gap² + GAP_KNEE²)` and, for each two neighbours,
+    `edge * BEND_COST * sqrt(|difference of their flows|² + BEND_KNEE²)` (Brox et al., 2004), by weighted squares.
+    """
+    left, right, above, below = _around(seen, [(-1, 0), (1, 0), (0, -1), (0, 1)])
+    with_slopes = torch.cat([seen, (right - left) / 2, (below - above) / 2, frames], dim=1)
+    to_first, to_second = halves(shares.abs())
+    for _ in range(SMOOTHINGS):
+        first, second = _warp_both(with_slopes, flow, shares)
+        gap = second[:, :1] - first[:, :1]
+        slope = to_second * second[:, 1:3] + to_first * first[:, 1:3]
+        image = (first[:, 3:] + second[:, 3:]) / 2
+        # Weights of each pixel with its right and its lower neighbour; none leads over the border.
+        across, down = _bend_weights(flow.diff(dim=3), image.diff(dim=3)), _bend_weights(flow.diff(dim=2), image.diff(dim=2))
+        to_left, to_right = F.pad(across, (1, 0)), F.pad(across, (0, 1))
+        to_above, to_below = F.pad(down, (0, 0, 1, 0)), F.pad(down, (0, 0, 0, 1))
+        # Each pixel's flow solves (sum of weights + pull * slope slopeᵀ) flow = weighted neighbours + pull * slope * (slope · flow - gap).
+        pull = torch.rsqrt(gap.square() + GAP_KNEE**2) * _both_within(flow, shares)
+        x, y = slope[:, :1], slope[:, 1:]
+        stiff = to_left + to_right + to_above + to_below + STIFFNESS
+        xx, xy, yy = pull * x * x + stiff, pull * x * y, pull * y * y + stiff
+        given = pull * slope * ((slope * flow).sum(dim=1, keepdim=True) - gap) + STIFFNESS * flow
+        determinant = xx * yy - xy * xy
+        to_x, to_y = torch.cat([yy, -xy], dim=1) / determinant, torch.cat([-xy, xx], dim=1) / determinant
+        solved = flow
+        for _ in range(SWEEPS):
+            left, right, above, below = _around(solved, [(-1, 0), (1, 0), (0, -1), (0, 1)])
+            right_side = given + to_left * left + to_right * right + to_above * above + to_below * below
+            solved = to_x * right_side[:, :1] + to_y * right_side[:, 1:]
+        flow = flow + (solved - flow).clamp(-MOST_SMOOTHING, MOST_SMOOTHING)
+    return flow
+
+
+def _both_within(flow: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """1 where a flow `(B, 2, h, w)` leads into both frames, 0 elsewhere; `(B, 1, h, w)`."""
+    height, width = flow.shape[-2:]
+    x = torch.arange(width, device=flow.device, dtype=flow.dtype)
+    y = torch.arange(height, device=flow.device, dtype=flow.dtype)[:, None]
+    at_x, at_y = (torch.cat([flow, flow]) * shares + torch.stack(torch.broadcast_tensors(x, y))).split(1, dim=1)
+    into_first, into_second = halves((at_x >= 0) & (at_x <= width - 1) & (at_y >= 0) & (at_y <= height - 1))
+    return into_first & into_second
+
+
+def _bend_weights(bends: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Weights of squared differences of neighbours' flows `(B, 2, h, w)`, less where grey values `(B, 1, h, w)` differ."""
+    return BEND_COST * torch.exp(edges.abs() * (-1 / EDGE)) * torch.rsqrt(bends.square().sum(dim=1, keepdim=True) + BEND_KNEE**2)

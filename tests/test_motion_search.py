@@ -51,6 +51,13 @@ def test_polished_flow_keeps_closer_to_edges():
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_flow_bends_little_where_frames_are_noisy():
+    noise = 0.2 * torch.randn(2, 1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    prev, next_ = (frame + added for frame, added in zip(drifting(0, 2), noise))
+    hints_prev, _ = SearchHints().start(prev, next_)
+    assert (inner(hints_prev) + torch.tensor([3.0, 1.0]).view(1, 2, 1, 1)).norm(dim=1).mean() < 0.25
+
+
 def test_a_change_of_light_is_not_motion():
     prev, next_ = drifting(0, 2)
     hints_prev, _ = SearchHints().start(prev * 0.6, next_ * 0.6 + 0.3)
