@@ -24,7 +24,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from madiff_diffusers import MADiffPipeline
-from madiff_diffusers.commands.common import DTYPES, CommandError, checkpoint_folder, chosen_dtype, load_pipeline
+from madiff_diffusers.commands.common import (
+    DEFAULT_CHECKPOINT,
+    DTYPES,
+    CommandError,
+    checkpoint_folder,
+    chosen_dtype,
+    load_pipeline,
+)
 from madiff_diffusers.evaluation.methods import FunctionMethod
 from madiff_diffusers.evaluation.runs import describe_environment
 from madiff_diffusers.video.memory import freed_memory_kept
@@ -221,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         "--threads", type=parse_count, metavar="N", help="of torch and OpenCV (default: as they choose)"
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for `madiff interpolate`")
-    parser.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for `madiff interpolate`")
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="C", help="as for `madiff interpolate`")
     parser.add_argument("--device", default="cpu", metavar="D", help="as for `madiff interpolate`")
     parser.add_argument("--rounds", type=parse_count, default=5, metavar="N", help="that medians are of (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file, too")

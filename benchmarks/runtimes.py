@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.pipeline import parse_count, parse_size, table
-from madiff_diffusers.commands.common import CommandError, checkpoint_folder, load_pipeline
+from madiff_diffusers.commands.common import DEFAULT_CHECKPOINT, CommandError, checkpoint_folder, load_pipeline
 from madiff_diffusers.evaluation.runs import describe_environment
 from madiff_diffusers.onnx_export import Graph, Tensors, build_graphs, example_tensors, export_onnx, frame_multiple
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="WxH",
         help="of the frames, padded as the networks need it (default: 640x480)",
     )
-    parser.add_argument("--checkpoint", default="madiff-compact", metavar="C", help="as for `madiff interpolate`")
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="C", help="as for `madiff interpolate`")
     parser.add_argument(
         "--config",
         type=Path,

@@ -16,6 +16,7 @@ import av
 import torch
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
+from madiff_diffusers.commands.common import DEFAULT_CHECKPOINT
 from madiff_diffusers.video.colour import ColourPath, ColourTags
 from madiff_diffusers.video.interpolation import FrameInterpolator, Pair, SourceFrame
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    pipeline = MADiffPipeline.from_pretrained("madiff-compact").to(args.device)
+    pipeline = MADiffPipeline.from_pretrained(DEFAULT_CHECKPOINT).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "in.mp4", Path(folder) / "out.mp4"

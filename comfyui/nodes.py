@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from madiff_diffusers import MADiffPipeline
+from madiff_diffusers.commands.common import DEFAULT_CHECKPOINT
 from madiff_diffusers.precision import best_device, fastest_dtype
 from madiff_diffusers.video.frame_times import Timeline
 from madiff_diffusers.video.interpolation import FrameInterpolator, Pair, SourceFrame
@@ -90,7 +91,7 @@ class MADiffInterpolate:
                 "checkpoint": (
                     "STRING",
                     {
-                        "default": "madiff-compact",
+                        "default": DEFAULT_CHECKPOINT,
                         "tooltip": "what comes with the package, a folder, or USER/NAME on the Hub",
                     },
                 ),
@@ -107,7 +108,7 @@ class MADiffInterpolate:
         device: str,
         dtype: str,
         steps: int = 0,
-        checkpoint: str = "madiff-compact",
+        checkpoint: str = DEFAULT_CHECKPOINT,
     ) -> tuple[torch.Tensor, float]:
         """
         Args:

@@ -129,7 +129,7 @@ class Demo:
         name: name of the checkpoint on the page.
     """
 
-    def __init__(self, pipeline: MADiffPipeline, limits: Limits = Limits(), name: str = "madiff-compact"):
+    def __init__(self, pipeline: MADiffPipeline, limits: Limits, name: str):
         self.pipeline, self.limits, self.name = pipeline, limits, name
         pipeline.set_progress_bar_config(disable=True)
         self._works: dict[str | None, Work] = {}  # by the page that waits for it

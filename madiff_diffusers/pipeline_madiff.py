@@ -254,7 +254,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             >>> from diffusers.utils import load_image
             >>> from madiff_diffusers import MADiffPipeline
 
-            >>> pipe = MADiffPipeline.from_pretrained("madiff-compact")
+            >>> pipe = MADiffPipeline.from_pretrained("madiff-fast")
             >>> middle = pipe(load_image("prev.png"), load_image("next.png")).frames[0][0]
             >>> middle.save("middle.png")
             ```

@@ -104,10 +104,22 @@ def test_crops_are_kept_with_their_hints(clips, tmp_path):
         CropCache(str(tmp_path), CPU)
 
 
+def test_crops_are_composed_as_often_as_asked_for(clips, tmp_path):
+    for share in (0.0, 1.0):
+        write_crops(str(clips), tmp_path / str(share), count=2, size=56, composed_share=share)
+    drawn = generator(0)
+    torch.rand((), generator=drawn)
+    scene, _ = composed(FrameBank(str(clips), CPU, 56), 1, 56, 3, drawn)
+    expected = ((scene["frame_mid"][0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    kept, clip = (CropCache(str(tmp_path / share), CPU).frames[0, 1] for share in ("1.0", "0.0"))
+    assert (kept == expected).all() and (clip != expected).any()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({}, "`output` must not be there yet"),
+        ({"composed_share": 1.5}, "`composed_share` must be from 0 to 1, but is 1.5"),
         ({"count": 0}, "`count` must be a positive integer, but is 0"),
         ({"size": 999}, "`data` must have videos of three frames or more that are at least 999 pixels"),
         ({"count": 10**12}, "`output` must lie where .* GiB are free"),

@@ -1,10 +1,11 @@
 """Crops of three frames with motion hints that take long to compute, made once and kept in memory-mapped files.
 
-    python -m training.crop_cache CLIPS OUTPUT [--count 6000] [--size 224]
+    python -m training.crop_cache CLIPS OUTPUT [--count 6000] [--size 224] [--composed_share 0.2]
 
 Hints are the optical flow that the pipeline starts with (`--hint_source`), found on crops larger than those of
 training, so that what moves into the picture is seen. Gaps, instants and the choice by motion are those of `write_crops`; options of the same names
-are not read again. `training.train_sampler --data crops:OUTPUT` trains on them.
+are not read again. A share of the crops can be composed of pieces of frames, as `composed` does: things that cover each other, at an
+exact instant. `training.train_sampler --data crops:OUTPUT` trains on them.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 
 from madiff_diffusers.files import filled_folder
 from madiff_diffusers.hint_registry import build_hint_source
-from training.frame_bank import FrameBank
+from training.frame_bank import FrameBank, composed
 from training.options import one_line_errors
 
 
@@ -85,6 +86,8 @@ def write_crops(
     any_time: float = 0.35,
     candidates: int = 4,
     seed: int = 0,
+    composed_share: float = 0.0,
+    layers: int = 3,
 ) -> None:
     """Write a folder of crops; it is there when it is complete.
 
@@ -96,6 +99,8 @@ def write_crops(
     for name, value in (("count", count), ("size", size)):
         if value < 1:
             raise ValueError(f"`{name}` must be a positive integer, but is {value}.")
+    if not 0 <= composed_share <= 1:
+        raise ValueError(f"`composed_share` must be from 0 to 1, but is {composed_share}.")
     source = build_hint_source(hint_source)
     if source.hint_channels != 2:
         raise ValueError(f"`hint_source` must be optical flow alone, such as fine_flow, but is {hint_source}.")
@@ -113,7 +118,10 @@ def write_crops(
             for name, dtype in FILES.items()
         }
         for number in range(count):
-            drawn = bank.triplets(1, size, gaps, any_time, candidates, generator)
+            if composed_share > 0 and torch.rand((), generator=generator) < composed_share:
+                drawn, _ = composed(bank, 1, size, layers, generator)
+            else:
+                drawn = bank.triplets(1, size, gaps, any_time, candidates, generator)
             time = drawn["time"].item()
             hints = source.start(drawn["frame_prev"], drawn["frame_next"], time)
             frames = torch.cat([drawn[name] for name in ("frame_prev", "frame_mid", "frame_next")])
@@ -124,7 +132,7 @@ def write_crops(
                 print(f"{number} of {count}", flush=True)
         for file in files.values():
             file.flush()
-        about = {"hint_source": hint_source, "clips": clips, "seed": seed}
+        about = {"hint_source": hint_source, "clips": clips, "seed": seed, "composed_share": composed_share}
         (folder / "crops.json").write_text(json.dumps(about))
 
 
@@ -135,9 +143,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=6000, help="of crops (default: 6000)")
     parser.add_argument("--size", type=int, default=224, help="of their sides, in pixels (default: 224)")
     parser.add_argument("--hint_source", default="fine_flow", help="as the pipeline's (default: fine_flow)")
+    parser.add_argument("--composed_share", type=float, default=0.0, help="of crops that are composed (default: 0)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_crops(args.clips, args.output, args.count, args.size, args.hint_source, seed=args.seed)
+    write_crops(
+        args.clips,
+        args.output,
+        args.count,
+        args.size,
+        args.hint_source,
+        seed=args.seed,
+        composed_share=args.composed_share,
+    )
 
 
 if __name__ == "__main__":
