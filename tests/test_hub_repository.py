@@ -54,9 +54,9 @@ np.save(output, pipe(*np.load(frames), generator=torch.Generator().manual_seed(0
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Path:
-    """What `madiff export --variant fp16` makes of the checkpoint that ships."""
+    """What `madiff export --variant fp16` makes of a checkpoint that ships."""
     folder = tmp_path_factory.mktemp("export") / "madiff-compact"
-    assert main(["export", str(folder), "--variant", "fp16"]) == 0
+    assert main(["export", str(folder), "--checkpoint", "madiff-compact", "--variant", "fp16"]) == 0
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 from madiff_diffusers import MADiffPipeline, SearchHints, build_hint_source
 from madiff_diffusers.motion_search import search_flow
 from madiff_diffusers.warping import warp
-from tests.conftest import build_pipeline, drifting, moving_patch
+from tests.conftest import REPOSITORY, build_pipeline, drifting, moving_patch
 
 
 def inner(hints: torch.Tensor) -> torch.Tensor:
@@ -128,15 +128,20 @@ def test_a_source_that_was_assigned_is_kept_with_where_its_search_ends(tmp_path,
     assert loaded.config.hint_source == "search" and loaded.hints.finest_scale == 2
 
 
-def test_frames_between_are_made_without_opencv():
+def test_frames_between_are_made_without_opencv(tmp_path):
+    """By default settings of the command, and by the pipeline with two steps."""
     code = """
 import sys
 sys.modules["cv2"] = None  # whoever imports it fails
 import torch
 from madiff_diffusers import MADiffPipeline
+from madiff_diffusers.commands.madiff_cli import main
+assert main(["interpolate", "examples/prev.png", "examples/next.png", "-o", sys.argv[1]]) == 0
 pipeline = MADiffPipeline.from_pretrained("madiff-fast")
 prev, next_ = torch.rand(2, 1, 3, 64, 64)
 print(pipeline(prev, next_, num_frames=2, num_inference_steps=2, output_type="pt").frames.shape)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    arguments = [sys.executable, "-c", code, str(tmp_path / "mid.png")]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0 and "[1, 2, 3, 64, 64]" in done.stdout, done.stderr
+    assert (tmp_path / "mid.png").is_file()
