@@ -103,7 +103,7 @@ def search_flow(
     if polish and finest_scale > 0:
         frames = torch.cat([first, second]).float()
         seen = _contrast(frames)
-        flow = _settled(frames, seen, flow, shares, _difference(seen, flow, shares), POLISHING_DESCENTS)
+        flow = _settled(frames, seen, flow, shares, None, POLISHING_DESCENTS)
     return flow
 
 
@@ -112,13 +112,36 @@ def _settled(
     seen: torch.Tensor,
     flow: torch.Tensor,
     shares: torch.Tensor,
-    difference: torch.Tensor,
+    difference: torch.Tensor | None,
     descents: int,
 ) -> torch.Tensor:
-    """Flow after so many steps of descent, averaged within edges. `seen` are the frames' contrasts."""
-    flow, difference = _descended(seen, flow, shares, difference, descents)
-    first, second = _warp_both(frames, flow, shares)
-    return _averaged(flow, (first + second) / 2, torch.exp(-difference / CONFIDENCE) + 1e-3)
+    """Flow after so many steps of Lucas and Kanade, each taken where it makes the difference smaller, then averaged within edges. `seen`
+    are the frames' contrasts, `difference` that along the flow, if it is known."""
+    pictures = torch.cat([seen, frames, *_slopes(seen)], dim=1)
+    to_first, to_second = halves(shares.abs())
+    first, second = _warp_both(pictures, flow, shares)
+    if difference is None:
+        difference = _windows_differ(first, second)
+    for left in reversed(range(descents)):
+        gap = second[:, :1] - first[:, :1]
+        slope = to_second * second[:, 2:] + to_first * first[:, 2:]
+        x, y = slope[:, :1], slope[:, 1:]
+        sums = _window_mean(torch.cat([x * x, x * y, y * y, x * gap, y * gap], dim=1), DIFFERENCE_RADIUS)
+        xx, xy, yy, xg, yg = sums.split(1, dim=1)
+        xx, yy = xx + STIFFNESS, yy + STIFFNESS
+        step = torch.cat([xy * yg - yy * xg, xy * xg - xx * yg], dim=1) / (xx * yy - xy * xy)
+        tried = flow + step.clamp(-MOST_DESCENT, MOST_DESCENT)
+        # After the last step, nobody asks for slopes.
+        kept = pictures.shape[1] if left else 2
+        first_there, second_there = _warp_both(pictures[:, :kept], tried, shares)
+        reached = _windows_differ(first_there, second_there)
+        better = reached < difference
+        flow, difference = torch.where(better, tried, flow), torch.where(better, reached, difference)
+        first, second = (
+            torch.where(better, there, here[:, :kept])
+            for there, here in ((first_there, first), (second_there, second))
+        )
+    return _averaged(flow, (first[:, 1:2] + second[:, 1:2]) / 2, torch.exp(-difference / CONFIDENCE) + 1e-3)
 
 
 def _pyramid(frames: torch.Tensor, finest_scale: int, last: int | None) -> list[torch.Tensor]:
@@ -176,8 +199,18 @@ def _warp_both(images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) -
 
 def _difference(images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """By how much windows of both images differ along a flow, `(B, 1, h, w)`."""
-    first, second = _warp_both(images, flow, shares)
-    return _window_mean((second - first).abs(), DIFFERENCE_RADIUS)
+    return _windows_differ(*_warp_both(images, flow, shares))
+
+
+def _windows_differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """By how much windows around each pixel differ in the first channels."""
+    return _window_mean((second[:, :1] - first[:, :1]).abs(), DIFFERENCE_RADIUS)
+
+
+def _slopes(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slopes of images along x and y."""
+    left, right, above, below = _around(images, [(-1, 0), (1, 0), (0, -1), (0, 1)])
+    return (right - left) / 2, (below - above) / 2
 
 
 def _least(
@@ -211,29 +244,6 @@ def _around(images: torch.Tensor, ways: Sequence[tuple[int, int]]) -> list[torch
     return [padded[..., most + y : most + y + height, most + x : most + x + width] for x, y in ways]
 
 
-def _descended(
-    images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor, difference: torch.Tensor, steps: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flow after so many steps of Lucas and Kanade, each taken where it makes the difference smaller."""
-    left, right, above, below = _around(images, [(-1, 0), (1, 0), (0, -1), (0, 1)])
-    with_slopes = torch.cat([images, (right - left) / 2, (below - above) / 2], dim=1)
-    to_first, to_second = halves(shares.abs())
-    for _ in range(steps):
-        first, second = _warp_both(with_slopes, flow, shares)
-        gap = second[:, :1] - first[:, :1]
-        slope = to_second * second[:, 1:] + to_first * first[:, 1:]
-        x, y = slope[:, :1], slope[:, 1:]
-        sums = _window_mean(torch.cat([x * x, x * y, y * y, x * gap, y * gap], dim=1), DIFFERENCE_RADIUS)
-        xx, xy, yy, xg, yg = sums.split(1, dim=1)
-        xx, yy = xx + STIFFNESS, yy + STIFFNESS
-        step = torch.cat([xy * yg - yy * xg, xy * xg - xx * yg], dim=1) / (xx * yy - xy * xy)
-        tried = flow + step.clamp(-MOST_DESCENT, MOST_DESCENT)
-        reached = _difference(images, tried, shares)
-        better = reached < difference
-        flow, difference = torch.where(better, tried, flow), torch.where(better, reached, difference)
-    return flow, difference
-
-
 def _averaged(flow: torch.Tensor, image: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
     """Flow averaged with that of pixels around which look alike in an image and whose flow is sure."""
     for distance in AVERAGED:
@@ -254,14 +264,13 @@ def _smoothed(frames: torch.Tensor, seen: torch.Tensor, flow: torch.Tensor, shar
     What is made small is the sum over pixels of `sqrt(gap² + GAP_KNEE²)` and, for each two neighbours,
     `edge * BEND_COST * sqrt(|difference of their flows|² + BEND_KNEE²)` (Brox et al., 2004), by weighted squares.
     """
-    left, right, above, below = _around(seen, [(-1, 0), (1, 0), (0, -1), (0, 1)])
-    with_slopes = torch.cat([seen, (right - left) / 2, (below - above) / 2, frames], dim=1)
+    pictures = torch.cat([seen, frames, *_slopes(seen)], dim=1)
     to_first, to_second = halves(shares.abs())
     for _ in range(SMOOTHINGS):
-        first, second = _warp_both(with_slopes, flow, shares)
+        first, second = _warp_both(pictures, flow, shares)
         gap = second[:, :1] - first[:, :1]
-        slope = to_second * second[:, 1:3] + to_first * first[:, 1:3]
-        image = (first[:, 3:] + second[:, 3:]) / 2
+        slope = to_second * second[:, 2:] + to_first * first[:, 2:]
+        image = (first[:, 1:2] + second[:, 1:2]) / 2
         # Weights of each pixel with its right and its lower neighbour; none leads over the border.
         across, down = (
             _bend_weights(flow.diff(dim=3), image.diff(dim=3)),
