@@ -23,7 +23,7 @@ from madiff_diffusers.properties import (
     lost,
 )
 from madiff_diffusers.video.decoding import Source
-from madiff_diffusers.video.encoding import Hdr10
+from madiff_diffusers.video.encoding import Display, Hdr10
 from madiff_diffusers.video.formats import CODECS, CONTAINERS
 from madiff_diffusers.video.source_properties import hdr10_of
 from tests.conftest import REPOSITORY, moving_picture
@@ -271,22 +271,36 @@ def test_what_frames_carry(pipeline, tmp_path):
         == names("HDR10")
         == notes(pipeline, source, tmp_path / "out.mkv", codec="ffv1")
     )
-    told = Hdr10(
+    display = Display(
         tuple(map(Fraction, "0.68 0.32 0.265 0.69 0.15 0.06 0.3127 0.329".split())),
         Fraction(1, 10000),
         Fraction(1000),
-        1000,
-        400,
     )
+    told = Hdr10(display, 1000, 400)
     assert hdr10_of(Source(source)) == told
     for name in ("out.mp4", "out.mkv", "out.mov", "out.webm"):
         assert notes(pipeline, source, tmp_path / name) == [], name
-        kept = hdr10_of(Source(tmp_path / name))
+        kept, *light = hdr10_of(Source(tmp_path / name))
         assert (
-            kept[3:] == told[3:]
-            and all(abs(a - b) < 1e-4 for a, b in zip((*kept.colours, kept.darkest), (*told.colours, told.darkest)))
+            light == [1000, 400]
+            and all(
+                abs(a - b) < 1e-4
+                for a, b in zip((*kept.colours, kept.darkest), (*display.colours, display.darkest), strict=True)
+            )
             and abs(kept.brightest - 1000) < 0.01
         )
+    light_alone = film_clip(
+        tmp_path / "light.mkv",
+        2,
+        codec="libx265",
+        pixel_format="yuv420p10le",
+        colours=(1, 9, 9, 16),
+        options={"x265-params": "hdr10=1:max-cll=900,300"},
+    )
+    assert hdr10_of(Source(light_alone)) == Hdr10(None, 900, 300)
+    for name in ("light.mp4", "light.webm"):
+        assert notes(pipeline, light_alone, tmp_path / name) == [], name
+        assert hdr10_of(Source(tmp_path / name)) == Hdr10(None, 900, 300), name
     assert notes(pipeline, source, tmp_path / "out.y4m") == names("matrix", "primaries", "HDR10")
     stereo = film_clip(tmp_path / "stereo.mkv", 2, options={"x264-params": "frame-packing=3"})
     assert notes(pipeline, stereo, tmp_path / "out.mp4") == names("stereo")

@@ -18,19 +18,30 @@ from .formats import CODECS, Container, container_of, refusal_of
 _INTERLEAVED = {"yuv420p": "nv12", "yuv420p10le": "p010le"}
 
 
-class Hdr10(NamedTuple):
+class Display(NamedTuple):
     """
-    Metadata of HDR10: the display that a video was mastered on, and the light of the video.
+    The display that a video was mastered on.
 
     Args:
         colours: CIE x and y of red, green, blue and white.
-        darkest, brightest: the least and greatest light of the display, in candela per square metre.
-        most, most_mean: the light of the brightest pixel, and the mean light of the brightest frame; 0 where it is not told.
+        darkest, brightest: its least and greatest light, in candela per square metre.
     """
 
     colours: tuple[Fraction, ...]
     darkest: Fraction
     brightest: Fraction
+
+
+class Hdr10(NamedTuple):
+    """
+    Metadata of HDR10.
+
+    Args:
+        display: the display that the video was mastered on; None where it is not told.
+        most, most_mean: the light of the brightest pixel, and the mean light of the brightest frame; 0 where it is not told.
+    """
+
+    display: Display | None
     most: int
     most_mean: int
 
@@ -42,13 +53,16 @@ class Hdr10(NamedTuple):
                 str(round(each * unit)) if codec == "hevc" else f"{float(each):.5f}" for each in (first, second)
             )
 
-        # HEVC counts colours in parts of 50000, and light in parts of 10000.
-        red, green, blue, white = (written(self.colours[i], self.colours[i + 1], 50000) for i in range(0, 8, 2))
-        display = f"G({green})B({blue})R({red})WP({white})L({written(self.brightest, self.darkest, 10000)})"
         named = ("master-display", "max-cll") if codec == "hevc" else ("mastering-display", "content-light")
-        return f"{named[0]}={display}" + (
-            f":{named[1]}={self.most},{self.most_mean}" if self.most or self.most_mean else ""
-        )
+        told = []
+        if self.display is not None:
+            # HEVC counts colours in parts of 50000, and light in parts of 10000.
+            colours, darkest, brightest = self.display
+            red, green, blue, white = (written(colours[i], colours[i + 1], 50000) for i in range(0, 8, 2))
+            told.append(f"{named[0]}=G({green})B({blue})R({red})WP({white})L({written(brightest, darkest, 10000)})")
+        if self.most or self.most_mean:
+            told.append(f"{named[1]}={self.most},{self.most_mean}")
+        return ":".join(told)
 
 
 # The encoders that take the metadata, and the names of their options.

@@ -10,7 +10,7 @@ from ..properties import PROPERTIES, found_in_image
 from .analysis import Analysis
 from .colour import is_rgb
 from .decoding import Source, main_stream
-from .encoding import Hdr10
+from .encoding import Display, Hdr10
 from .ffmpeg import has_side_data, side_data
 from .muxing import carried_metadata
 
@@ -96,6 +96,13 @@ def hdr10_of(source: Source) -> Hdr10 | None:
     frame = _first_frame(source)
     if frame is None:
         return None
+    display = _display_of(frame)
+    light = side_data(frame, _LIGHT_LEVEL) or bytes(8)
+    most, most_mean = np.frombuffer(light, np.uint32)[:2].tolist()
+    return Hdr10(display, most, most_mean) if display or most or most_mean else None
+
+
+def _display_of(frame: av.VideoFrame) -> Display | None:
     display = side_data(frame, _MASTERING_DISPLAY)
     if display is None:
         return None
@@ -105,9 +112,7 @@ def hdr10_of(source: Source) -> Hdr10 | None:
     if not (has_primaries and has_luminance) or 0 in numbers[1::2]:
         return None
     fractions = [Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2])]
-    light = side_data(frame, _LIGHT_LEVEL) or bytes(8)
-    most, most_mean = np.frombuffer(light, np.uint32)[:2].tolist()
-    return Hdr10(tuple(fractions[:8]), fractions[8], fractions[9], most, most_mean)
+    return Display(tuple(fractions[:8]), fractions[8], fractions[9])
 
 
 def found_in_frame(frame: av.VideoFrame) -> set[str]:
