@@ -33,13 +33,9 @@ EDGE = 0.1  # of [0, 1]: pixels that differ so much are averaged little
 CONFIDENCE = 0.03  # pixels whose windows differ so much count little in averages
 AVERAGED = (1, 2)  # distances of the eight pixels around that are averaged, one after the other
 SMOOTHINGS, SWEEPS = 2, 10  # how often both frames are looked at again, and sweeps of Jacobi each time
-BEND_COST = (
-    0.2  # of a pixel by which neighbours' flows differ, where a grey value of [0, 1] by which frames differ costs 1
-)
-GAP_KNEE, BEND_KNEE = (
-    0.01,
-    0.1,
-)  # of grey values and pixels: a difference beyond costs what it is, one below its square
+BEND_COST = 0.2  # of a pixel between neighbours' flows, beside a cost of 1 of a grey value of [0, 1] between frames
+GAP_KNEE = 0.01  # of grey values: a difference beyond costs what it is, a smaller one its square
+BEND_KNEE = 0.1  # the same of pixels between neighbours' flows
 MOST_SMOOTHING = 1.0  # pixels of the scale, in each direction and at a time
 
 
@@ -272,10 +268,8 @@ def _smoothed(frames: torch.Tensor, seen: torch.Tensor, flow: torch.Tensor, shar
         slope = to_second * second[:, 2:] + to_first * first[:, 2:]
         image = (first[:, 1:2] + second[:, 1:2]) / 2
         # Weights of each pixel with its right and its lower neighbour; none leads over the border.
-        across, down = (
-            _bend_weights(flow.diff(dim=3), image.diff(dim=3)),
-            _bend_weights(flow.diff(dim=2), image.diff(dim=2)),
-        )
+        across = _bend_weights(flow.diff(dim=3), image.diff(dim=3))
+        down = _bend_weights(flow.diff(dim=2), image.diff(dim=2))
         to_left, to_right = F.pad(across, (1, 0)), F.pad(across, (0, 1))
         to_above, to_below = F.pad(down, (0, 0, 1, 0)), F.pad(down, (0, 0, 0, 1))
         # Each pixel's flow solves (sum of weights + pull * slope slopeᵀ) flow = weighted neighbours + pull * slope * (slope · flow - gap).
@@ -307,8 +301,5 @@ def _both_within(flow: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
 
 def _bend_weights(bends: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """Weights of squared differences of neighbours' flows `(B, 2, h, w)`, less where grey values `(B, 1, h, w)` differ."""
-    return (
-        BEND_COST
-        * torch.exp(edges.abs() * (-1 / EDGE))
-        * torch.rsqrt(bends.square().sum(dim=1, keepdim=True) + BEND_KNEE**2)
-    )
+    bend = torch.rsqrt(bends.square().sum(dim=1, keepdim=True) + BEND_KNEE**2)
+    return BEND_COST * torch.exp(edges.abs() * (-1 / EDGE)) * bend
