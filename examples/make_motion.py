@@ -49,7 +49,7 @@ def write_gif(frames: list[Image.Image], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    pipe = MADiffPipeline.from_pretrained("madiff-compact")
+    pipe = MADiffPipeline.from_pretrained("madiff-fast")
     pipe.set_progress_bar_config(disable=True)
     sources = [Image.fromarray(scene(number)) for number in range(SOURCE_FRAMES + 1)]  # the last is the first again
     results = list(interpolate_frames(pipe, sources, FACTOR))[: SOURCE_FRAMES * FACTOR]
