@@ -180,7 +180,7 @@ def test_the_benchmark_compares_runtimes(tmp_path, capsys):
     config.write_text(yaml.safe_dump(load_tiny_news()))
     benchmark(["--size", "30x20", "--config", str(config), "--rounds", "1", "--json", str(tmp_path / "out.json")])
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert result["size"] == "32x24" and list(result["seconds"]) == ["encode", "hints", "denoise", "decode", "refine"]
+    assert result["size"] == "32x32" and list(result["seconds"]) == ["encode", "hints", "denoise", "decode", "refine"]
     assert all(list(own) == list(RUNTIMES) and min(own.values()) > 0 for own in result["seconds"].values())
     assert max(result["differences"].values()) < 1e-3
     assert (
