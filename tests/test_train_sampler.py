@@ -21,9 +21,11 @@ from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, moving_picture, two_processes
 from tests.processes import run_python
+from tests.test_metrics import random_backbone_file, random_lpips
 from tests.video_files import drifting, write_video
 from training.crop_cache import CropCache, write_crops
 from training.frame_bank import FrameBank, augment, composed
+from training.losses import gram_loss
 from training.train_sampler import distance, disturbed, easiness
 
 
@@ -200,6 +202,21 @@ def test_disturbed_hints_are_a_share():
     assert torch.equal(disturbed(hints, 0.0, generator()), hints)
 
 
+def test_gram_matrices_tell_textures_and_not_places():
+    torch.manual_seed(0)
+    metric = random_lpips()
+    texture = torch.rand(1, 3, 1, 8).repeat(2, 1, 64, 12) * 2 - 1  # [2,3,64,96], the same every 8 pixels
+    moved = texture.roll(4, dims=-1)
+    blurred = torch.nn.functional.avg_pool2d(texture, (1, 9), 1, (0, 4))
+    same, place, look = (gram_loss(metric, each, texture) for each in (texture, moved, blurred))
+    assert same.tolist() == [0, 0] and look.shape == (2,)
+    assert (place < 0.2 * look).all()
+    assert metric(moved, texture).mean() > 0.3 * metric(blurred, texture).mean(), "LPIPS minds the place"
+    bright = torch.cat([texture[:1], blurred[1:]]).requires_grad_()
+    gram_loss(metric, bright, texture).sum().backward()
+    assert bright.grad[0].abs().max() == 0 < bright.grad[1].abs().max(), "each sample has its own"
+
+
 # ---- the stage ----
 
 
@@ -359,6 +376,19 @@ def test_hints_can_be_trained_first_and_alone(config, clips, tmp_path):
     }
     with (tmp_path / "alone" / "summary.csv").open() as file:
         assert set(next(csv.DictReader(file))) == {"step", "samples", "flow", "warps", "learning_rate"}
+
+
+def test_gram_matrices_count_late(config, clips, tmp_path):
+    backbone = random_backbone_file(tmp_path / "alexnet.safetensors", 0)
+    flags = ["--lpips_net", "alex", "--lpips_backbone", backbone, "--gram_weight", "2", "--resolution", "64"]
+    flags += ["--scales", "[1.0]"]
+    done = train(config, clips, tmp_path / "run", *flags, "--max_train_steps", "4", "--two_step_share", "0")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert [bool(row.get("gram")) for row in rows] == [False, False, True, True]
+    done = train(config, clips, tmp_path / "none", "--gram_weight", "2")
+    assert done.returncode == 2 and "--gram_weight must be 0 with --lpips_net none" in done.stderr
 
 
 def test_it_trains_on_kept_crops(config, clips, tmp_path):

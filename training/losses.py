@@ -1,4 +1,4 @@
-"""Losses that several stages share: LPIPS, the discriminator's, and the weight that balances the adversarial one."""
+"""Losses that several stages share: LPIPS, Gram matrices, the discriminator's, and the weight that balances the adversarial one."""
 
 import torch
 import torch.nn as nn
@@ -21,6 +21,24 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
 
 def lpips_loss(options: RunOptions, device: torch.device) -> nn.Module | None:
     """The frozen LPIPS network that the options name, on a device; None for `lpips_net` "none", or if nothing asks for it."""
-    if options.lpips_net == "none" or not (options.validation or getattr(options, "lpips_weight", 0) > 0):
+    weighs = any(getattr(options, name, 0) > 0 for name in ("lpips_weight", "gram_weight"))
+    if options.lpips_net == "none" or not (options.validation or weighs):
         return None
     return build_lpips(options.lpips_net, options.lpips_backbone or None).to(device)
+
+
+def gram_loss(lpips: nn.Module, sample: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """How far the textures of frames `(B, 3, H, W)` in [-1, 1] are apart, `(B,)`: the squared distance of the Gram matrices of the features
+    that LPIPS compares, over that of the truth to zero, in the mean of the layers. FILM's style loss (Reda et al., 2022, eq. 7) but for
+    that ratio, which gives every layer the same say.
+
+    Args:
+        lpips: what `lpips_loss` gave.
+    """
+    both = lpips.net(lpips.scaling_layer(torch.cat([sample, truth])))
+    losses = []
+    for layer in both:
+        features = layer.float().flatten(2)
+        made, wanted = (features @ features.transpose(1, 2)).chunk(2)
+        losses.append((made - wanted).square().sum(dim=(1, 2)) / wanted.square().sum(dim=(1, 2)).clamp(min=1e-12))
+    return torch.stack(losses).mean(dim=0)

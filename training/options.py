@@ -373,9 +373,10 @@ def _check_values(options: RunOptions) -> None:
         raise ValueError(f"--window must be an odd number, so that a frame is half-way, but is {options.window}")
     if sum(options.gaps) == 0:
         raise ValueError(f"--gaps must be chances, not all of them zero, but is {_shown(options.gaps)}")
-    weight = getattr(options, "lpips_weight", 0)
-    if options.lpips_net == "none" and weight > 0:
-        raise ValueError(f"--lpips_weight must be 0 with --lpips_net none, but is {weight}")
+    for name in ("lpips_weight", "gram_weight"):  # which not every stage has
+        weight = getattr(options, name, 0)
+        if options.lpips_net == "none" and weight > 0:
+            raise ValueError(f"--{name} must be 0 with --lpips_net none, but is {weight}")
 
 
 def _as_type(value: Any, wanted: Any) -> Any:

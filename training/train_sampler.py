@@ -6,7 +6,7 @@ Every sample goes the way that the pipeline goes: hints of the instant from the 
 noise, decoding. A share of the batches takes a second step, with hints that were extracted from the first step's guess at half size.
 The latents that are decoded are the denoised ones, or the true ones, or zeros, in the shares of `latent_shares`.
 
-Loss: Charbonnier + LPIPS of the frame; the latents' squared error; flow of the hints and the decoder's offsets against flow
+Loss: Charbonnier + LPIPS (+ Gram matrices of its features, late) of the frame; the latents' squared error; flow of the hints and the decoder's offsets against flow
 from the true middle frame, which is exact in composed scenes, and in clips comes from a teacher that sees that frame and counts
 only where it warps better than what is trained; vector quantization. At the end the parts are written to OUTPUT/pipeline. To
 resume, run the same command again.
@@ -38,7 +38,7 @@ from training.codes import CodeUsage
 from training.crop_cache import CropCache
 from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
-from training.losses import lpips_loss
+from training.losses import gram_loss, lpips_loss
 from training.options import RunOptions, one_line_errors, option, parse_options
 from training.trainer import Trainer
 from training.validation import image_scores, panel, to_frames, to_image, validation_windows
@@ -103,6 +103,8 @@ class SamplerOptions(RunOptions):
     corrupted_share: float = option(0.2, "share of samples whose hints are disturbed", least=0, most=1)
     lpips_weight: float = option(0.4, "of LPIPS", least=0)
     lpips_from: float = option(0.12, "share of the training after which LPIPS counts", least=0, most=1)
+    gram_weight: float = option(0.0, "of the Gram matrices of LPIPS's features …", least=0)
+    gram_from: float = option(0.5, "… from this share of the training on", least=0, most=1)
     easiness_power: float = option(
         0.0,
         "a sample's frame counts by its hints' error to minus this: with 1, what is easy counts as much as what is hard",
@@ -615,6 +617,10 @@ def main(argv: list[str] | None = None) -> None:
                 each = lpips(found["sample"].clamp(-1.1, 1.1), batch["frame_mid"]).float().view(-1)
                 losses["lpips"] = (share * each).mean()
             loss = loss + options.lpips_weight * losses["lpips"]
+        if lpips is not None and options.gram_weight > 0 and passed >= options.gram_from:
+            with trainer.accelerator.autocast():
+                losses["gram"] = (share * gram_loss(lpips, found["sample"].clamp(-1.1, 1.1), batch["frame_mid"])).mean()
+            loss = loss + options.gram_weight * losses["gram"]
         trainer.backward(loss)
         trainer.optimizer_step(network, optimizer)
 
