@@ -3,10 +3,10 @@
 
 One flow is sought for both frames: what is at a pixel of the instant was at some place of the first frame and will be at one of the
 second, on a straight path (motion symmetric about the instant: Park et al., "BMBC", ECCV 2020). From coarse to fine, each pixel
-takes, of its own flow and those of pixels around (propagation: Barnes et al., "PatchMatch", 2009), the one along which windows of both
-frames differ least, then goes down the slope of that difference (Lucas & Kanade, 1981); an average within edges follows (Tomasi &
-Manduchi, "Bilateral filtering", 1998), and at the coarser scales a flow that bends little (Brox et al., "High accuracy optical flow
-estimation based on a theory for warping", ECCV 2004).
+takes, of its own flow, those near it (at coarse scales) and those of pixels around (propagation: Barnes et al., "PatchMatch", 2009), the
+one along which windows of both frames differ least, then goes down the slope of that difference (Lucas & Kanade, 1981); an average within
+edges follows (Tomasi & Manduchi, "Bilateral filtering", 1998), and at the coarser scales a flow that bends little (Brox et al., "High
+accuracy optical flow estimation based on a theory for warping", ECCV 2004).
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ from .warping import halves, warp
 
 
 # Chosen on windows of training clips, by LPIPS of the mean of both warped frames and of what a decoder makes of it (training/EXPERIMENTS.md).
-COARSEST_SIDE = 10  # pixels of the shorter side at the coarsest scale, at least
+COARSEST_SIDE = 5  # pixels of the shorter side at the coarsest scale, at least
 REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
+COARSE_SCALES, REACH = 3, 2  # at so many scales after it, flows that differ by so many pixels in each direction are tried
 JUMPS = (12, 4)  # distances at which other pixels' flows are tried, at every scale
 DESCENTS = 2  # steps of Lucas and Kanade at the coarser scales
 LAST_DESCENTS = 1  # at the finest, whose start has been smoothed
@@ -27,7 +28,9 @@ POLISHING_DESCENTS = 1  # of them at full resolution, where nothing else is trie
 MOST_DESCENT = 1.5  # pixels of the scale, in each direction
 CONTRAST_RADIUS, DIFFERENCE_RADIUS = 4, 3  # of windows, in pixels of the scale
 LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between frames counts less
+GREY_WEIGHT = 0.15  # of grey values' difference, beside that of contrasts, which plain surfaces have not
 CHANGE_COST = 0.002  # how much smaller the difference must be for another flow to be taken
+FAR_COST = 0.0005  # the same for each pixel by which it differs, where all that are near are tried
 STIFFNESS = 5e-6  # of the descent, and of smoothing, where there is no slope
 EDGE = 0.1  # of [0, 1]: pixels that differ so much are averaged little
 CONFIDENCE = 0.03  # pixels whose windows differ so much count little in averages
@@ -71,6 +74,7 @@ def search_flow(
     for number in reversed(range(finest_scale, len(scales))):
         frames = scales[number]
         seen = _contrast(frames)
+        images = torch.cat([seen, frames], dim=1)
         if flow is not None:
             flow = _at_next_scale(flow, frames.shape[-2:])
         elif start is not None:
@@ -80,15 +84,14 @@ def search_flow(
             flow = flow[..., : frames.shape[-2], : frames.shape[-1]]
         if flow is None:
             flow = seen.new_zeros(len(first), 2, *frames.shape[-2:])
-            around = torch.arange(-REACH_AT_COARSEST, REACH_AT_COARSEST + 1, device=flow.device, dtype=flow.dtype)
-            ways = torch.cartesian_prod(around, around)
-            candidates = flow + ways.view(-1, 1, 2, 1, 1)
-            flow, difference = _least(seen, candidates, shares, CHANGE_COST * ways.norm(dim=1))
+            flow, difference = _least_near(images, flow, shares, REACH_AT_COARSEST)
+        elif start is None and number >= len(scales) - 1 - COARSE_SCALES:
+            flow, difference = _least_near(images, flow, shares, REACH)
         else:
-            difference = _difference(seen, flow, shares)
+            difference = _difference(images, flow, shares)
         for jump in JUMPS:
             candidates = torch.stack([flow, *_around(flow, [(jump, 0), (-jump, 0), (0, jump), (0, -jump)])])
-            flow, difference = _least(seen, candidates, shares, CHANGE_COST, difference)
+            flow, difference = _least(images, candidates, shares, CHANGE_COST, difference)
         flow = _settled(frames, seen, flow, shares, difference, DESCENTS if number > finest_scale else LAST_DESCENTS)
         if number > finest_scale:
             flow = _smoothed(frames, seen, flow, shares)
@@ -199,8 +202,9 @@ def _difference(images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) 
 
 
 def _windows_differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """By how much windows around each pixel differ in the first channels."""
-    return _window_mean((second[:, :1] - first[:, :1]).abs(), DIFFERENCE_RADIUS)
+    """By how much windows around each pixel differ in the first channel, contrasts, and the second, grey values."""
+    gaps = (second[:, :2] - first[:, :2]).abs()
+    return _window_mean(gaps[:, :1] + GREY_WEIGHT * gaps[:, 1:], DIFFERENCE_RADIUS)
 
 
 def _slopes(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,6 +234,15 @@ def _least(
         differences = torch.cat([known[None], differences])
     least, chosen = differences.min(dim=0)
     return candidates.gather(0, chosen.expand(-1, 2, -1, -1)[None])[0], least
+
+
+def _least_near(
+    images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor, reach: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_least` gives for a flow and all that differ from it by up to `reach` whole pixels in each direction."""
+    around = torch.arange(-reach, reach + 1, device=flow.device, dtype=flow.dtype)
+    ways = torch.cartesian_prod(around, around)
+    return _least(images, flow + ways.view(-1, 1, 2, 1, 1), shares, FAR_COST * ways.norm(dim=1))
 
 
 def _around(images: torch.Tensor, ways: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
