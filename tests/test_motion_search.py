@@ -26,10 +26,29 @@ def test_flow_of_any_instant_leads_to_both_neighbours(time, finest_scale):
     assert (inner(hints_next) - (1 - time) * whole).norm(dim=1).median() < 0.25
 
 
-def test_motion_as_long_as_a_quarter_of_the_frame_is_found():
-    prev, next_ = drifting(0, 10)
+@pytest.mark.parametrize("steps", [10, 20])
+def test_motion_as_long_as_half_of_the_frame_is_found(steps):
+    prev, next_ = drifting(0, steps)
     hints_prev, _ = SearchHints().start(prev, next_)
-    assert (inner(hints_prev) + 0.5 * torch.tensor([30.0, 10.0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.5
+    way = 0.5 * steps * torch.tensor([3.0, 1.0]).view(1, 2, 1, 1)
+    seen_in_both = hints_prev[..., 20:-20, 32:-32]
+    assert (seen_in_both + way).norm(dim=1).median() < 0.5
+
+
+def test_a_plain_thing_moves_as_a_whole():
+    """In its middle nothing tells how it moves but that it is not what is around it."""
+    ground = drifting(0, height=160, width=224)[0]
+    frames = []
+    for left in (60, 76, 92):
+        frame = ground.clone()
+        frame[..., 50:110, left : left + 60] = torch.tensor([0.8, -0.6, -0.4]).view(1, 3, 1, 1)
+        frames.append(frame)
+    prev, mid, next_ = frames
+    hints_prev, hints_next = SearchHints().start(prev, next_)
+    inside = np.s_[:, :, 54:106, 80:132]
+    assert (hints_prev[inside] - torch.tensor([-16.0, 0]).view(1, 2, 1, 1)).norm(dim=1).mean() < 4
+    mean = (warp(prev, hints_prev) + warp(next_, hints_next)) / 2
+    assert (mean - mid)[inside].abs().mean() < 0.01
 
 
 def test_what_moves_over_a_still_picture_is_found_within_its_edges():
