@@ -20,21 +20,23 @@ from .warping import halves, warp
 # Chosen on windows of training clips, by LPIPS of the mean of both warped frames and of what a decoder makes of it (training/EXPERIMENTS.md).
 COARSEST_SIDE = 5  # pixels of the shorter side at the coarsest scale, at least
 REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
-COARSE_SCALES, REACH = 3, 2  # at so many scales after it, flows that differ by so many pixels in each direction are tried
+COARSE_SCALES, REACH = (
+    3,
+    2,
+)  # at so many scales after it, flows that differ by so many pixels in each direction are tried
 JUMPS = (12, 4)  # distances at which other pixels' flows are tried, at every scale
 DESCENTS = 2  # steps of Lucas and Kanade at the coarser scales
 LAST_DESCENTS = 1  # at the finest, whose start has been smoothed
-POLISHING_DESCENTS = 1  # of them at full resolution, where nothing else is tried
 MOST_DESCENT = 1.5  # pixels of the scale, in each direction
 CONTRAST_RADIUS, DIFFERENCE_RADIUS = 4, 3  # of windows, in pixels of the scale
 LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between frames counts less
 GREY_WEIGHT = 0.15  # of grey values' difference, beside that of contrasts, which plain surfaces have not
 CHANGE_COST = 0.002  # how much smaller the difference must be for another flow to be taken
-FAR_COST = 0.0005  # the same for each pixel by which it differs, where all that are near are tried
+FAR_COST = 0.002  # the same for each pixel by which it differs, where all that are near are tried
 STIFFNESS = 5e-6  # of the descent, and of smoothing, where there is no slope
 EDGE = 0.1  # of [0, 1]: pixels that differ so much are averaged little
 CONFIDENCE = 0.03  # pixels whose windows differ so much count little in averages
-AVERAGED = (1, 2)  # distances of the eight pixels around that are averaged, one after the other
+AVERAGED = (1, 2)  # distances of the pixels around that are averaged, one after the other
 SMOOTHINGS, SWEEPS = 2, 10  # how often both frames are looked at again, and sweeps of Jacobi each time
 BEND_COST = 0.2  # of a pixel between neighbours' flows, beside a cost of 1 of a grey value of [0, 1] between frames
 GAP_KNEE = 0.01  # of grey values: a difference beyond costs what it is, a smaller one its square
@@ -100,9 +102,7 @@ def search_flow(
         flow = _at_next_scale(flow, (2 * flow.shape[-2], 2 * flow.shape[-1]))
     flow = flow[..., : size[0], : size[1]]
     if polish and finest_scale > 0:
-        frames = torch.cat([first, second]).float()
-        seen = _contrast(frames)
-        flow = _settled(frames, seen, flow, shares, None, POLISHING_DESCENTS)
+        flow = _polished(torch.cat([first, second]).float(), flow, shares)
     return flow
 
 
@@ -111,25 +111,15 @@ def _settled(
     seen: torch.Tensor,
     flow: torch.Tensor,
     shares: torch.Tensor,
-    difference: torch.Tensor | None,
+    difference: torch.Tensor,
     descents: int,
 ) -> torch.Tensor:
     """Flow after so many steps of Lucas and Kanade, each taken where it makes the difference smaller, then averaged within edges. `seen`
-    are the frames' contrasts, `difference` that along the flow, if it is known."""
+    are the frames' contrasts, `difference` that along the flow."""
     pictures = torch.cat([seen, frames, *_slopes(seen)], dim=1)
-    to_first, to_second = halves(shares.abs())
     first, second = _warp_both(pictures, flow, shares)
-    if difference is None:
-        difference = _windows_differ(first, second)
     for left in reversed(range(descents)):
-        gap = second[:, :1] - first[:, :1]
-        slope = to_second * second[:, 2:] + to_first * first[:, 2:]
-        x, y = slope[:, :1], slope[:, 1:]
-        sums = _window_mean(torch.cat([x * x, x * y, y * y, x * gap, y * gap], dim=1), DIFFERENCE_RADIUS)
-        xx, xy, yy, xg, yg = sums.split(1, dim=1)
-        xx, yy = xx + STIFFNESS, yy + STIFFNESS
-        step = torch.cat([xy * yg - yy * xg, xy * xg - xx * yg], dim=1) / (xx * yy - xy * xy)
-        tried = flow + step.clamp(-MOST_DESCENT, MOST_DESCENT)
+        tried = flow + _descent(first, second, shares)
         # After the last step, nobody asks for slopes.
         kept = pictures.shape[1] if left else 2
         first_there, second_there = _warp_both(pictures[:, :kept], tried, shares)
@@ -140,7 +130,29 @@ def _settled(
             torch.where(better, there, here[:, :kept])
             for there, here in ((first_there, first), (second_there, second))
         )
-    return _averaged(flow, (first[:, 1:2] + second[:, 1:2]) / 2, torch.exp(-difference / CONFIDENCE) + 1e-3)
+    return _averaged(flow, first, second, difference)
+
+
+def _polished(frames: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Flow after one step of Lucas and Kanade more, taken everywhere, and an average over four pixels in the place of eight: at full
+    resolution a look at what the step did costs more time than it is worth."""
+    seen = _contrast(frames)
+    first, second = _warp_both(torch.cat([seen, frames, *_slopes(seen)], dim=1), flow, shares)
+    flow = flow + _descent(first, second, shares)
+    return _averaged(flow, first, second, _windows_differ(first, second), of_four=True)
+
+
+def _descent(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """The step of Lucas and Kanade for contrasts, grey values and slopes of both frames `(B, 4, h, w)`, warped: `(B, 2, h, w)`."""
+    to_first, to_second = halves(shares.abs())
+    gap = second[:, :1] - first[:, :1]
+    slope = to_second * second[:, 2:] + to_first * first[:, 2:]
+    x, y = slope[:, :1], slope[:, 1:]
+    sums = _window_mean(torch.cat([x * x, x * y, y * y, x * gap, y * gap], dim=1), DIFFERENCE_RADIUS)
+    xx, xy, yy, xg, yg = sums.split(1, dim=1)
+    xx, yy = xx + STIFFNESS, yy + STIFFNESS
+    step = torch.cat([xy * yg - yy * xg, xy * xg - xx * yg], dim=1) / (xx * yy - xy * xy)
+    return step.clamp(-MOST_DESCENT, MOST_DESCENT)
 
 
 def _pyramid(frames: torch.Tensor, finest_scale: int, last: int | None) -> list[torch.Tensor]:
@@ -253,11 +265,16 @@ def _around(images: torch.Tensor, ways: Sequence[tuple[int, int]]) -> list[torch
     return [padded[..., most + y : most + y + height, most + x : most + x + width] for x, y in ways]
 
 
-def _averaged(flow: torch.Tensor, image: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
-    """Flow averaged with that of pixels around which look alike in an image and whose flow is sure."""
+def _averaged(
+    flow: torch.Tensor, first: torch.Tensor, second: torch.Tensor, difference: torch.Tensor, of_four: bool = False
+) -> torch.Tensor:
+    """Flow averaged with that of pixels around, eight or four, which look alike in the warped images, by their second channel, grey
+    values, and whose flow is sure: along it, windows differ little."""
+    image = (first[:, 1:2] + second[:, 1:2]) / 2
+    confidence = torch.exp(difference * (-1 / CONFIDENCE)) + 1e-3
     for distance in AVERAGED:
         steps = (-distance, 0, distance)
-        ways = [(x, y) for y in steps for x in steps]
+        ways = [(x, y) for y in steps for x in steps if not of_four or 0 in (x, y)]
         total, weights = torch.zeros_like(flow), torch.zeros_like(confidence)
         for other, flow_there, sure in zip(_around(image, ways), _around(flow, ways), _around(confidence, ways)):
             weight = torch.exp((other - image).abs() * (-1 / EDGE)) * sure
