@@ -20,10 +20,8 @@ from .warping import halves, warp
 # Chosen on windows of training clips, by LPIPS of the mean of both warped frames and of what a decoder makes of it (training/EXPERIMENTS.md).
 COARSEST_SIDE = 5  # pixels of the shorter side at the coarsest scale, at least
 REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
-COARSE_SCALES, REACH = (
-    3,
-    2,
-)  # at so many scales after it, flows that differ by so many pixels in each direction are tried
+COARSE_SCALES = 3  # at so many scales after it …
+REACH = 2  # … flows that differ by up to so many pixels in each direction are tried
 JUMPS = (12, 4)  # distances at which other pixels' flows are tried, at every scale
 DESCENTS = 2  # steps of Lucas and Kanade at the coarser scales
 LAST_DESCENTS = 1  # at the finest, whose start has been smoothed

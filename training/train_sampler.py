@@ -619,7 +619,9 @@ def main(argv: list[str] | None = None) -> None:
             loss = loss + options.lpips_weight * losses["lpips"]
         if lpips is not None and options.gram_weight > 0 and passed >= options.gram_from:
             with trainer.accelerator.autocast():
-                losses["gram"] = (share * gram_loss(lpips, found["sample"].clamp(-1.1, 1.1), batch["frame_mid"])).mean()
+                losses["gram"] = (
+                    share * gram_loss(lpips, found["sample"].clamp(-1.1, 1.1), batch["frame_mid"])
+                ).mean()
             loss = loss + options.gram_weight * losses["gram"]
         trainer.backward(loss)
         trainer.optimizer_step(network, optimizer)
