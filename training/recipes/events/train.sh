@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains the four autoencoders by which events are judged (training/EXPERIMENTS.md, "Events, beside flow and alone"):
+#     training/recipes/events/train.sh CLIPS ALEXNET_FEATURES OUTPUT
+# CLIPS is a folder of video files; ALEXNET_FEATURES a safetensors file with torchvision's ImageNet AlexNet. Each takes one CPU core, and goes on
+# where it was stopped. The tables beside this file are the summary.csv that each left in OUTPUT. The image-to-event generator is that of madiff-compact.
+set -eu
+[ $# = 3 ] || { sed -n 2,5p "$0" | cut -c3- >&2; exit 2; }
+recipe=$(cd "$(dirname "$0")" && pwd)
+clips=$(realpath "$1") features=$(realpath "$2") out=$(realpath -m "$3")
+cd "$recipe/../../.."
+export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
+i2e=madiff_diffusers/checkpoints/madiff-compact/i2e
+
+stage() { # stage NAME FLAG …
+    python -m training.train_vq_magan --output_dir "$out/$1" --data "$clips" --lpips_backbone "$features" --seed 3 --dataloader_num_workers 0 "${@:2}"
+}
+
+# Equal seeds, samples and sizes: flow, flow and events, flow and the events of a generator that nothing has trained, events alone.
+[ -d "$out/untrained" ] || python - "$recipe/events.yaml" "$out/untrained" <<'PYTHON'
+import sys
+
+import torch
+import yaml
+
+from madiff_diffusers import EventGANModel
+
+torch.manual_seed(0)
+EventGANModel(**yaml.safe_load(open(sys.argv[1]))["i2e"]).save_pretrained(sys.argv[2])
+PYTHON
+stage flow --config "$recipe/flow.yaml"
+stage both --config "$recipe/both.yaml" --i2e "$i2e"
+stage control --config "$recipe/both.yaml" --i2e "$out/untrained"
+stage events --config "$recipe/events.yaml" --i2e "$i2e"
