@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Trains the four autoencoders by which events are judged (training/EXPERIMENTS.md, "Events, beside flow and alone"):
+# Trains the four autoencoders by which events are judged, then goes on with the one on events alone, up to the weights in `start`
+# (training/EXPERIMENTS.md, "Events, beside flow and alone"):
 #     training/recipes/events/train.sh CLIPS ALEXNET_FEATURES OUTPUT
 # CLIPS is a folder of video files; ALEXNET_FEATURES a safetensors file with torchvision's ImageNet AlexNet. Each takes one CPU core, and goes on
 # where it was stopped. The tables beside this file are the summary.csv that each left in OUTPUT. The image-to-event generator is that of madiff-compact.
 set -eu
-[ $# = 3 ] || { sed -n 2,5p "$0" | cut -c3- >&2; exit 2; }
+[ $# = 3 ] || { sed -n 2,6p "$0" | cut -c3- >&2; exit 2; }
 recipe=$(cd "$(dirname "$0")" && pwd)
 clips=$(realpath "$1") features=$(realpath "$2") out=$(realpath -m "$3")
 cd "$recipe/../../.."
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
 i2e=madiff_diffusers/checkpoints/madiff-compact/i2e
 
+launch="python -m"
+
 stage() { # stage NAME FLAG …
-    python -m training.train_vq_magan --output_dir "$out/$1" --data "$clips" --lpips_backbone "$features" --seed 3 --dataloader_num_workers 0 "${@:2}"
+    $launch training.train_vq_magan --output_dir "$out/$1" --data "$clips" --lpips_backbone "$features" --seed 3 --dataloader_num_workers 0 "${@:2}"
 }
 
 # Equal seeds, samples and sizes: flow, flow and events, flow and the events of a generator that nothing has trained, events alone.
@@ -31,3 +34,10 @@ stage flow --config "$recipe/flow.yaml"
 stage both --config "$recipe/both.yaml" --i2e "$i2e"
 stage control --config "$recipe/both.yaml" --i2e "$out/untrained"
 stage events --config "$recipe/events.yaml" --i2e "$i2e"
+
+# Events alone on true hints that are never dropped, then on some from guesses, by two processes. To go on: --init training/recipes/events/start/vqvae.
+only=(--config "$recipe/events.yaml" --i2e "$i2e" --learning_rate 8e-4 --flow_weight 1 --flow_weight_end 0.3 --lpips_start 0)
+stage events_true "${only[@]}" --init "$out/events/vqvae" --seed 4 --max_train_steps 700 --hint_probability 1 --guess_share 0 --lpips_weight 0.3
+launch="torchrun --nproc_per_node 2 -m"
+stage events_guess "${only[@]}" --init "$out/events_true/vqvae" --seed 5 --max_train_steps 520 --hint_probability 0.9 --guess_share 0.3 --lpips_weight 0.5 \
+    --lr_warmup_steps 30
