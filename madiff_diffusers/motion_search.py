@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .warping import halves, warp
 
 
-# Chosen on windows of training clips, by LPIPS of the mean of both warped frames and of what a decoder makes of it (training/EXPERIMENTS.md).
+# Chosen on windows of training clips and of clips kept for development, by LPIPS of the mean of both warped frames and of what a decoder makes of it (training/EXPERIMENTS.md).
 COARSEST_SIDE = 5  # pixels of the shorter side at the coarsest scale, at least
 REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
 COARSE_SCALES = 3  # at so many scales after it …
