@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=parse_count, metavar="N", help="of torch and OpenCV (default: as they choose)"
     )
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for `madiff interpolate`")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for `madiff evaluate`")
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="C", help="as for `madiff interpolate`")
     parser.add_argument("--device", default="cpu", metavar="D", help="as for `madiff interpolate`")
     parser.add_argument("--rounds", type=parse_count, default=5, metavar="N", help="that medians are of (default: 5)")

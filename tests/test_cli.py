@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from madiff_diffusers import EventGANModel, __version__
+from madiff_diffusers import EventGANModel, MADiffPipeline, __version__
 from madiff_diffusers.commands.madiff_cli import build_parser, main
 from madiff_diffusers.image_io import read_image, write_image
-from madiff_diffusers.precision import best_device
+from madiff_diffusers.precision import best_device, fastest_dtype
 from madiff_diffusers.video.formats import CODECS
 from tests.conftest import moving_picture
 from tests.processes import run_python, start_python
@@ -36,11 +36,12 @@ def frames(tmp_path) -> tuple:
     return paths
 
 
-def test_interpolate_writes_what_the_pipeline_makes(pipeline, checkpoint, frames, tmp_path):
+def test_interpolate_writes_what_the_pipeline_makes(checkpoint, frames, tmp_path):
     out = tmp_path / "mid.png"
     done = madiff("interpolate", *frames, "-o", out, "--checkpoint", checkpoint, "--seed", 3, "--steps", 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
+    pipeline = MADiffPipeline.from_pretrained(checkpoint, dtype="auto").to(best_device())
     expected = pipeline(
         *map(read_image, frames), num_inference_steps=2, generator=torch.Generator().manual_seed(3)
     ).frames[0][0]
@@ -168,7 +169,8 @@ def test_the_command_line_converts_as_the_pipeline_does(pipeline, checkpoint, tm
     paths, out = [tmp_path / "prev.png", tmp_path / "next.tif"], tmp_path / "mid.png"
     for path, ramp in zip(paths, ramps):
         Image.fromarray(ramp).save(path)
-    assert main(list(map(str, ["interpolate", *paths, "-o", out, "--checkpoint", checkpoint]))) == 0
+    options = ["-o", out, "--checkpoint", checkpoint, "--device", "cpu", "--dtype", "fp32"]
+    assert main(list(map(str, ["interpolate", *paths, *options]))) == 0
     expected = pipeline(*map(Image.open, paths), generator=torch.Generator().manual_seed(0)).frames[0][0]
     assert np.array_equal(np.array(Image.open(out)), np.array(expected))
 
@@ -210,14 +212,14 @@ def test_version():
 
 def test_the_first_line_says_where_it_computes(checkpoint, frames, tmp_path, capsys):
     known = ("-o", tmp_path / "out.png", "--checkpoint", checkpoint, "--overwrite")
-    for options, where in (
-        ((), f"{best_device()}"),
-        (("--device", "cpu", "--dtype", "bf16"), "cpu, in bfloat16"),
-        (("--device", "cpu", "--dtype", "fp32"), "cpu, in float32"),
+    for options, device, dtype in (
+        ((), best_device(), fastest_dtype(best_device())),
+        (("--device", "cpu", "--dtype", "bf16"), "cpu", torch.bfloat16),
+        (("--device", "cpu", "--dtype", "fp32"), "cpu", torch.float32),
     ):
         assert main(["interpolate", *map(str, (*frames, *known, *options))]) == 0
         first = capsys.readouterr().err.splitlines()[0]
-        assert first.startswith(f"madiff: on {where}") and ", in " in first
+        assert first.startswith(f"madiff: on {device}") and first.endswith(f", in {str(dtype).removeprefix('torch.')}")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +235,20 @@ def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch, there, chos
     for name, value in zip((torch.cuda, torch.backends.mps, torch.xpu), there):
         monkeypatch.setattr(name, "is_available", lambda value=value: value)
     assert best_device() == torch.device(chosen)
+
+
+@pytest.mark.parametrize(
+    "command, dtype",
+    [
+        (("interpolate", "prev.png", "next.png", "-o", "mid.png"), "auto"),
+        (("video", "in.mp4", "out.mp4"), "auto"),
+        (("demo",), "auto"),
+        (("evaluate", "--benchmark", "davis", "--root", "davis", "-o", "out"), "float32"),
+        (("ablate", "parts", "--benchmark", "davis", "--root", "davis", "-o", "out"), "float32"),
+    ],
+)
+def test_frames_are_made_in_the_fastest_dtype_and_figures_in_one_that_every_machine_has(command, dtype):
+    assert build_parser().parse_args(command).dtype == dtype
 
 
 def test_an_unknown_dtype_is_told_what_there_is(frames, tmp_path, capsys):

@@ -44,7 +44,8 @@ def add_steps_option(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_options(command: argparse.ArgumentParser) -> None:
+def add_device_options(command: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    """Adds `--device`, and `--dtype` with this default."""
     command.add_argument(
         "--device",
         default="auto",
@@ -53,10 +54,11 @@ def add_device_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--dtype",
-        default="float32",
+        default=dtype,
         type=parse_dtype,
         metavar="T",
-        help="fp32, fp16 or bf16 (or float32, float16, bfloat16), or auto: the fastest that the device computes in by itself (default: fp32)",
+        help="fp32, fp16 or bf16 (or float32, float16, bfloat16), or auto: the fastest that the device computes in by itself; frames, offsets and "
+        f"hints stay in fp32 (default: {dtype})",
     )
 
 

@@ -128,7 +128,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the noise, the same for every item (default: 0)"
     )
-    add_device_options(command)
+    add_device_options(command, dtype="float32")  # figures are the same on every machine
     command.add_argument("--limit", type=int, metavar="N", help="run only the first N items of the benchmark")
     command.add_argument(
         "--skip",
