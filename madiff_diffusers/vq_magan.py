@@ -331,6 +331,33 @@ class MAWarpBlock(nn.Module):
         return blended, corrections + estimate, offsets, gate, warped
 
 
+class HintEncoder(nn.Module):
+    """Features of the hints towards one neighbour for each scale, found by convolutions at the frames' own size. Of hints that are zeros they are
+    zeros: no layer has a bias."""
+
+    def __init__(self, in_channels: int, channels: int, scales: int, stem_stride: int, act_fn: str):
+        super().__init__()
+        strides = [stem_stride] + [2] * (scales - 1)
+        widths = [in_channels] + [channels] * (scales - 1)
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, channels, 3, stride, padding=1, bias=False),
+                _activation(act_fn),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                _activation(act_fn),
+            )
+            for width, stride in zip(widths, strides)
+        )
+
+    def forward(self, hints: torch.Tensor) -> list[torch.Tensor]:
+        """From hints `(B, K, H, W)` one `(B, channels, H / s, W / s)` for each stride s, finest first."""
+        found = []
+        for level in self.levels:
+            hints = level(hints)
+            found.append(hints)
+        return found
+
+
 class PaintHead(nn.Module):
     """From the decoder's finest features to the image, painted from them alone, as in the paper."""
 
@@ -785,6 +812,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         offset_hints (`bool`): whether the last two channels of the hints are offsets in pixels (optical flow), to which
             estimates are added. Needs `coarse_to_fine`.
         match_neighbours (`bool`): let the offset network see both neighbours' features.
+        hint_encoder_channels (`int`): width of a network that finds features of the hints at the frames' own size, which each scale then
+            sees; 0: each sees the hints' mean over its cells, in which edges that go by cancel.
         warp_frames (`bool`): a last warp of the frames themselves at image resolution.
         refine_channels (`int`): width of the full-resolution refinement after the last warp; 0 for none.
         compare_warps (`bool`): let the last warp see both neighbours' warped features beside their blend. Needs
@@ -830,6 +859,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         coarse_to_fine: bool = False,
         offset_hints: bool = False,
         match_neighbours: bool = False,
+        hint_encoder_channels: int = 0,
         warp_frames: bool = False,
         refine_channels: int = 0,
         compare_warps: bool = False,
@@ -858,6 +888,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                 f"`news_threshold` must be at least 0, and 0 without `news_latents`, but is {news_threshold}."
             )
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
+        if hint_encoder_channels and news_latents:
+            raise ValueError("`hint_encoder_channels` must be 0 with `news_latents`, whose decoder reads offsets alone.")
         if news_latents:
             if (
                 not (offset_hints and warp_frames and time_conditioned)
@@ -888,11 +920,17 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         # legacy=False: beta weighs the commitment, not the codebook.
         self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, legacy=False)
         self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
+        layout = self.hint_layout
+        self.hint_encoder = None
+        if hint_encoder_channels:
+            scales = len(block_out_channels) + 1
+            self.hint_encoder = HintEncoder(hint_channels, hint_encoder_channels, scales, stem_stride, act_fn)
+            layout = HintLayout(hint_encoder_channels + 2 * offset_hints, offset_hints)
         self.decoder = MotionDecoder(
             latent_channels,
             out_channels,
             *shared,
-            layout=self.hint_layout,
+            layout=layout,
             coarse_to_fine=coarse_to_fine,
             match_neighbours=match_neighbours,
             warp_frames=warp_frames,
@@ -1098,19 +1136,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             return VQMAGANDecoderOutput(
                 sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
             )
-        # Each side is averaged before both are put together and into the features' layout: hints of full size are the largest tensors here.
-        pyramid, pooled = [], [hints_prev, hints_next]
-        for feature in features:
-            size = feature.shape[-2:]
-            if origin is not None:
-                stride = frames.shape[-1] // size[-1]
-                size = torch.Size((height // stride, width // stride))
-            if size[-1] <= pooled[0].shape[-1]:  # a mean of means of equal cells is their mean
-                pooled = [self.resize_hints(each, size) for each in pooled]
-                resized = pooled
-            else:
-                resized = [self.resize_hints(each, size) for each in (hints_prev, hints_next)]
-            pyramid.append(laid_out_as(feature, torch.cat(resized)))  # [2B,K,U,V]
+        pyramid = self._hint_pyramid(hints_prev, hints_next, features, (height, width))
         offsets = None
         if layout.has_offsets and self.config.warp_frames:  # all that the frames' own warp reads of the hints
             both = torch.cat([layout.offsets(hints_prev), layout.offsets(hints_next)])
@@ -1127,6 +1153,35 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         return VQMAGANDecoderOutput(
             sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
         )
+
+    def _hint_pyramid(
+        self,
+        hints_prev: torch.Tensor,
+        hints_next: torch.Tensor,
+        features: Sequence[torch.Tensor],
+        size: tuple[int, int],
+    ) -> list[torch.Tensor]:
+        """What each scale of the decoder sees of the hints, `(2B, K, U, V)` in the layout of its features; `size` is that of the frame that is
+        decoded, of which the features may be of a larger part."""
+        strides = [self.config.stem_stride * 2**i for i in range(len(features))]
+        sizes = [(size[0] // stride, size[1] // stride) for stride in strides]
+        # Each side is averaged before both are put together and into the features' layout: hints of full size are the largest tensors here.
+        pooled = [hints_prev, hints_next]
+        if self.hint_encoder is None:
+            pyramid = []
+            for feature, scale in zip(features, sizes):
+                if scale[-1] <= pooled[0].shape[-1]:  # a mean of means of equal cells is their mean
+                    resized = pooled = [self.resize_hints(each, scale) for each in pooled]
+                else:
+                    resized = [self.resize_hints(each, scale) for each in (hints_prev, hints_next)]
+                pyramid.append(laid_out_as(feature, torch.cat(resized)))
+            return pyramid
+        whole = torch.cat([self.resize_hints(each, size) for each in pooled])
+        pyramid = self.hint_encoder(laid_out_as(features[0], whole.to(self.dtype)))
+        if not self.config.offset_hints:
+            return pyramid
+        offsets = [self.resize_hints(self.hint_layout.offsets(whole), scale) for scale in sizes]
+        return [torch.cat([found.float(), each], dim=1) for found, each in zip(pyramid, offsets)]
 
     def resize_hints(self, hints: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """Hints `(B, K, H, W)`, or their offsets alone, averaged to a smaller `size` or interpolated to a larger one; offsets are in

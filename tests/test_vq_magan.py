@@ -41,7 +41,16 @@ def test_is_a_vq_model_with_features_at_every_scale():
     assert [tuple(feature.shape[-2:]) for feature in features] == [(32, 48), (16, 24), (8, 12), (4, 6)]
 
 
-@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"norm_num_groups": None, "act_fn": "leaky_relu"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        PAPER_BEHAVIOUR,
+        {"norm_num_groups": None, "act_fn": "leaky_relu"},
+        {"hint_encoder_channels": 6},
+        {**PAPER_BEHAVIOUR, "hint_encoder_channels": 6},
+    ],
+)
 def test_forward_gives_a_frame_offsets_and_gates(changes):
     model = excite(build(**changes))
     frames = inputs(model, height=64, width=96)
@@ -54,7 +63,7 @@ def test_forward_gives_a_frame_offsets_and_gates(changes):
     assert sides == sorted(sides) and len(sides) == len(model.config.block_out_channels) + 1 + model.config.warp_frames
 
 
-@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"compare_warps": True}])
+@pytest.mark.parametrize("changes", [{}, PAPER_BEHAVIOUR, {"compare_warps": True}, {"hint_encoder_channels": 6}])
 def test_every_parameter_receives_a_gradient(changes):
     model = excite(build(**changes))
     mid, *rest = inputs(model)
@@ -210,6 +219,24 @@ def test_resized_hints_average_events_and_rescale_offsets():
     assert torch.allclose(plain, torch.ones(1))
 
 
+def test_what_cancels_in_means_over_cells_is_seen_by_an_encoder_of_hints():
+    """Edges of both polarities that go by within a cell; nothing told is nothing found."""
+    stripes = torch.zeros(2, 18, 32, 48)
+    stripes[..., ::2], stripes[..., 1::2] = 1, -1
+    nothing = torch.zeros_like(stripes)
+    for channels, seen in ((0, False), (6, True)):
+        model = excite(build(offset_hints=False, hint_channels=18, hint_encoder_channels=channels)).eval()
+        frames = inputs(model)[:3]
+        with torch.no_grad():
+            told, untold = (model(*frames, hints, hints).sample for hints in (stripes, nothing))
+        assert torch.equal(told, untold) != seen
+        if seen:
+            assert not any(found.any() for found in model.hint_encoder(nothing))
+            with torch.no_grad():  # hints of half the size stand for four pixels each
+                smaller = model(*frames, nothing[..., ::2, ::2] + 1, nothing[..., ::2, ::2]).sample
+                assert torch.allclose(smaller, model(*frames, nothing + 1, nothing).sample, atol=1e-5)
+
+
 def test_save_and_load(tmp_path):
     model = excite(build())
     model.register_to_config(scaling_factor=2.5)
@@ -221,6 +248,8 @@ def test_save_and_load(tmp_path):
 
 
 def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="`hint_encoder_channels` must be 0 with `news_latents`"):
+        VQMAGANModel(news_latents=True, hint_encoder_channels=8)
     with pytest.raises(ValueError, match="`stem_stride` must be 1 or 2, but is 4"):
         build(stem_stride=4)
     with pytest.raises(ValueError, match="coarse_to_fine"):
