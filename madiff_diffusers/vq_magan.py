@@ -889,7 +889,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             )
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         if hint_encoder_channels and news_latents:
-            raise ValueError("`hint_encoder_channels` must be 0 with `news_latents`, whose decoder reads offsets alone.")
+            raise ValueError(
+                "`hint_encoder_channels` must be 0 with `news_latents`, whose decoder reads offsets alone."
+            )
         if news_latents:
             if (
                 not (offset_hints and warp_frames and time_conditioned)
