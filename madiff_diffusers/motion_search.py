@@ -31,6 +31,12 @@ LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between 
 GREY_WEIGHT = 0.15  # of grey values' difference, beside that of contrasts, which plain surfaces have not
 CHANGE_COST = 0.002  # how much smaller the difference must be for another flow to be taken
 FAR_COST = 0.002  # the same for each pixel by which it differs, where all that are near are tried
+AGREEING_SCALES = (
+    3  # at so many scales, the coarsest first, pixels agree with their neighbours on which of these to take
+)
+ROUNDS = 5  # of telling each other what each of these would cost
+APART_COST = 0.02  # of a pixel, to the right and down, between neighbours' flows …
+MOST_APART = 3.0  # … up to so many: edges of things cost no more
 STIFFNESS = 5e-6  # of the descent, and of smoothing, where there is no slope
 EDGE = 0.1  # of [0, 1]: pixels that differ so much are averaged little
 CONFIDENCE = 0.03  # pixels whose windows differ so much count little in averages
@@ -84,9 +90,9 @@ def search_flow(
             flow = flow[..., : frames.shape[-2], : frames.shape[-1]]
         if flow is None:
             flow = seen.new_zeros(len(first), 2, *frames.shape[-2:])
-            flow, difference = _least_near(images, flow, shares, REACH_AT_COARSEST)
+            flow, difference = _least_near(images, flow, shares, REACH_AT_COARSEST, AGREEING_SCALES > 0)
         elif start is None and number >= len(scales) - 1 - COARSE_SCALES:
-            flow, difference = _least_near(images, flow, shares, REACH)
+            flow, difference = _least_near(images, flow, shares, REACH, number > len(scales) - 1 - AGREEING_SCALES)
         else:
             difference = _difference(images, flow, shares)
         for jump in JUMPS:
@@ -223,36 +229,73 @@ def _slopes(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (right - left) / 2, (below - above) / 2
 
 
-def _least(
-    images: torch.Tensor,
-    candidates: torch.Tensor,
-    shares: torch.Tensor,
-    costs: torch.Tensor | float,
-    known: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of candidate flows `(K, B, 2, h, w)`, the one with the least difference plus cost at each pixel, and that sum. `known` is the
-    difference along the first, which costs nothing."""
+def _costs(
+    images: torch.Tensor, candidates: torch.Tensor, shares: torch.Tensor, costs: torch.Tensor | float
+) -> torch.Tensor:
+    """Difference plus cost at each pixel along candidate flows `(K, B, 2, h, w)`: `(K, B, 1, h, w)`."""
     count, batch = candidates.shape[:2]
-    first = 0 if known is None else 1
-    tried = candidates[first:].flatten(0, 1)
     # Of all candidates, first images and then second ones.
-    pairs = images.unflatten(0, (2, 1, batch)).expand(-1, count - first, -1, -1, -1, -1).flatten(0, 2)
-    between = shares.unflatten(0, (2, 1, batch)).expand(-1, count - first, -1, -1, -1, -1).flatten(0, 2)
-    differences = _difference(pairs, tried, between).unflatten(0, (count - first, batch))
-    differences = differences + (costs.view(-1, 1, 1, 1, 1) if isinstance(costs, torch.Tensor) else costs)
-    if known is not None:
-        differences = torch.cat([known[None], differences])
+    pairs, between = (
+        each.unflatten(0, (2, 1, batch)).expand(-1, count, -1, -1, -1, -1).flatten(0, 2) for each in (images, shares)
+    )
+    differences = _difference(pairs, candidates.flatten(0, 1), between).unflatten(0, (count, batch))
+    return differences + (costs.view(-1, 1, 1, 1, 1) if isinstance(costs, torch.Tensor) else costs)
+
+
+def _least(
+    images: torch.Tensor, candidates: torch.Tensor, shares: torch.Tensor, cost: float, known: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of candidate flows `(K, B, 2, h, w)`, the one with the least difference at each pixel, and that difference. `known` is that along the
+    first; `cost` is added to that along each of the others."""
+    differences = torch.cat([known[None], _costs(images, candidates[1:], shares, cost)])
     least, chosen = differences.min(dim=0)
     return candidates.gather(0, chosen.expand(-1, 2, -1, -1)[None])[0], least
 
 
 def _least_near(
-    images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor, reach: int
+    images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor, reach: int, agreed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_least` gives for a flow and all that differ from it by up to `reach` whole pixels in each direction."""
+    """Of a flow and all that differ from it by up to `reach` whole pixels in each direction, the one with the least difference plus cost at
+    each pixel, or that on which neighbours agree; and that sum, without what neighbours add to it."""
     around = torch.arange(-reach, reach + 1, device=flow.device, dtype=flow.dtype)
     ways = torch.cartesian_prod(around, around)
-    return _least(images, flow + ways.view(-1, 1, 2, 1, 1), shares, FAR_COST * ways.norm(dim=1))
+    candidates = flow + ways.view(-1, 1, 2, 1, 1)
+    costs = _costs(images, candidates, shares, FAR_COST * ways.norm(dim=1))  # [K,B,1,h,w]
+    compared = (
+        _with_neighbours(costs[:, :, 0].transpose(0, 1), flow, reach).transpose(0, 1)[:, :, None] if agreed else costs
+    )
+    chosen = compared.argmin(dim=0, keepdim=True)
+    return candidates.gather(0, chosen.expand(-1, -1, 2, -1, -1))[0], costs.gather(0, chosen)[0]
+
+
+def _with_neighbours(costs: torch.Tensor, flow: torch.Tensor, reach: int) -> torch.Tensor:
+    """
+    Costs of `(2 * reach + 1) ** 2` steps from a flow at each pixel `(B, K, h, w)`, in the order of x and then y, and beside them what it
+    would cost the pixels around: each tells its four neighbours how little its own steps can cost for each of theirs, with
+    `APART_COST` for a pixel by which both flows would differ, and passes on what the others told it (min-sum belief propagation:
+    Felzenszwalb & Huttenlocher, "Efficient belief propagation for early vision", 2006, whose cut of the costs this has, too).
+    """
+    side = 2 * reach + 1
+    ways = [(1, 0), (-1, 0), (0, 1), (0, -1)]
+    steps = torch.arange(-reach, reach + 1, device=flow.device, dtype=flow.dtype)
+    between = steps.view(-1, 1, 1, 1) - steps.view(-1, 1, 1)  # of a step here and one there
+    # Flow here less flow there, to the right and down: [4,B,here,there,h,w].
+    x, y = torch.stack([flow - there for there in _around(flow, ways)]).split(1, dim=2)
+    x, y = (APART_COST * (gap[:, :, None] + between).abs() for gap in (x, y))
+    height, width = flow.shape[-2:]
+    is_there = flow.new_ones(4, 1, 1, height, width)
+    is_there[0, ..., -1], is_there[1, ..., 0], is_there[2, ..., -1, :], is_there[3, ..., 0, :] = 0, 0, 0, 0
+    told = costs.new_zeros(4, *costs.shape)
+    for _ in range(ROUNDS):
+        # A neighbour is told all but what it said itself, which is what came from the other side of the way to it.
+        passed = costs + told.sum(dim=0) - torch.stack([told[1], told[0], told[3], told[2]])
+        there = torch.stack([_around(each, [way])[0] for each, way in zip(passed, ways)])
+        least = there.amin(dim=2, keepdim=True)
+        found = there.unflatten(2, (1, side, side))  # [4,B,1,x there,y there,h,w]
+        found = (found + x[:, :, :, :, None]).amin(dim=3)  # [4,B,x here,y there,h,w]
+        found = (found[:, :, :, None] + y[:, :, None]).amin(dim=4)  # [4,B,x here,y here,h,w]
+        told = (torch.minimum(found.flatten(2, 3) - least, found.new_full((), APART_COST * MOST_APART))) * is_there
+    return costs + told.sum(dim=0)
 
 
 def _around(images: torch.Tensor, ways: Sequence[tuple[int, int]]) -> list[torch.Tensor]:

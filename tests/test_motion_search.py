@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from madiff_diffusers import MADiffPipeline, SearchHints, build_hint_source
+from madiff_diffusers import MADiffPipeline, SearchHints, build_hint_source, motion_search
 from madiff_diffusers.motion_search import search_flow
 from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, build_pipeline, drifting, moving_patch
@@ -49,6 +50,28 @@ def test_a_plain_thing_moves_as_a_whole():
     assert (hints_prev[inside] - torch.tensor([-16.0, 0]).view(1, 2, 1, 1)).norm(dim=1).mean() < 4
     mean = (warp(prev, hints_prev) + warp(next_, hints_next)) / 2
     assert (mean - mid)[inside].abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("along", [2, 3])
+def test_pixels_in_a_row_agree_on_the_steps_that_cost_least_in_all(along):
+    """Without a ring of pixels, what each was told is exact: the best of all ways to choose, found by trying them."""
+    count, generator = 4, torch.Generator().manual_seed(0)
+    shape = [1, 9, 1, 1]
+    shape[along] = count
+    costs, flow = 0.06 * torch.rand(shape, generator=generator), torch.randn(1, 2, *shape[2:], generator=generator)
+    chosen = motion_search._with_neighbours(costs, flow, reach=1).argmin(dim=1).flatten().tolist()
+    ways = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))
+
+    def cost(choice: tuple[int, ...]) -> float:
+        flows = flow.flatten(1)[0].view(2, count).T + ways[list(choice)]
+        apart = flows.diff(dim=0).abs().sum(dim=1).clamp(max=motion_search.MOST_APART)
+        own = costs.view(9, count)[list(choice), range(count)]
+        return (own.sum() + motion_search.APART_COST * apart.sum()).item()
+
+    assert count - 1 <= motion_search.ROUNDS
+    assert tuple(chosen) == min(itertools.product(range(9), repeat=count), key=cost)
+    alone = costs.argmin(dim=1).flatten().tolist()
+    assert cost(chosen) < cost(alone) - 0.01
 
 
 def test_what_moves_over_a_still_picture_is_found_within_its_edges():
