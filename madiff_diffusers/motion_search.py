@@ -4,7 +4,8 @@
 One flow is sought for both frames: what is at a pixel of the instant was at some place of the first frame and will be at one of the
 second, on a straight path (motion symmetric about the instant: Park et al., "BMBC", ECCV 2020). From coarse to fine, each pixel
 takes, of its own flow, those near it (at coarse scales) and those of pixels around (propagation: Barnes et al., "PatchMatch", 2009), the
-one along which windows of both frames differ least, then goes down the slope of that difference (Lucas & Kanade, 1981); an average within
+one along which windows of both frames differ least (at the coarsest scales, the one on which neighbours agree: Felzenszwalb & Huttenlocher,
+"Efficient belief propagation for early vision", 2006), then goes down the slope of that difference (Lucas & Kanade, 1981); an average within
 edges follows (Tomasi & Manduchi, "Bilateral filtering", 1998), and at the coarser scales a flow that bends little (Brox et al., "High
 accuracy optical flow estimation based on a theory for warping", ECCV 2004).
 """
@@ -272,8 +273,8 @@ def _with_neighbours(costs: torch.Tensor, flow: torch.Tensor, reach: int) -> tor
     """
     Costs of `(2 * reach + 1) ** 2` steps from a flow at each pixel `(B, K, h, w)`, in the order of x and then y, and beside them what it
     would cost the pixels around: each tells its four neighbours how little its own steps can cost for each of theirs, with
-    `APART_COST` for a pixel by which both flows would differ, and passes on what the others told it (min-sum belief propagation:
-    Felzenszwalb & Huttenlocher, "Efficient belief propagation for early vision", 2006, whose cut of the costs this has, too).
+    `APART_COST` for a pixel by which both flows would differ and no more than for `MOST_APART`, and passes on what the others told it
+    (min-sum belief propagation).
     """
     side = 2 * reach + 1
     ways = [(1, 0), (-1, 0), (0, 1), (0, -1)]
