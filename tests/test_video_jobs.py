@@ -1,5 +1,6 @@
 """Videos as long work: stopped, killed, resumed, shared among processes, damaged. Real processes, real files."""
 
+import copy
 import hashlib
 import json
 import os
@@ -388,9 +389,12 @@ def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_
     job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions())
     job.prepare(resume=False, overwrite=False)
     job.make_parts(job.parts[:1])
+    half = copy.deepcopy(pipeline).to(torch.bfloat16)
+    with pytest.raises(VideoError, match=r"another job \(dtype, checkpoint differ"):
+        VideoJob(half, film, tmp_path / "out.mp4", VideoOptions()).prepare(resume=True, overwrite=False)
     with torch.no_grad():
         next(pipeline.vqvae.parameters()).add_(1)
-    with pytest.raises(VideoError, match="another job .*checkpoint differ"):
+    with pytest.raises(VideoError, match=r"another job \(checkpoint differ"):
         interpolate_video(pipeline, film, tmp_path / "out.mp4", resume=True, progress=False)
     assert interpolate_video(pipeline, film, tmp_path / "out.mp4", overwrite=True, progress=False).made == 23
 

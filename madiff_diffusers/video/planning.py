@@ -107,6 +107,9 @@ def work_identity(
     return {
         "version": __version__,
         "source": source_digest(source),
+        "dtype": str(pipeline.vqvae.dtype).removeprefix(
+            "torch."
+        ),  # its own line, since the command chooses it by the machine
         "checkpoint": pipeline_digest(pipeline),
         "encoding": str(encoding),
         **named,
