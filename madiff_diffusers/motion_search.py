@@ -32,9 +32,7 @@ LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between 
 GREY_WEIGHT = 0.15  # of grey values' difference, beside that of contrasts, which plain surfaces have not
 CHANGE_COST = 0.002  # how much smaller the difference must be for another flow to be taken
 FAR_COST = 0.002  # the same for each pixel by which it differs, where all that are near are tried
-AGREEING_SCALES = (
-    3  # at so many scales, the coarsest first, pixels agree with their neighbours on which of these to take
-)
+AGREEING_SCALES = 3  # at so many, the coarsest first, pixels agree with their neighbours on which of these to take
 ROUNDS = 5  # of telling each other what each of these would cost
 APART_COST = 0.02  # of a pixel, to the right and down, between neighbours' flows …
 MOST_APART = 3.0  # … up to so many: edges of things cost no more
@@ -288,14 +286,14 @@ def _with_neighbours(costs: torch.Tensor, flow: torch.Tensor, reach: int) -> tor
     is_there[0, ..., -1], is_there[1, ..., 0], is_there[2, ..., -1, :], is_there[3, ..., 0, :] = 0, 0, 0, 0
     told = costs.new_zeros(4, *costs.shape)
     for _ in range(ROUNDS):
-        # A neighbour is told all but what it said itself, which is what came from the other side of the way to it.
+        # Whoever tells leaves out what it was told by the one it tells, who is on the other side of it.
         passed = costs + told.sum(dim=0) - torch.stack([told[1], told[0], told[3], told[2]])
         there = torch.stack([_around(each, [way])[0] for each, way in zip(passed, ways)])
         least = there.amin(dim=2, keepdim=True)
         found = there.unflatten(2, (1, side, side))  # [4,B,1,x there,y there,h,w]
         found = (found + x[:, :, :, :, None]).amin(dim=3)  # [4,B,x here,y there,h,w]
         found = (found[:, :, :, None] + y[:, :, None]).amin(dim=4)  # [4,B,x here,y here,h,w]
-        told = (torch.minimum(found.flatten(2, 3) - least, found.new_full((), APART_COST * MOST_APART))) * is_there
+        told = (found.flatten(2, 3) - least).clamp(max=APART_COST * MOST_APART) * is_there
     return costs + told.sum(dim=0)
 
 

@@ -813,7 +813,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             estimates are added. Needs `coarse_to_fine`.
         match_neighbours (`bool`): let the offset network see both neighbours' features.
         hint_encoder_channels (`int`): width of a network that finds features of the hints at the frames' own size, which each scale then
-            sees; 0: each sees the hints' mean over its cells, in which edges that go by cancel.
+            sees, at least 2; 0: each sees the hints' mean over its cells, in which edges that go by cancel.
         warp_frames (`bool`): a last warp of the frames themselves at image resolution.
         refine_channels (`int`): width of the full-resolution refinement after the last warp; 0 for none.
         compare_warps (`bool`): let the last warp see both neighbours' warped features beside their blend. Needs
@@ -888,9 +888,10 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                 f"`news_threshold` must be at least 0, and 0 without `news_latents`, but is {news_threshold}."
             )
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
-        if hint_encoder_channels and news_latents:
+        if hint_encoder_channels and (hint_encoder_channels < 2 or news_latents):
             raise ValueError(
-                "`hint_encoder_channels` must be 0 with `news_latents`, whose decoder reads offsets alone."
+                "`hint_encoder_channels` must be 0 or at least 2, and 0 with `news_latents`, whose decoder reads offsets alone, but is "
+                f"{hint_encoder_channels}."
             )
         if news_latents:
             if (

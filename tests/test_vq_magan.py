@@ -248,8 +248,11 @@ def test_save_and_load(tmp_path):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="`hint_encoder_channels` must be 0 with `news_latents`"):
-        VQMAGANModel(news_latents=True, hint_encoder_channels=8)
+    for settings in ({"hint_encoder_channels": 8, "news_latents": True}, {"hint_encoder_channels": 1}):
+        with pytest.raises(
+            ValueError, match="`hint_encoder_channels` must be 0 or at least 2, and 0 with `news_latents`"
+        ):
+            VQMAGANModel(**settings)
     with pytest.raises(ValueError, match="`stem_stride` must be 1 or 2, but is 4"):
         build(stem_stride=4)
     with pytest.raises(ValueError, match="coarse_to_fine"):

@@ -107,9 +107,7 @@ def work_identity(
     return {
         "version": __version__,
         "source": source_digest(source),
-        "dtype": str(pipeline.vqvae.dtype).removeprefix(
-            "torch."
-        ),  # its own line, since the command chooses it by the machine
+        "dtype": str(pipeline.vqvae.dtype),  # the digest below differs with it, but does not say so
         "checkpoint": pipeline_digest(pipeline),
         "encoding": str(encoding),
         **named,
