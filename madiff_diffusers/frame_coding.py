@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 
 from .decoder_inputs import FrameFeatures
-from .motion_hints import HintPair
+from .motion_hints import FinishingSource, HintPair, together
 from .tiling import Tile, Tiling
+from .warping import Origin
 
 
 REACH_BESIDE_HINTS = 32  # pixels that the decoder's offsets may lead beyond those of the hints
@@ -164,28 +165,104 @@ class FrameCoder:
         Returns:
             The frames, `(TB, 3, H, W)` float32 in [-1, 1].
         """
-        neighbours, count = self.encode(prev, next_), len(latents) // len(prev.frames)
-        height, width = prev.frames.shape[-2:]
-        layout = self.vqvae.hint_layout
+        images = [self._unscaled(latents), *hints]
 
-        def decode(tile: Tile, latents: torch.Tensor, *hints: torch.Tensor) -> list[torch.Tensor]:
+        def decode(sides: Sequence[FrameFeatures], origin: Origin, latents: torch.Tensor, *hints: torch.Tensor):
+            arguments = (latents, *sides, *hints, self.force_not_quantize)
+            return [self.vqvae.decode(*arguments, time=instants, origin=origin).sample]
+
+        (decoded,) = self._beside_neighbours(decode, prev, next_, images, hints)
+        return decoded.float().clamp(-1, 1)
+
+    def motion_hints(
+        self,
+        source: FinishingSource,
+        prev: EncodedFrames,
+        next_: EncodedFrames,
+        times: Sequence[float],
+        instants: torch.Tensor,
+        hints: HintPair | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> HintPair:
+        """
+        Hints that a source finishes from the motion that the decoder makes of those so far.
+
+        Args:
+            source: can `begin` and `finish` hints.
+            prev, next_: B neighbours on either side.
+            times, instants: T instants between each two, in (0, 1); the same for each of the batch, `(TB,)`, on its device.
+            hints: those so far, `(TB, K, H, W)` twice; if not given, those that the source begins with.
+            latents: as for `decode`; without, zeros.
+        """
+        if hints is None:
+            hints = together([source.begin(prev.frames, next_.frames, time) for time in times])
+        offsets_prev, offsets_next = self.guess_motion(prev, next_, latents, hints, instants)
+        parts = zip(offsets_prev.chunk(len(times)), offsets_next.chunk(len(times)), times)
+        return together(
+            [source.finish(prev.frames, next_.frames, (to_prev, to_next), t) for to_prev, to_next, t in parts]
+        )
+
+    def guess_motion(
+        self,
+        prev: EncodedFrames,
+        next_: EncodedFrames,
+        latents: torch.Tensor | None,
+        hints: HintPair,
+        instants: torch.Tensor,
+    ) -> HintPair:
+        """
+        Args:
+            prev, next_, latents, instants: as for `decode`; without latents, zeros.
+            hints (`(TB, K, h, w)` twice): of any size that the frames' is a multiple of.
+
+        Returns:
+            See [`VQMAGANModel.guess_motion`].
+        """
+        height, width = prev.frames.shape[-2:]
+        hints = self.resize_hints(hints, (height // 4, width // 4))
+
+        def guess(sides: Sequence[FrameFeatures], origin: Origin, *images: torch.Tensor):
+            return self.vqvae.guess_motion(
+                *sides, *images, force_not_quantize=self.force_not_quantize, time=instants, origin=origin
+            )
+
+        images = [*hints, *([] if latents is None else [self._unscaled(latents)])]
+        offsets_prev, offsets_next = self._beside_neighbours(guess, prev, next_, images, hints)
+        return offsets_prev, offsets_next
+
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype)
+
+    def _beside_neighbours(
+        self,
+        function: Callable[..., Sequence[torch.Tensor]],
+        prev: EncodedFrames,
+        next_: EncodedFrames,
+        images: Sequence[torch.Tensor],
+        hints: HintPair,
+    ) -> list[torch.Tensor]:
+        """What a function makes of both neighbours' features, of the part's origin in them and of parts of `images`, of T instants between
+        each two; by tiles, which see as much of the neighbours as the hints may lead to."""
+        neighbours, count = self.encode(prev, next_), len(images[0]) // len(prev.frames)
+        height, width = prev.frames.shape[-2:]
+        layout, (hints_prev, hints_next) = self.vqvae.hint_layout, hints
+
+        def of_tile(tile: Tile, *images: torch.Tensor) -> list[torch.Tensor]:
             whole, origin = Tile(0, height, 0, width), None
             seen = whole
             if tile != whole:
                 # Warps reach out of the tile as far as its hints tell, and by what the decoder adds to them.
                 reach = float(REACH_BESIDE_HINTS)
                 if layout.has_offsets:
-                    scale = (tile.bottom - tile.top) / hints[0].shape[-2]
-                    reach += max(layout.offsets(each).abs().max().item() for each in hints) * scale
+                    scale = height / hints_prev.shape[-2]
+                    own = (layout.offsets(tile.cut_out(each, height)) for each in (hints_prev, hints_next))
+                    reach += max(each.abs().max().item() for each in own) * scale
                 seen = tile.widened(reach, self.vqvae.downsample_factor, height, width)
                 origin = (tile.top - seen.top, tile.left - seen.left)
             sides = [side.map(lambda each: repeated(seen.cut_out(each, height), count)) for side in neighbours]
-            arguments = (latents, *sides, *hints, self.force_not_quantize)
-            return [self.vqvae.decode(*arguments, time=instants, origin=origin).sample]
+            return list(function(sides, origin, *images))
 
-        images = [(latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype), *hints]
-        (decoded,) = self._by_tiles(decode, images, height, width)
-        return decoded.float().clamp(-1, 1)
+        return self._by_tiles(of_tile, images, height, width)
 
 
 def repeated(tensor: torch.Tensor, count: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -46,6 +46,18 @@ class HintSource(Protocol):
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair: ...
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair: ...
+
+
+class FinishingSource(HintSource, Protocol):
+    """A hint source that goes half of the way, is told what motion a decoder makes of that (`guess_motion`), and goes on from there. What
+    `begin` gives, and the `motion` that `finish` takes, are `(B, C, h, w)` of a size that the frames' is a power of two larger than, offsets
+    in pixels of that size."""
+
+    def begin(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair: ...
+
+    def finish(
+        self, frame_prev: torch.Tensor, frame_next: torch.Tensor, motion: HintPair, time: float = 0.5
+    ) -> HintPair: ...
 
 
 def to_grey(frames: torch.Tensor) -> torch.Tensor:
@@ -220,26 +232,43 @@ class SearchHints:
         time: float | torch.Tensor,
         start: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        grey_first, grey_second = ((to_grey(frames.float()).clamp(-1, 1) + 1) / 2 for frames in (first, second))
-        return search_flow(grey_first, grey_second, time, start, self.finest_scale, self.polish)
+        return search_flow(self._grey(first), self._grey(second), time, start, self.finest_scale, self.polish)
 
-    @torch.no_grad()
-    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5) -> HintPair:
-        flow = self._search(frame_prev, frame_next, time)
+    @staticmethod
+    def _grey(frames: torch.Tensor) -> torch.Tensor:
+        return (to_grey(frames.float()).clamp(-1, 1) + 1) / 2
+
+    @staticmethod
+    def _both_ways(flow: torch.Tensor, time: float | torch.Tensor) -> HintPair:
         share = time.to(flow).view(-1, 1, 1, 1) if isinstance(time, torch.Tensor) else time
         return -share * flow, (1 - share) * flow
 
     @torch.no_grad()
-    def from_guess(
+    def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5) -> HintPair:
+        return self._both_ways(self._search(frame_prev, frame_next, time), time)
+
+    @torch.no_grad()
+    def begin(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float | torch.Tensor = 0.5) -> HintPair:
+        """Hints of the scale before the finest, of its size `(B, 2, h, w)` and in its pixels: as far as the search goes before it is told
+        what a decoder makes of them."""
+        first, second = (self._grey(frames) for frames in (frame_prev, frame_next))
+        flow = search_flow(first, second, time, finest_scale=self.finest_scale + 1, polish=False, whole=False)
+        return self._both_ways(flow, time)
+
+    @torch.no_grad()
+    def finish(
         self,
         frame_prev: torch.Tensor,
-        frame_mid: torch.Tensor,
         frame_next: torch.Tensor,
-        hints: HintPair | None = None,
+        motion: HintPair,
+        time: float | torch.Tensor = 0.5,
     ) -> HintPair:
-        """Flow that a guess tells, found from the `hints` on that were known before, where they are given."""
-        start = None if hints is None else torch.cat(hints)
-        both = self._search(torch.cat([frame_mid, frame_mid]), torch.cat([frame_prev, frame_next]), 0.0, start)
+        """Hints that are found from what a decoder made of those of `begin`: offsets of any size of the pyramid, in its pixels."""
+        return self._both_ways(self._search(frame_prev, frame_next, time, motion[1] - motion[0]), time)
+
+    @torch.no_grad()
+    def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
+        both = self._search(torch.cat([frame_mid, frame_mid]), torch.cat([frame_prev, frame_next]), 0.0)
         return halves(both)
 
 
@@ -332,6 +361,10 @@ class NullHints:
 def goes_on(source: HintSource) -> bool:
     """Whether a source finds hints of a guess from those on that were known before, as networks do: its `from_guess` takes them, too."""
     return isinstance(source, ModelHints) or isinstance(source, StackedHints) and any(map(goes_on, source.sources))
+
+
+def finishes(source: HintSource) -> TypeGuard[FinishingSource]:
+    return hasattr(source, "begin") and hasattr(source, "finish")
 
 
 def together(pairs: Sequence[HintPair]) -> HintPair:

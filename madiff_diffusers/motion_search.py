@@ -54,18 +54,21 @@ def search_flow(
     start: torch.Tensor | None = None,
     finest_scale: int = 1,
     polish: bool = True,
+    whole: bool = True,
 ) -> torch.Tensor:
     """
     Args:
         first, second (`torch.Tensor` of shape `(B, 1, H, W)`): grey frames, in [0, 1].
         time (`float` or `torch.Tensor` of shape `(B,)`): the instant, from 0, the first frame's, to 1, the second's.
-        start (`torch.Tensor` of shape `(B, 2, H, W)`, *optional*): flow to start from, two scales before the finest.
+        start (`torch.Tensor` of shape `(B, 2, h, w)`, *optional*): flow to start from, one scale before the finest; in pixels of its own
+            size, which is that of the frames or of a scale.
         finest_scale (`int`): halvings of the frames at which the search ends.
         polish (`bool`): then go down the slope at full resolution, from what was found at a smaller one.
+        whole (`bool`): give flow of the frames' size; otherwise of the finest scale's, as it was found there.
 
     Returns:
-        Flow `(B, 2, H, W)` float32, (x, y) in pixels: what is at `p` at the instant moves from `p - time * flow(p)` in the first
-        frame to `p + (1 - time) * flow(p)` in the second.
+        Flow `(B, 2, H, W)` float32, or of the finest scale's size, (x, y) in its pixels: what is at `p` at the instant moves from
+        `p - time * flow(p)` in the first frame to `p + (1 - time) * flow(p)` in the second.
     """
     size = first.shape[-2:]
     # A number is filled in on the device, so that nothing is copied to it.
@@ -73,7 +76,7 @@ def search_flow(
     share = share.to(first.device, torch.float32).expand(len(first)).view(-1, 1, 1, 1)
     # The flow times these are the offsets to both frames.
     shares = torch.cat([-share, 1 - share])
-    last = finest_scale + 2 if start is not None else None
+    last = finest_scale + 1 if start is not None else None
     scales = _pyramid(torch.cat([first, second]).float(), finest_scale, last)
     flow = None
     for number in reversed(range(finest_scale, len(scales))):
@@ -83,10 +86,7 @@ def search_flow(
         if flow is not None:
             flow = _at_next_scale(flow, frames.shape[-2:])
         elif start is not None:
-            stride = 2**number
-            padding = (0, -size[1] % stride, 0, -size[0] % stride)
-            flow = F.avg_pool2d(F.pad(start.float(), padding, mode="replicate"), stride) / stride
-            flow = flow[..., : frames.shape[-2], : frames.shape[-1]]
+            flow = flow_of_size(start.float(), frames.shape[-2:])
         if flow is None:
             flow = seen.new_zeros(len(first), 2, *frames.shape[-2:])
             flow, difference = _least_near(images, flow, shares, REACH_AT_COARSEST, AGREEING_SCALES > 0)
@@ -101,6 +101,8 @@ def search_flow(
         if number > finest_scale:
             flow = _smoothed(frames, seen, flow, shares)
     assert flow is not None  # there is a scale at least
+    if not whole:
+        return flow
     for _ in range(finest_scale):
         flow = _at_next_scale(flow, (2 * flow.shape[-2], 2 * flow.shape[-1]))
     flow = flow[..., : size[0], : size[1]]
@@ -172,6 +174,15 @@ def _pyramid(frames: torch.Tensor, finest_scale: int, last: int | None) -> list[
 def _at_next_scale(flow: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Flow of a scale as flow of the next finer one, of that size."""
     flow = 2 * F.interpolate(flow, scale_factor=2.0, mode="bilinear", align_corners=False)
+    return flow[..., : size[0], : size[1]]
+
+
+def flow_of_size(flow: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Flow as flow of a smaller or larger image that is halved or doubled to that size, odd sides continued by a pixel."""
+    while flow.shape[-1] > size[1]:
+        flow = F.avg_pool2d(F.pad(flow, (0, flow.shape[-1] % 2, 0, flow.shape[-2] % 2), mode="replicate"), 2) / 2
+    while flow.shape[-1] < size[1]:
+        flow = _at_next_scale(flow, (2 * flow.shape[-2], 2 * flow.shape[-1]))
     return flow[..., : size[0], : size[1]]
 
 

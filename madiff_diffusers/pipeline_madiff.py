@@ -28,7 +28,7 @@ from .hint_registry import build_hint_source, check_hint_source
 from .hub_repository import upload_repository as upload_repository
 from .image_processor import FrameInput, FrameProcessor, check_same_size
 from .model_cards import model_card as model_card
-from .motion_hints import HintSource, damp_hints, goes_on, together
+from .motion_hints import HintSource, damp_hints, finishes, goes_on, together
 from .motion_search import search_flow as search_flow
 from .optical_flow import dis_flow as dis_flow
 from .pipeline_files import CheckpointPipeline
@@ -73,6 +73,9 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         default_recursive (`bool`): what `recursive=None` stands for.
         hint_settings (`dict`, *optional*): arguments of the constructors of `"search"` and of hint sources that are not this package's,
             by their names in `hint_source`.
+        guess_motion (`bool`): take hints from the motion that the decoder makes of the latents and the hints so far, in the place of the guessed
+            frame: before the first step, of latents of zeros and the hints that a source begins with. So with sources that can `begin` and
+            `finish` hints, such as `"search"`; others are asked as without it.
 
     Raises:
         ValueError: for a setting out of its range, or parts that do not fit together.
@@ -99,6 +102,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         default_recursive: bool = False,
         hint_settings: dict[str, dict[str, Any]] | None = None,
         hint_model: ModelMixin | None = None,
+        guess_motion: bool = False,
     ):
         super().__init__()
         check_settings(
@@ -115,7 +119,12 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             event_scale=event_scale,
             default_recursive=default_recursive,
             hint_settings=hint_settings,
+            guess_motion=guess_motion,
         )
+        if guess_motion and not (vqvae.config.news_latents and len(vqvae.config.block_out_channels) > 1):
+            raise ValueError(
+                "`guess_motion=True` needs a `vqvae` with `news_latents=True` and two `block_out_channels` at least."
+            )
         for network in (vqvae, unet, i2e, hint_model):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
                 network.to(memory_format=torch.channels_last)
@@ -372,9 +381,10 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         batch_size, device, count = len(prev.frames), prev.frames.device, len(times)
         coder, hint_source = FrameCoder(self.vqvae, self.tiling, sampling.force_not_quantize), self.hints
         instants = torch.tensor(times, dtype=torch.float32).repeat_interleave(batch_size).to(device)  # [TB]
-        # What the hints are extracted from: guesses at this scale.
+        # What the hints are extracted from: the motion of guesses, or guesses at this scale.
         extracts = sampling.hint_policy in ("sampling", "damped")
-        scale = self.config.guess_scale if extracts else 1
+        finishing = hint_source if self.config.guess_motion and finishes(hint_source) else None
+        scale = self.config.guess_scale if extracts and finishing is None else 1
         coarse_prev, coarse_next = coder.coarse(prev, scale), coder.coarse(next_, scale)
 
         # 1. Encode the neighbours, once for all steps.
@@ -382,9 +392,12 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 
         # 2. Hints to begin with: nothing is known of the frames yet. News are about hints of full size.
         sides = (prev, next_) if coder.tells_news else (coarse_prev, coarse_next)
-        hints = together(
-            [hint_source.start(sides[0].frames, sides[1].frames, time) for time in times]
-        )  # [TB,K,H,W] twice
+        if finishing is not None:
+            hints = coder.motion_hints(finishing, prev, next_, times, instants)
+        else:
+            hints = together(
+                [hint_source.start(sides[0].frames, sides[1].frames, time) for time in times]
+            )  # [TB,K,H,W] twice
         frames_prev, frames_next = repeated(coarse_prev.frames, count), repeated(coarse_next.frames, count)
 
         # 3. Noise, at the end of the schedule.
@@ -422,23 +435,30 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             # 4.2 hints from the frames that these latents stand for; after the last step, news would be about other hints
             last = i == len(self.scheduler.timesteps) - 1
             if extracts and i % sampling.hint_interval == 0 and not (coder.tells_news and last):
-                scale = prev.frames.shape[-1] // frames_prev.shape[-1]
-                known = coder.resize_hints(hints, frames_prev.shape[-2:])
-                coarse_latents = F.avg_pool2d(clean, scale)
-                if coder.tells_news:  # which are as much smaller, too
-                    coarse_latents = coarse_latents / scale
-                guess = coder.decode(coarse_prev, coarse_next, coarse_latents, known, instants)
-                number, size = 1 + i // sampling.hint_interval, hints[0].shape[-2:]
-                damped, smaller = sampling.hint_policy == "damped" and number > 1, known[0].shape[-2:] != size
-                # Hints are the largest tensors here: those that nothing reads any more go before others come.
-                before = (hints, known) if damped or smaller else None
-                continued = (known,) if goes_on(hint_source) else ()
-                del hints, known
-                refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
-                hints = coder.resize_hints(refined, size) if before is None else coder.detailed(*before, refined)
-                if before is not None and damped:
-                    hints = damp_hints(before[0], hints, number)
-                del refined, before, continued
+                number = 1 + i // sampling.hint_interval
+                damped = sampling.hint_policy == "damped" and number > 1
+                if finishing is not None:
+                    refined = coder.motion_hints(finishing, prev, next_, times, instants, hints, clean)
+                    hints = damp_hints(hints, refined, number) if damped else refined
+                    del refined
+                else:
+                    scale = prev.frames.shape[-1] // frames_prev.shape[-1]
+                    known = coder.resize_hints(hints, frames_prev.shape[-2:])
+                    coarse_latents = F.avg_pool2d(clean, scale)
+                    if coder.tells_news:  # which are as much smaller, too
+                        coarse_latents = coarse_latents / scale
+                    guess = coder.decode(coarse_prev, coarse_next, coarse_latents, known, instants)
+                    size = hints[0].shape[-2:]
+                    smaller = known[0].shape[-2:] != size
+                    # Hints are the largest tensors here: those that nothing reads any more go before others come.
+                    before = (hints, known) if damped or smaller else None
+                    continued = (known,) if goes_on(hint_source) else ()
+                    del hints, known
+                    refined = hint_source.from_guess(frames_prev, guess, frames_next, *continued)
+                    hints = coder.resize_hints(refined, size) if before is None else coder.detailed(*before, refined)
+                    if before is not None and damped:
+                        hints = damp_hints(before[0], hints, number)
+                    del refined, before, continued
 
             # 4.3 the caller's turn, frame by frame
             if sampling.callback is not None:

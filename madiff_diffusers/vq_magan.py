@@ -760,13 +760,45 @@ class NewsDecoder(nn.Module):
         Returns:
             `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`]; before the blocks' offsets come those that the latents made of the hints.
         """
+        hidden_states, corrections, logits, all_offsets, all_gates = self._through(
+            len(self.warps), latents, features, hints, log_odds, origin
+        )
+        start = hints[0] + _upsample_offsets(corrections)
+        start = torch.cat([start[:, :2], start[:, 2:]])
+        logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
+        share = torch.sigmoid(log_odds.to(frames.dtype))
+        image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin)
+        return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
+
+    def motion(
+        self,
+        latents: torch.Tensor,
+        features: Sequence[torch.Tensor],
+        hints: Sequence[torch.Tensor],
+        log_odds: torch.Tensor,
+        origin: Origin = None,
+    ) -> torch.Tensor:
+        """Offsets `(B, 4, U, V)` of the last scale but one, as in `forward`; features and hints finer than that are not read."""
+        return self._through(len(self.warps) - 1, latents, features, hints, log_odds, origin)[3][-1]
+
+    def _through(
+        self,
+        count: int,
+        latents: torch.Tensor,
+        features: Sequence[torch.Tensor],
+        hints: Sequence[torch.Tensor],
+        log_odds: torch.Tensor,
+        origin: Origin,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """What so many of the coarsest scales make of latents: hidden states, corrections of the hints and logits of the gate at the last
+        of them, and the offsets and gates of all."""
         run = self._gradient_checkpointing_func if torch.is_grad_enabled() and self.gradient_checkpointing else None
         corrections = self.to_offsets(latents).float()
         offsets = hints[-1] + corrections
         logits = log_odds.float() + self.to_gate(latents).float()
         all_offsets, all_gates = [offsets], [torch.sigmoid(logits)]
         hidden_states = self.conv_in(latents)
-        for number, block in enumerate(self.warps):
+        for number, block in enumerate(self.warps[:count]):
             if number:
                 corrections = _upsample_offsets(corrections)
                 offsets = hints[-1 - number] + corrections
@@ -778,12 +810,7 @@ class NewsDecoder(nn.Module):
             corrections = corrections + (offsets - before)
             all_offsets.append(offsets)
             all_gates.append(torch.sigmoid(logits))
-        start = hints[0] + _upsample_offsets(corrections)
-        start = torch.cat([start[:, :2], start[:, 2:]])
-        logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
-        share = torch.sigmoid(log_odds.to(frames.dtype))
-        image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin)
-        return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
+        return hidden_states, corrections, logits, all_offsets, all_gates
 
 
 class VQMAGANModel(CheckpointComponent, VQModel):
@@ -1112,27 +1139,13 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                     f"`{name}` must have {self.config.hint_channels} channels at the frames' size {(height, width)}, or one that "
                     f"this is a multiple of, but has shape {tuple(hints.shape)}."
                 )
-        if force_not_quantize:
-            quantized, commit_loss, code_indices = h, h.new_zeros(h.shape[0]), None
-        else:
-            # Codes lie closer together than half precision can tell.
-            codebook = {"embedding.weight": self.quantize.embedding.weight.float()}
-            quantized, commit_loss, (_, _, code_indices) = functional_call(self.quantize, codebook, (h.float(),))
-            quantized = quantized.to(h.dtype)
-            commit_loss = commit_loss.repeat(h.shape[0])
+        quantized, commit_loss, code_indices = self._quantized(h, force_not_quantize)
         layout, frames = self.hint_layout, torch.cat([features_prev.frame, features_next.frame])
         features = [torch.cat(pair) for pair in zip(features_prev.pyramid, features_next.pyramid)]
         if self.config.news_latents:
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
-            told = torch.cat([layout.offsets(hints_prev), layout.offsets(hints_next)]).float()
-            at_scales = []
-            for scale in range(len(features) + 1):
-                told = self.resize_hints(told, (height // 2**scale, width // 2**scale))
-                at_scales.append(torch.cat(halves(told), dim=1))
-            if self.config.news_threshold:
-                difference = _warps_difference(frames, at_scales[-2], factor // 2, origin)
-                quantized = quantized * (difference / (difference + self.config.news_threshold))
-            arguments = (quantized.to(self.dtype), frames, features, at_scales)
+            at_scales = self._offsets_at_scales(hints_prev, hints_next, (height, width), range(len(features) + 1))
+            arguments = (self._told(quantized, frames, at_scales, origin), frames, features, at_scales)
             sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time), origin)
             if not return_dict:
                 return sample, commit_loss
@@ -1156,6 +1169,91 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         return VQMAGANDecoderOutput(
             sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
         )
+
+    @apply_forward_hook
+    def guess_motion(
+        self,
+        features_prev: FrameFeatures,
+        features_next: FrameFeatures,
+        hints_prev: torch.Tensor,
+        hints_next: torch.Tensor,
+        h: torch.Tensor | None = None,
+        force_not_quantize: bool = False,
+        time: float | torch.Tensor = 0.5,
+        origin: Origin = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The motion that the decoder makes of latents and hints: a guess that is not decoded to a frame, but goes through all scales but the
+        finest.
+
+        Args:
+            features_prev, features_next, force_not_quantize, time, origin: as for `decode`.
+            h (`torch.Tensor` of shape `(B, vq_embed_dim, H / f, W / f)`, *optional*): latents, as for `decode`; zeros if not given, which
+                is all that is known of the middle frame at first.
+            hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H / 4, W / 4)`): as for `decode`, in pixels of their own size.
+
+        Returns:
+            Offsets to the previous frame and to the next, of the hints' size and in its pixels, float32.
+
+        Raises:
+            ValueError: without `news_latents`, or with a single scale.
+        """
+        levels = len(self.config.block_out_channels)
+        if not self.config.news_latents or levels < 2:
+            raise ValueError(
+                "`guess_motion` needs `news_latents=True` and two `block_out_channels` at least, but they are "
+                f"{self.config.news_latents} and {tuple(self.config.block_out_channels)}."
+            )
+        time = torch.as_tensor(time, dtype=torch.float32, device=hints_prev.device).expand(len(hints_prev))
+        log_odds = torch.log((1 - time) / time).view(-1, 1, 1, 1)
+        height, width = (4 * side for side in hints_prev.shape[-2:])
+        scales = range(min(2, levels - 1), levels + 1)  # news are told by hints of half the latents' stride
+        at_scales = self._offsets_at_scales(hints_prev, hints_next, (height, width), scales)
+        features = [torch.cat(pair) for pair in zip(features_prev.pyramid[1:], features_next.pyramid[1:])]
+        if h is None:
+            size = at_scales[-1].shape[-2:]
+            told = torch.zeros(
+                len(hints_prev), self.config.latent_channels, *size, dtype=self.dtype, device=time.device
+            )
+        else:
+            frames = torch.cat([features_prev.frame, features_next.frame])
+            told = self._told(self._quantized(h, force_not_quantize)[0], frames, at_scales, origin)
+        assert isinstance(self.decoder, NewsDecoder)
+        offsets_prev, offsets_next = self.decoder.motion(told, features, at_scales, log_odds, origin).chunk(2, dim=1)
+        return offsets_prev, offsets_next
+
+    def _quantized(
+        self, latents: torch.Tensor, force_not_quantize: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Latents moved to their nearest codes, or as they are; the loss of each and the codes."""
+        if force_not_quantize:
+            return latents, latents.new_zeros(latents.shape[0]), None
+        # Codes lie closer together than half precision can tell.
+        codebook = {"embedding.weight": self.quantize.embedding.weight.float()}
+        quantized, loss, (_, _, codes) = functional_call(self.quantize, codebook, (latents.float(),))
+        return quantized.to(latents.dtype), loss.repeat(latents.shape[0]), codes
+
+    def _told(
+        self, news: torch.Tensor, frames: torch.Tensor, at_scales: Sequence[torch.Tensor], origin: Origin
+    ) -> torch.Tensor:
+        """News as the decoder is told them: less where both warped neighbours agree, see `news_threshold`."""
+        if self.config.news_threshold:
+            difference = _warps_difference(frames, at_scales[-2], self.downsample_factor // 2, origin)
+            news = news * (difference / (difference + self.config.news_threshold))
+        return news.to(self.dtype)
+
+    def _offsets_at_scales(
+        self, hints_prev: torch.Tensor, hints_next: torch.Tensor, size: tuple[int, int], scales: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Offsets of hints to both neighbours, `(B, 4, U, V)` float32, at so many halvings of a frame's `size`, in pixels there."""
+        told = torch.cat([self.hint_layout.offsets(each) for each in (hints_prev, hints_next)]).float()
+        found = []
+        for scale in scales:
+            resized = self.resize_hints(told, (size[0] // 2**scale, size[1] // 2**scale))
+            if resized.shape[-1] < told.shape[-1]:  # a mean of means of equal cells is their mean
+                told = resized
+            found.append(torch.cat(halves(resized), dim=1))
+        return found
 
     def _hint_pyramid(
         self,

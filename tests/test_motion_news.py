@@ -26,6 +26,7 @@ from madiff_diffusers import (
     interpolate_frames,
 )
 from madiff_diffusers.commands.madiff_cli import main
+from madiff_diffusers.evaluation.hint_policies import NeighbourHints
 from madiff_diffusers.frame_coding import EncodedFrames, FrameCoder
 from madiff_diffusers.motion_hints import NullHints, StackedHints, goes_on
 from madiff_diffusers.warping import correlate, warp
@@ -374,10 +375,13 @@ class UnaskingScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(prev_sample=sample, pred_original_sample=model_output)
 
 
-@pytest.mark.parametrize("source", [None, SearchHints()], ids=["model", "search"])
-def test_steps_leave_nothing_to_the_host(pipeline, source):
+@pytest.mark.parametrize(
+    "source, guesses", [(None, False), (SearchHints(), False), (SearchHints(), True)], ids=["model", "search", "guess"]
+)
+def test_steps_leave_nothing_to_the_host(pipeline, source, guesses):
     """On a GPU whose tensors have no values: whoever asked for one would fail."""
     pipeline.hints = source
+    pipeline.register_to_config(guess_motion=guesses)
     pipeline.scheduler = UnaskingScheduler.from_config(pipeline.scheduler.config)
     copies = {}
     assert pipeline.hints.device_bound
@@ -421,6 +425,127 @@ def test_a_part_must_lie_within_the_features(pipeline):
     for origin in ((5, 4), (32, 68), (-4, 0)):
         with pytest.raises(ValueError, match="`origin` must be multiples of 4 at which 32x32 pixels begin"):
             pipeline.vqvae.decode(latents, *features, *hints, origin=origin)
+
+
+# ---- motion that the decoder guesses ----
+
+
+@pytest.fixture
+def guessing(pipeline) -> MADiffPipeline:
+    parts = {name: part for name, part in pipeline.components.items() if name not in ("hint_model", "i2e")}
+    made = MADiffPipeline(**parts, hint_source="search", guess_motion=True, default_num_inference_steps=1)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_motion_is_guessed_as_a_decoding_finds_it(pipeline, told):
+    (prev, next_, _), features = neighbours(pipeline)
+    hints, latents = pipeline.hint_model(prev, next_, 0.25), torch.randn(1, 4, 16, 24)
+    decoded = pipeline.vqvae.decode(latents if told else 0 * latents, *features, *hints, not told, time=0.25)
+    small = FrameCoder(pipeline.vqvae).resize_hints(hints, (16, 24))
+    given = (latents,) if told else ()
+    guessed = pipeline.vqvae.guess_motion(*features, *small, *given, time=0.25)
+    # How much of the latents counts is seen at half of their stride, finer than the hints that a guess is given here.
+    assert torch.allclose(torch.cat(guessed, dim=1), decoded.offsets[-3], atol=1e-3 if told else 1e-5)
+    assert not torch.allclose(torch.cat(guessed, dim=1), torch.cat(small, dim=1), atol=1e-2), "it adds to the hints"
+
+
+def test_motion_of_a_part_is_that_of_the_whole(pipeline):
+    _, features = neighbours(pipeline)
+    hints = [torch.randn(1, 2, 16, 24) for _ in range(2)]
+    whole = pipeline.vqvae.guess_motion(*features, *hints)
+    part = pipeline.vqvae.guess_motion(*features, *(each[..., 2:12, 4:20] for each in hints), origin=(8, 16))
+    for each, expected in zip(part, whole):
+        assert torch.allclose(each[..., 4:-4, 4:-4], expected[..., 6:8, 8:16], atol=1e-4)
+
+
+def test_hints_are_finished_from_the_motion_that_is_guessed(guessing, pair):
+    """Before the first step from what the source begins with, before the second from the first's latents."""
+    vqvae, source, seen = guessing.vqvae, SearchHints(), []
+
+    def note(pipeline, step, timestep, tensors):
+        seen.append((tensors["hints_prev"], tensors["hints_next"]))
+        return {}
+
+    names = ["hints_prev", "hints_next"]
+    called = {"callback_on_step_end": note, "callback_on_step_end_tensor_inputs": names, "output_type": "pt"}
+    frames = [guessing.encode_frames(each) for each in pair]
+    sides = [each.features for each in frames]
+    begun = source.begin(frames[0].frames, frames[1].frames)
+    size = [side // 4 for side in frames[0].frames.shape[-2:]]
+    coder = FrameCoder(vqvae)
+    motion = vqvae.guess_motion(*sides, *coder.resize_hints(begun, size))
+    expected = source.finish(frames[0].frames, frames[1].frames, motion)
+    guessing(*pair, generator=torch.Generator().manual_seed(0), **called)
+    assert all(torch.allclose(*each, atol=1e-4) for each in zip(seen[-1], expected))
+    started = source.start(frames[0].frames, frames[1].frames)
+    assert not torch.allclose(expected[0], started[0], atol=0.01), "the decoder has a say"
+
+    guessing(
+        *pair, num_inference_steps=2, hint_policy="sampling", generator=torch.Generator().manual_seed(0), **called
+    )
+    made = guessing(
+        *pair, num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="latent"
+    ).frames[:, 0]
+    assert not torch.allclose(seen[1][0], expected[0], atol=1e-4), "hints of the first step's latents"
+    motion = vqvae.guess_motion(*sides, *coder.resize_hints(expected, size), made)
+    again = source.finish(frames[0].frames, frames[1].frames, motion)
+    assert all(torch.allclose(*each, atol=1e-3) for each in zip(seen[1], again))
+
+
+def test_a_source_that_cannot_finish_is_asked_as_before(guessing, pair):
+    def made(source, **settings) -> torch.Tensor:
+        guessing.hints = source
+        return guessing(*pair, generator=torch.Generator().manual_seed(0), output_type="pt", **settings).frames
+
+    search = SearchHints()
+    own = made(None)
+    guessing.register_to_config(guess_motion=False)
+    plain = made(None)
+    guessing.register_to_config(guess_motion=True)
+    assert torch.equal(made(NeighbourHints(search)), plain) and not torch.allclose(own, plain, atol=1e-4)
+
+
+def test_every_pair_and_instant_guesses_its_own_motion(guessing, pair):
+    def made(*images, **settings) -> torch.Tensor:
+        latents = torch.zeros(len(images[0]), 3, 4, 14, 18)
+        return guessing(*images, num_frames=3, latents=latents, output_type="pt", **settings).frames
+
+    prev, next_ = pair
+    turned = (prev.flip(-1), next_.flip(-1))
+    both = made(*(torch.cat(each) for each in zip(pair, turned)))
+    for number, images in enumerate((pair, turned)):
+        assert torch.allclose(both[2 * number : 2 * number + 2], made(*images), atol=1e-3)
+
+
+def test_a_guess_of_motion_survives_saving_and_tiles(guessing, tmp_path):
+    pair = [torch.from_numpy(moving_picture(time, 160, 224)).permute(2, 0, 1)[None] / 255 for time in (-1, 1)]
+
+    def made(pipeline) -> torch.Tensor:
+        return pipeline(*pair, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+
+    guessing.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(str(tmp_path), trust_remote_code=True, custom_pipeline=str(tmp_path))
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.config.guess_motion
+    whole = made(guessing)
+    assert torch.equal(made(loaded), whole)
+    guessing.enable_tiling(128 * 128)
+    assert (made(guessing) - whole).abs().mean() < 0.02
+
+
+def test_who_cannot_guess_motion_says_so(tiny, pipeline):
+    _, features = neighbours(pipeline)
+    vqvae = VQMAGANModel(**tiny["vqvae"])
+    with pytest.raises(ValueError, match="`guess_motion` needs `news_latents=True`"):
+        vqvae.guess_motion(*features, torch.zeros(1, 2, 16, 24), torch.zeros(1, 2, 16, 24))
+    parts = dict(pipeline.components, vqvae=vqvae, unet=UNet2DModel(**tiny["unet"]))
+    with pytest.raises(ValueError, match="`guess_motion=True` needs a `vqvae` with `news_latents=True`"):
+        MADiffPipeline(**parts, hint_source=tiny["hint_source"], guess_motion=True)
+
+
+# ---- hints that go on from others ----
 
 
 class ZoomFlow(RIFEFlowModel):

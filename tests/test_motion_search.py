@@ -109,11 +109,29 @@ def test_a_change_of_light_is_not_motion():
 def test_a_guess_tells_the_way_to_each_neighbour_by_itself():
     """The middle frame is not half-way: flow to the previous frame is a third of that to the next one."""
     prev, mid, next_ = drifting(0, 1, 4)
-    source = SearchHints(finest_scale=0)
-    for hints in (None, source.start(prev, next_)):
-        hints_prev, hints_next = source.from_guess(prev, mid, next_, hints)
-        assert (inner(hints_prev) + torch.tensor([3.0, 1.0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.5
-        assert (inner(hints_next) - torch.tensor([9.0, 3.0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.5
+    hints_prev, hints_next = SearchHints(finest_scale=0).from_guess(prev, mid, next_)
+    assert (inner(hints_prev) + torch.tensor([3.0, 1.0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.5
+    assert (inner(hints_next) - torch.tensor([9.0, 3.0]).view(1, 2, 1, 1)).norm(dim=1).median() < 0.5
+
+
+@pytest.mark.parametrize("finest_scale", [0, 1])
+def test_a_search_stops_half_way_and_goes_on_from_what_it_is_told(finest_scale):
+    source = SearchHints(finest_scale)
+    prev, next_ = drifting(0, 4)
+    whole = torch.tensor([12.0, 4.0]).view(1, 2, 1, 1)
+    begun = source.begin(prev, next_, 0.25)
+    stride = 2 ** (finest_scale + 1)
+    assert all(each.shape == (1, 2, 96 // stride, 128 // stride) for each in begun)
+    assert (stride * begun[0][..., 4:-4, 4:-4] + 0.25 * whole).norm(dim=1).median() < 0.5
+    for size in (1, stride, 8):  # of any scale
+        told = [share * whole.expand(1, 2, 96 // size, 128 // size) / size for share in (-0.25, 0.75)]
+        hints_prev, hints_next = source.finish(prev, next_, told, 0.25)
+        assert hints_prev.shape == hints_next.shape == (1, 2, 96, 128)
+        assert (inner(hints_prev) + 0.25 * whole).norm(dim=1).median() < 0.1
+        assert (inner(hints_next) - 0.75 * whole).norm(dim=1).median() < 0.1
+    far = [torch.zeros(1, 2, 96 // stride, 128 // stride) + way for way in (20.0, -20.0)]
+    lost, _ = source.finish(prev, next_, far, 0.25)
+    assert (inner(lost) + 0.25 * whole).norm(dim=1).median() > 5, "it seeks near what it is told"
 
 
 def test_flow_does_not_depend_on_the_batch_and_every_item_has_its_instant():
@@ -127,7 +145,9 @@ def test_flow_does_not_depend_on_the_batch_and_every_item_has_its_instant():
 @pytest.mark.parametrize("height, width", [(1, 1), (7, 9), (33, 130), (90, 45)])
 def test_frames_of_any_size_have_flow_of_their_size(height, width):
     prev, next_ = drifting(0, 1, height=height, width=width)
-    for hints in (SearchHints().start(prev, next_), SearchHints().from_guess(prev, next_, next_, (prev[:, :2],) * 2)):
+    source = SearchHints()
+    finished = source.finish(prev, next_, source.begin(prev, next_))
+    for hints in (source.start(prev, next_), source.from_guess(prev, next_, next_), finished):
         assert all(each.shape == (1, 2, height, width) and each.isfinite().all() for each in hints)
 
 

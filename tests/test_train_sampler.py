@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from madiff_diffusers import MADiffPipeline, RIFEFlowModel
+from madiff_diffusers import MADiffPipeline, RIFEFlowModel, SearchHints, VQMAGANModel
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, moving_picture, two_processes
@@ -26,7 +28,7 @@ from tests.video_files import drifting, write_video
 from training.crop_cache import CropCache, write_crops
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import gram_loss
-from training.train_sampler import distance, disturbed, easiness
+from training.train_sampler import SamplerNetwork, distance, disturbed, easiness
 
 
 CPU = torch.device("cpu")
@@ -104,6 +106,19 @@ def test_crops_are_kept_with_their_hints(clips, tmp_path):
     assert torch.allclose(whole["hints"], expected, atol=0.02, rtol=0.01)
     with pytest.raises(ValueError, match="crops must be a folder made by training.crop_cache"):
         CropCache(str(tmp_path), CPU)
+
+
+def test_crops_are_kept_with_hints_to_finish(clips, tmp_path):
+    write_crops(str(clips), tmp_path / "crops", count=2, size=64, hint_source="search", begun=True)
+    cache = CropCache(str(tmp_path / "crops"), CPU)
+    whole = cache.triplets(1, 64, generator())
+    begun = SearchHints().begin(whole["frame_prev"], whole["frame_next"], whole["time"].item())
+    expected = 4 * F.interpolate(torch.cat(begun, dim=1), scale_factor=4.0, mode="bilinear", align_corners=False)
+    assert cache.begun and torch.allclose(whole["hints"][..., 8:-8, 8:-8], expected[..., 8:-8, 8:-8], atol=0.5)
+    assert whole["hints"].shape == (1, 4, 64, 64)
+    with pytest.raises(ValueError, match="`begun` needs a `hint_source` that begins hints .*, but is fine_flow"):
+        write_crops(str(clips), tmp_path / "others", count=1, size=64, begun=True)
+    assert not (tmp_path / "others").exists()
 
 
 def test_crops_are_composed_as_often_as_asked_for(clips, tmp_path):
@@ -397,7 +412,7 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     done = train(config, crops, tmp_path / "run", "--two_steps_from", "0")
     assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
-    assert index["hint_source"] == "fine_flow" and index["hint_model"] == [None, None]
+    assert index["hint_source"] == "fine_flow" and index["hint_model"] == [None, None] and not index["guess_motion"]
     start = tmp_path / "run" / "pipeline"
     without = ("--latent_shares", "[0, 0.5, 0.5]", "--latent_weight", "0", "--two_step_share", "0")
     done = train(config, crops, tmp_path / "control", "--init", str(start), *without)
@@ -409,6 +424,33 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     assert done.returncode == 2 and "`hints_until` must be 0 with crops" in done.stderr
     done = train(config, crops, tmp_path / "other", "--layers", "2")
     assert done.returncode == 2 and "`layers` is not used with crops" in done.stderr
+
+
+def test_guessed_motion_teaches_the_scales_that_it_comes_from(tiny_news):
+    torch.manual_seed(0)
+    vqvae, unet = VQMAGANModel(**tiny_news["vqvae"]), UNet2DModel(**tiny_news["unet"])
+    network = SamplerNetwork(None, vqvae, unet, DDIMScheduler(prediction_type="sample"))
+    prev, mid, next_ = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(3))
+    frames = {"frame_prev": prev, "frame_mid": mid, "frame_next": next_}
+    batch = {**frames, "time": torch.full((2,), 0.5), "hints": torch.rand(2, 4, 32, 32)}
+    draws = {"noise": torch.zeros(2, 4, 8, 8), "timesteps": torch.full((2,), 999), "choice": torch.zeros(2, dtype=int)}
+    found = network(batch, draws, lambda hints: hints, False, hint_source=SearchHints(), guesses=True)
+    told = found["motion"].detach().split(2, dim=1)
+    finished = SearchHints().finish(prev, next_, told, batch["time"])
+    assert torch.allclose(found["estimates"][-1], torch.cat(finished, dim=1), atol=1e-4)
+    found["motion"].sum().backward()
+    coarse, fine = (block.conv_out.weight.grad for block in vqvae.decoder.warps)
+    assert coarse.abs().max() > 0 and fine is None
+
+
+def test_it_trains_on_hints_to_finish(config, clips, tmp_path):
+    write_crops(str(clips), tmp_path / "crops", count=4, size=64, hint_source="search", begun=True)
+    validation = ("--validation", str(clips), "--validation_samples", "1", "--validation_crop", "64")
+    flags = (*validation, "--validation_steps", "6", "--two_steps_from", "0")
+    done = train(config, f"crops:{tmp_path / 'crops'}", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    assert index["hint_source"] == "search" and index["guess_motion"] is True
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     python -m training.crop_cache CLIPS OUTPUT [--count 6000] [--size 224] [--composed_share 0.2]
 
 Hints are the optical flow that the pipeline starts with (`--hint_source`), found on crops larger than those of
-training, so that what moves into the picture is seen. Gaps, instants and the choice by motion are those of `write_crops`; options of the same names
+training, so that what moves into the picture is seen; or, with `--begun`, those that it begins with, from which a decoder guesses motion. Gaps, instants and the choice by motion are those of `write_crops`; options of the same names
 are not read again. A share of the crops can be composed of pieces of frames, as `composed` does: things that cover each other, at an
 exact instant. `training.train_sampler --data crops:OUTPUT` trains on them.
 """
@@ -20,6 +20,8 @@ import torch
 
 from madiff_diffusers.files import filled_folder
 from madiff_diffusers.hint_registry import build_hint_source
+from madiff_diffusers.motion_hints import finishes
+from madiff_diffusers.motion_search import flow_of_size
 from training.frame_bank import FrameBank, composed
 from training.options import one_line_errors
 
@@ -43,6 +45,7 @@ class CropCache:
             raise ValueError(f"`data`: crops must be a folder made by training.crop_cache, but is {folder!r}.")
         about = json.loads((root / "crops.json").read_text())
         self.hint_source: str = about["hint_source"]
+        self.begun: bool = about.get("begun", False)  # folders of former versions do not say
         arrays = {name: np.load(root / f"{name}.npy", mmap_mode="r") for name in FILES}
         self.frames, self.hints, self.time = arrays["frames"], arrays["hints"], arrays["time"]
         self.size: int = self.frames.shape[-2]
@@ -88,6 +91,7 @@ def write_crops(
     seed: int = 0,
     composed_share: float = 0.0,
     layers: int = 3,
+    begun: bool = False,
 ) -> None:
     """Write a folder of crops; it is there when it is complete.
 
@@ -105,6 +109,8 @@ def write_crops(
     if source.hint_channels != 2:
         raise ValueError(f"`hint_source` must be optical flow alone, such as fine_flow, but is {hint_source}.")
     shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
+    if begun and not finishes(source):
+        raise ValueError(f"`begun` needs a `hint_source` that begins hints and finishes them, but is {hint_source}.")
     needed = sum(math.prod(shapes[name]) * np.dtype(dtype).itemsize for name, dtype in FILES.items())
     output.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(output.parent).free:
@@ -123,7 +129,8 @@ def write_crops(
             else:
                 drawn = bank.triplets(1, size, gaps, any_time, candidates, generator)
             time = drawn["time"].item()
-            hints = source.start(drawn["frame_prev"], drawn["frame_next"], time)
+            ask = source.begin if begun else source.start
+            hints = [flow_of_size(each, (size, size)) for each in ask(drawn["frame_prev"], drawn["frame_next"], time)]
             frames = torch.cat([drawn[name] for name in ("frame_prev", "frame_mid", "frame_next")])
             files["frames"][number] = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
             files["hints"][number] = torch.cat(hints, dim=1)[0].numpy()
@@ -132,7 +139,13 @@ def write_crops(
                 print(f"{number} of {count}", flush=True)
         for file in files.values():
             file.flush()
-        about = {"hint_source": hint_source, "clips": clips, "seed": seed, "composed_share": composed_share}
+        about = {
+            "hint_source": hint_source,
+            "clips": clips,
+            "seed": seed,
+            "composed_share": composed_share,
+            "begun": begun,
+        }
         (folder / "crops.json").write_text(json.dumps(about))
 
 
@@ -144,6 +157,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="of their sides, in pixels (default: 224)")
     parser.add_argument("--hint_source", default="fine_flow", help="as the pipeline's (default: fine_flow)")
     parser.add_argument("--composed_share", type=float, default=0.0, help="of crops that are composed (default: 0)")
+    parser.add_argument(
+        "--begun",
+        action="store_true",
+        help="hints that the source begins with, for a decoder that guesses motion from them (`guess_motion`), in the place of those of its start",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_crops(
@@ -154,6 +172,7 @@ def main() -> None:
         args.hint_source,
         seed=args.seed,
         composed_share=args.composed_share,
+        begun=args.begun,
     )
 
 

@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import SchedulerMixin, UNet2DModel
 
+from madiff_diffusers.frame_coding import EncodedFrames, FrameCoder
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.motion_hints import HintSource
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
@@ -195,6 +196,7 @@ class SamplerNetwork(nn.Module):
         hints_only: bool = False,
         hint_source: HintSource | None = None,
         denoises: bool = True,
+        guesses: bool = False,
     ) -> dict[str, Any]:
         """
         Args:
@@ -204,6 +206,7 @@ class SamplerNetwork(nn.Module):
             two_steps: whether a second step follows.
             hints_only: whether it ends with the hints, of the instant and of the true middle frame; nothing is drawn then.
             hint_source: makes hints from guesses where there is no hint model.
+            guesses: whether the batch's hints are begun ones, which are finished from the motion that the decoder guesses.
             denoises: whether the denoiser is run; without it, there is one step and no denoised latents are chosen.
         """
         prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
@@ -211,7 +214,17 @@ class SamplerNetwork(nn.Module):
         found: dict[str, Any] = {}
 
         # 1. hints of the instant, and what a guess (here the truth) would tell, at half size
-        if self.hint_model is None:
+        if not hints_only:
+            both = vqvae.encode(torch.cat([prev, next_])).features
+            of_prev, of_next = (both.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
+        if self.hint_model is None and guesses:
+            assert hint_source is not None, "what finishes hints"
+            begun = (F.avg_pool2d(each, 4) / 4 for each in batch["hints"].split(2, dim=1))
+            motion = vqvae.guess_motion(of_prev, of_next, *begun, time=time)
+            found["motion"] = torch.cat(motion, dim=1)
+            finished = hint_source.finish(prev, next_, [each.detach() for each in motion], time)
+            found["estimates"] = [torch.cat(finished, dim=1)]
+        elif self.hint_model is None:
             found["estimates"] = [batch["hints"]]
         else:
             found["estimates"] = [torch.cat(each, dim=1) for each in self.hint_model.starts(prev, next_, time)]
@@ -233,8 +246,6 @@ class SamplerNetwork(nn.Module):
             return found
 
         # 2. what the true frame tells beside them
-        both = vqvae.encode(torch.cat([prev, next_])).features
-        of_prev, of_next = (both.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
         news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
         quantized, found["vq"], (_, _, found["codes"]) = vqvae.quantize(news.float())
         found["news"] = news
@@ -411,8 +422,13 @@ def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork
 
         result = sample(output_type="pt").reshape(mid.shape).to(device) * 2 - 1
         latents = sample(output_type="latent", num_inference_steps=1)[:, 0]
-        of_prev, of_next = (network.vqvae.encode(each).features for each in (prev, next_))
-        hints = pipeline.hints.start(prev, next_)
+        coder = FrameCoder(network.vqvae)
+        neighbours = [EncodedFrames(each, tuple(each.shape[-2:])) for each in (prev, next_)]
+        of_prev, of_next = coder.encode(*neighbours)
+        if pipeline.config.guess_motion:
+            hints = coder.motion_hints(pipeline.hints, *neighbours, [0.5], prev.new_full((1,), 0.5))
+        else:
+            hints = pipeline.hints.start(prev, next_)
         news = network.vqvae.encode_news(mid, of_prev, of_next, *hints)
         without = network.vqvae.decode(torch.zeros_like(news), of_prev, of_next, *hints).sample
         warps = (warp(prev, hints[0]) + warp(next_, hints[1])) / 2
@@ -449,6 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     if kind == "crops":
         cache = CropCache(folder, device)
         config["hint_source"] = cache.hint_source
+        config["pipeline"]["guess_motion"] = cache.begun
     if options.hints_until and trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
@@ -569,6 +586,7 @@ def main(argv: list[str] | None = None) -> None:
             hints_only,
             None if cache is None else pipeline.hints,
             denoises,
+            cache is not None and cache.begun,
         )
         with torch.no_grad():
             weight, ours = torch.ones_like(flow[:, :2]), warp_errors(batch, found["estimates"][-1])
@@ -601,6 +619,11 @@ def main(argv: list[str] | None = None) -> None:
             distance(each, flow, weight * seen if number == 0 else weight)
             for number, each in enumerate(found["offsets"])
         ]
+        if (
+            "motion" in found
+        ):  # towards the best flow that is known: the teacher's, or else what the search made of the guess
+            known = torch.where(weight.repeat_interleave(2, dim=1) > 0, flow, found["estimates"][-1])
+            offset_losses.append(distance(found["motion"], known, torch.ones_like(weight)))
         losses["flow"] = losses["flow"] + torch.stack(offset_losses).mean()
         losses["l1"] = charbonnier(found["sample"], batch["frame_mid"], share)
         losses["latent"], losses["vq"] = found["latent"], found["vq"]

@@ -29,7 +29,7 @@ class AblateCommand(BaseCommand):
             "both), interval (sampling steps from one extraction of hints to the next, of 8 steps unless --steps is given), steps (sampling steps), "
             "scheduler, quantized (latents moved to their nearest codes, or not), latents (what is decoded: denoised, zero, noise, mirrored, "
             "which is what is denoised of the mirrored pair, or true, which is the true frame's), parts (all of these latents, 1, 2 and 4 steps, "
-            "and hints none, start and true, which are those of the true frame: one table)",
+            "and hints none, neighbours, start and true, which are those of the true frame: one table)",
         )
         command.add_argument(
             "--values",

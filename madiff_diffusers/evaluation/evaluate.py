@@ -43,7 +43,7 @@ QUESTIONS: dict[str, Any] = {
 PARTS: tuple[dict[str, Any], ...] = (
     *({"latents": each} for each in LATENTS),
     *({"steps": each} for each in (1, 2, 4)),
-    *({"hint_policy": each} for each in ("none", "start", "true")),
+    *({"hint_policy": each} for each in ("none", "neighbours", "start", "true")),
 )
 
 
