@@ -34,17 +34,28 @@ from madiff_diffusers.commands.common import (
 )
 from madiff_diffusers.evaluation.methods import FunctionMethod
 from madiff_diffusers.evaluation.runs import describe_environment
+from madiff_diffusers.motion_hints import finishes
 from madiff_diffusers.video.memory import freed_memory_kept
 
 
-STAGES = ("encode", "hints start", "hints from guess", "denoise", "decode guess", "decode last", "rest")
+STAGES = (
+    "encode",
+    "hints start",
+    "motion guess",
+    "hints finish",
+    "hints from guess",
+    "denoise",
+    "decode guess",
+    "decode last",
+    "rest",
+)
 # What is counted where several frames are made, by the stages that it sums up.
 CALLS = {
     "encodes": ("encode",),
     "denoiser calls": ("denoise",),
     "decodes": ("decode guess", "decode last"),
     "hint starts": ("hints start",),
-    "hint extractions": ("hints from guess",),
+    "hint extractions": ("hints from guess", "hints finish"),
 }
 
 
@@ -85,6 +96,12 @@ def watched(pipeline: MADiffPipeline, flop: Callable[[], int]) -> Iterator[list[
         (pipeline.hints, "start", "hints start"),
         (pipeline.hints, "from_guess", "hints from guess"),
     ]
+    if pipeline.config.guess_motion and finishes(pipeline.hints):
+        methods += [
+            (pipeline.hints, "begin", "hints start"),
+            (pipeline.vqvae, "guess_motion", "motion guess"),
+            (pipeline.hints, "finish", "hints finish"),
+        ]
 
     def watch(method: Callable, stage: str) -> Callable:
         @functools.wraps(method)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.pipeline import CALLS, STAGES, main
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, build_pipeline
 from tests.processes import run_python
 
 
@@ -40,13 +40,14 @@ def test_pipeline(factor, checkpoint, tmp_path, capsys):
 
     stages = result["stages"]
     assert tuple(stages) == STAGES and all(f"| {name} |" in printed for name in STAGES)
-    assert [stages[name]["calls"] for name in STAGES] == [1, 1, 2, 2, 2, 1, 0]
-    assert all(each["seconds"] > 0 for each in stages.values())
+    assert [stages[name]["calls"] for name in STAGES] == [1, 1, 0, 0, 2, 2, 2, 1, 0]
+    unused = ("motion guess", "hints finish")
+    assert all((each["seconds"] > 0) == (name not in unused) for name, each in stages.items())
     assert sum(each["share"] for each in stages.values()) == pytest.approx(1)
     assert sum(each["seconds"] for each in stages.values()) == pytest.approx(result["seconds"])
     # The guesses are as large as the result here, and start hints are OpenCV's flow alone.
     assert stages["decode guess"]["gflop"] == pytest.approx(2 * stages["decode last"]["gflop"])
-    assert all((stages[name]["gflop"] > 0) == (name not in ("hints start", "rest")) for name in STAGES)
+    assert all((stages[name]["gflop"] > 0) == (name not in ("hints start", "rest", *unused)) for name in STAGES)
     assert 0.1 < result["peak_gib"]["process"] < 10
     assert (result["size"], result["dtype"]) == ("64x48", "float32")
     assert "torch" in result["environment"]["libraries"] and result["environment"]["hardware"]["threads"] >= 1
@@ -62,6 +63,20 @@ def test_pipeline(factor, checkpoint, tmp_path, capsys):
         assert result["factor"][way]["calls"] == dict(zip(CALLS, [encodes, 6, 9, 3, 6])), way
         assert result["factor"][way]["seconds"] > 0
         assert f"| {way} | {encodes} | 6 | 9 | 3 | 6 |" in printed
+
+
+def test_pipeline_that_guesses_motion(tiny_news, tmp_path):
+    """Hints are finished before the first step and before the second; the first guess is of motion alone."""
+    config = {**tiny_news, "hint_source": "search"}
+    config.pop("hint_model")
+    config["pipeline"] = {**config["pipeline"], "guess_motion": True, "default_num_inference_steps": 2}
+    build_pipeline(config).save_pretrained(tmp_path / "checkpoint")
+    flags = ["--size", "64x48", "--checkpoint", str(tmp_path / "checkpoint"), "--rounds", "1"]
+    main([*flags, "--json", str(tmp_path / "out.json")])
+    stages = json.loads((tmp_path / "out.json").read_text())["stages"]
+    calls = {"encode": 1, "hints start": 1, "motion guess": 2, "hints finish": 2, "denoise": 2, "decode last": 1}
+    assert {name: each["calls"] for name, each in stages.items() if each["calls"]} == calls
+    assert 0 < stages["motion guess"]["gflop"] < stages["decode last"]["gflop"]
 
 
 def test_pipeline_by_tiles(checkpoint, tmp_path):
