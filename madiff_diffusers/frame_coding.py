@@ -219,7 +219,8 @@ class FrameCoder:
             See [`VQMAGANModel.guess_motion`].
         """
         height, width = prev.frames.shape[-2:]
-        hints = self.resize_hints(hints, (height // 4, width // 4))
+        stride = self.vqvae.motion_stride
+        hints = self.resize_hints(hints, (height // stride, width // stride))
 
         def guess(sides: Sequence[FrameFeatures], origin: Origin, *images: torch.Tensor):
             return self.vqvae.guess_motion(

@@ -24,8 +24,11 @@ REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
 COARSE_SCALES = 3  # at so many scales after it …
 REACH = 2  # … flows that differ by up to so many pixels in each direction are tried
 JUMPS = (12, 4)  # distances at which other pixels' flows are tried, at every scale
+TOLD_JUMPS = (
+    4,
+)  # the same where the search goes on from flow that it was told, at the scales after its first, where none are
 DESCENTS = 2  # steps of Lucas and Kanade at the coarser scales
-LAST_DESCENTS = 1  # at the finest, whose start has been smoothed
+LAST_DESCENTS = 1  # at the finest, whose start has been smoothed, and at the first scale after flow that it was told
 MOST_DESCENT = 1.5  # pixels of the scale, in each direction
 CONTRAST_RADIUS, DIFFERENCE_RADIUS = 4, 3  # of windows, in pixels of the scale
 LEAST_CONTRAST = 0.05  # of [0, 1]: where there is less, the difference between frames counts less
@@ -94,10 +97,12 @@ def search_flow(
             flow, difference = _least_near(images, flow, shares, REACH, number > len(scales) - 1 - AGREEING_SCALES)
         else:
             difference = _difference(images, flow, shares)
-        for jump in JUMPS:
+        told = number == last
+        for jump in JUMPS if start is None else () if told else TOLD_JUMPS:
             candidates = torch.stack([flow, *_around(flow, [(jump, 0), (-jump, 0), (0, jump), (0, -jump)])])
             flow, difference = _least(images, candidates, shares, CHANGE_COST, difference)
-        flow = _settled(frames, seen, flow, shares, difference, DESCENTS if number > finest_scale else LAST_DESCENTS)
+        descents = DESCENTS if number > finest_scale and not told else LAST_DESCENTS
+        flow = _settled(frames, seen, flow, shares, difference, descents)
         if number > finest_scale:
             flow = _smoothed(frames, seen, flow, shares)
     assert flow is not None  # there is a scale at least

@@ -121,10 +121,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             hint_settings=hint_settings,
             guess_motion=guess_motion,
         )
-        if guess_motion and not (vqvae.config.news_latents and len(vqvae.config.block_out_channels) > 1):
-            raise ValueError(
-                "`guess_motion=True` needs a `vqvae` with `news_latents=True` and two `block_out_channels` at least."
-            )
+        if guess_motion:
+            _ = vqvae.motion_stride  # says what is missing
         for network in (vqvae, unet, i2e, hint_model):
             if network is not None:  # convolutions of few channels are up to twice as fast in this layout
                 network.to(memory_format=torch.channels_last)

@@ -666,6 +666,20 @@ class JointWarpBlock(nn.Module):
         Returns:
             `(h̃, offsets, logits)`.
         """
+        hidden_states, offsets, logits = self.look(hidden_states, features, offsets, logits, origin)
+        warped_prev, warped_next = halves(warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]]), origin))
+        gate = torch.sigmoid(logits).to(hidden_states.dtype)
+        return gate * warped_prev + (1 - gate) * warped_next + hidden_states, offsets, logits
+
+    def look(
+        self,
+        hidden_states: torch.Tensor,
+        features: torch.Tensor,
+        offsets: torch.Tensor,
+        logits: torch.Tensor,
+        origin: Origin = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same arguments, and `(h, offsets, logits)` as the look at both neighbours left them, nothing warped along them."""
         dtype = hidden_states.dtype
         hidden_states = self.conv_hidden(hidden_states)
         if hidden_states.shape[-1] != offsets.shape[-1]:
@@ -676,10 +690,7 @@ class JointWarpBlock(nn.Module):
         hidden_states = self.act(self.conv_in(hidden_states, warped_prev, warped_next, motion))
         hidden_states = self.residual(hidden_states)
         change = self.conv_out(self.act(hidden_states)).float()
-        offsets, logits = offsets + change[:, :4], logits + change[:, 4:]
-        warped_prev, warped_next = halves(warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]]), origin))
-        gate = torch.sigmoid(logits).to(dtype)
-        return gate * warped_prev + (1 - gate) * warped_next + hidden_states, offsets, logits
+        return hidden_states, offsets + change[:, :4], logits + change[:, 4:]
 
 
 def _warps_difference(frames: torch.Tensor, offsets: torch.Tensor, stride: int, origin: Origin) -> torch.Tensor:
@@ -770,6 +781,11 @@ class NewsDecoder(nn.Module):
         image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin)
         return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
 
+    @property
+    def motion_scales(self) -> int:
+        """How many of the scales `motion` goes through, the coarsest first: all but the two finest, which take most of the time."""
+        return max(1, len(self.warps) - 2)
+
     def motion(
         self,
         latents: torch.Tensor,
@@ -778,8 +794,8 @@ class NewsDecoder(nn.Module):
         log_odds: torch.Tensor,
         origin: Origin = None,
     ) -> torch.Tensor:
-        """Offsets `(B, 4, U, V)` of the last scale but one, as in `forward`; features and hints finer than that are not read."""
-        return self._through(len(self.warps) - 1, latents, features, hints, log_odds, origin)[3][-1]
+        """Offsets `(B, 4, U, V)` at `motion_stride`, as in `forward`; of features and hints that are finer nothing is read."""
+        return self._through(self.motion_scales, latents, features, hints, log_odds, origin, warps_last=False)[3][-1]
 
     def _through(
         self,
@@ -789,9 +805,10 @@ class NewsDecoder(nn.Module):
         hints: Sequence[torch.Tensor],
         log_odds: torch.Tensor,
         origin: Origin,
+        warps_last: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """What so many of the coarsest scales make of latents: hidden states, corrections of the hints and logits of the gate at the last
-        of them, and the offsets and gates of all."""
+        of them, and the offsets and gates of all. Nothing need be warped along the last offsets where nobody reads the hidden states."""
         run = self._gradient_checkpointing_func if torch.is_grad_enabled() and self.gradient_checkpointing else None
         corrections = self.to_offsets(latents).float()
         offsets = hints[-1] + corrections
@@ -806,7 +823,9 @@ class NewsDecoder(nn.Module):
             stride = 2 ** (len(self.warps) - number)
             arguments = (hidden_states, features[-1 - number], offsets, logits, _at_stride(origin, stride))
             before = offsets
-            hidden_states, offsets, logits = block(*arguments) if run is None else run(block, *arguments)
+            assert isinstance(block, JointWarpBlock)
+            call = block if warps_last or number < count - 1 else block.look
+            hidden_states, offsets, logits = call(*arguments) if run is None else run(call, *arguments)
             corrections = corrections + (offsets - before)
             all_offsets.append(offsets)
             all_gates.append(torch.sigmoid(logits))
@@ -980,6 +999,20 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         if self.config.news_latents:
             return 2 ** len(self.config.block_out_channels)
         return self.config.stem_stride * 2 ** len(self.config.block_out_channels)
+
+    @property
+    def motion_stride(self) -> int:
+        """Pixels of a frame to one of the motion that `guess_motion` finds, along each side.
+
+        Raises:
+            ValueError: without `news_latents`, or with a single scale.
+        """
+        if not isinstance(self.decoder, NewsDecoder) or len(self.decoder.warps) < 2:
+            raise ValueError(
+                "`guess_motion` needs `news_latents=True` and two `block_out_channels` at least, but they are "
+                f"{self.config.news_latents} and {tuple(self.config.block_out_channels)}."
+            )
+        return 2 ** (len(self.decoder.warps) - self.decoder.motion_scales + 1)
 
     @property
     def condition_channels(self) -> int:
@@ -1183,14 +1216,15 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         origin: Origin = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The motion that the decoder makes of latents and hints: a guess that is not decoded to a frame, but goes through all scales but the
-        finest.
+        The motion that the decoder makes of latents and hints: a guess that is not decoded to a frame, but goes through its coarser scales
+        alone.
 
         Args:
             features_prev, features_next, force_not_quantize, time, origin: as for `decode`.
             h (`torch.Tensor` of shape `(B, vq_embed_dim, H / f, W / f)`, *optional*): latents, as for `decode`; zeros if not given, which
                 is all that is known of the middle frame at first.
-            hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H / 4, W / 4)`): as for `decode`, in pixels of their own size.
+            hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H / s, W / s)`): as for `decode`, where s is `motion_stride`; in pixels of
+                their own size.
 
         Returns:
             Offsets to the previous frame and to the next, of the hints' size and in its pixels, float32.
@@ -1198,18 +1232,15 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         Raises:
             ValueError: without `news_latents`, or with a single scale.
         """
-        levels = len(self.config.block_out_channels)
-        if not self.config.news_latents or levels < 2:
-            raise ValueError(
-                "`guess_motion` needs `news_latents=True` and two `block_out_channels` at least, but they are "
-                f"{self.config.news_latents} and {tuple(self.config.block_out_channels)}."
-            )
+        stride = self.motion_stride
         time = torch.as_tensor(time, dtype=torch.float32, device=hints_prev.device).expand(len(hints_prev))
         log_odds = torch.log((1 - time) / time).view(-1, 1, 1, 1)
-        height, width = (4 * side for side in hints_prev.shape[-2:])
-        scales = range(min(2, levels - 1), levels + 1)  # news are told by hints of half the latents' stride
+        height, width = (stride * side for side in hints_prev.shape[-2:])
+        levels, finest = len(self.config.block_out_channels), stride.bit_length() - 1
+        scales = range(min(finest, levels - 1), levels + 1)  # news are told by hints of half the latents' stride
         at_scales = self._offsets_at_scales(hints_prev, hints_next, (height, width), scales)
-        features = [torch.cat(pair) for pair in zip(features_prev.pyramid[1:], features_next.pyramid[1:])]
+        pyramids = (each.pyramid[finest - 1 :] for each in (features_prev, features_next))
+        features = [torch.cat(pair) for pair in zip(*pyramids)]
         if h is None:
             size = at_scales[-1].shape[-2:]
             told = torch.zeros(

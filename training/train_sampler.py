@@ -219,7 +219,8 @@ class SamplerNetwork(nn.Module):
             of_prev, of_next = (both.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
         if self.hint_model is None and guesses:
             assert hint_source is not None, "what finishes hints"
-            begun = (F.avg_pool2d(each, 4) / 4 for each in batch["hints"].split(2, dim=1))
+            size = [side // vqvae.motion_stride for side in prev.shape[-2:]]
+            begun = (vqvae.resize_hints(each, size) for each in batch["hints"].split(2, dim=1))
             motion = vqvae.guess_motion(of_prev, of_next, *begun, time=time)
             found["motion"] = torch.cat(motion, dim=1)
             finished = hint_source.finish(prev, next_, [each.detach() for each in motion], time)
