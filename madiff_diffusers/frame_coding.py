@@ -83,6 +83,8 @@ class FrameCoder:
 
     def _encode(self, left: Sequence[EncodedFrames]) -> None:
         frames = torch.cat([each.frames for each in left])
+        for each, own in zip(left, frames.chunk(len(left))):
+            each.frames = own  # beside each other, as their features are, which saves putting them together again
         height, width = frames.shape[-2:]
 
         def encode(_: Tile, frames: torch.Tensor) -> list[torch.Tensor]:
@@ -196,10 +198,10 @@ class FrameCoder:
         """
         if hints is None:
             hints = together([source.begin(prev.frames, next_.frames, time) for time in times])
-        offsets_prev, offsets_next = self.guess_motion(prev, next_, latents, hints, instants)
-        parts = zip(offsets_prev.chunk(len(times)), offsets_next.chunk(len(times)), times)
+        motion = self.guess_motion(prev, next_, latents, hints, instants)
+        parts = zip(*(each.chunk(len(times)) for each in motion), times)
         return together(
-            [source.finish(prev.frames, next_.frames, (to_prev, to_next), t) for to_prev, to_next, t in parts]
+            [source.finish(prev.frames, next_.frames, (to_prev, to_next), time) for to_prev, to_next, time in parts]
         )
 
     def guess_motion(
@@ -218,9 +220,8 @@ class FrameCoder:
         Returns:
             See [`VQMAGANModel.guess_motion`].
         """
-        height, width = prev.frames.shape[-2:]
-        stride = self.vqvae.motion_stride
-        hints = self.resize_hints(hints, (height // stride, width // stride))
+        size = [side // self.vqvae.motion_stride for side in prev.frames.shape[-2:]]
+        hints = self.resize_hints(hints, size)
 
         def guess(sides: Sequence[FrameFeatures], origin: Origin, *images: torch.Tensor):
             return self.vqvae.guess_motion(

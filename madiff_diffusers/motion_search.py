@@ -24,9 +24,7 @@ REACH_AT_COARSEST = 4  # pixels there that are tried in each direction
 COARSE_SCALES = 3  # at so many scales after it …
 REACH = 2  # … flows that differ by up to so many pixels in each direction are tried
 JUMPS = (12, 4)  # distances at which other pixels' flows are tried, at every scale
-TOLD_JUMPS = (
-    4,
-)  # the same where the search goes on from flow that it was told, at the scales after its first, where none are
+TOLD_JUMPS = (4,)  # the same where it goes on from flow that it was told, but at the first scale, where none are
 DESCENTS = 2  # steps of Lucas and Kanade at the coarser scales
 LAST_DESCENTS = 1  # at the finest, whose start has been smoothed, and at the first scale after flow that it was told
 MOST_DESCENT = 1.5  # pixels of the scale, in each direction
@@ -325,19 +323,36 @@ def _averaged(
     flow: torch.Tensor, first: torch.Tensor, second: torch.Tensor, difference: torch.Tensor, of_four: bool = False
 ) -> torch.Tensor:
     """Flow averaged with that of pixels around, eight or four, which look alike in the warped images, by their second channel, grey
-    values, and whose flow is sure: along it, windows differ little."""
+    values, and whose flow is sure: along it, windows differ little. Two pixels look as much alike from either, so that it is found once."""
     image = (first[:, 1:2] + second[:, 1:2]) / 2
     confidence = torch.exp(difference * (-1 / CONFIDENCE)) + 1e-3
+    height, width = flow.shape[-2:]
     for distance in AVERAGED:
-        steps = (-distance, 0, distance)
-        ways = [(x, y) for y in steps for x in steps if not of_four or 0 in (x, y)]
-        total, weights = torch.zeros_like(flow), torch.zeros_like(confidence)
-        for other, flow_there, sure in zip(_around(image, ways), _around(flow, ways), _around(confidence, ways)):
-            weight = torch.exp((other - image).abs() * (-1 / EDGE)) * sure
-            total += weight * flow_there
-            weights += weight
+        padded = F.pad(image, (distance, distance, distance, distance), mode="replicate")
+        ways = [(distance, 0), (0, distance)]
+        if not of_four:
+            ways += [(distance, distance), (-distance, distance)]
+        total, weights = confidence * flow, confidence.clone()
+        for x, y in ways:
+            alike = _alike(padded, x, y)
+            # There and back: of a pair of pixels, this one is the first, and then the second.
+            back = [(x, y), (-x, -y)]
+            places = [(distance, distance - max(-x, 0)), (distance - y, distance - max(x, 0))]
+            for (top, left), flow_there, sure in zip(places, _around(flow, back), _around(confidence, back)):
+                weight = alike[..., top : top + height, left : left + width] * sure
+                total += weight * flow_there
+                weights += weight
         flow = total / weights
     return flow
+
+
+def _alike(image: torch.Tensor, x: int, y: int) -> torch.Tensor:
+    """How much alike two pixels look of which the second is (x, y) away from the first, 1 at most, wherever both are in the image: from the
+    topmost such pair to the lowest, and from the leftmost on."""
+    height, width = image.shape[-2:]
+    first = image[..., : height - y, max(-x, 0) : width - max(x, 0)]
+    second = image[..., y:, max(x, 0) : width - max(-x, 0)]
+    return torch.exp((second - first).abs() * (-1 / EDGE))
 
 
 def _smoothed(frames: torch.Tensor, seen: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,13 @@ behind it where it is a neighbour's:
 | `encode` | `frames` | `latents` (not with latents of news), `features_1`, `features_2`, …, finest first |
 | `hints` | `frame_prev`, `frame_next`, `time` | `hints_prev`, `hints_next` |
 | `refine` | `frame_prev`, `frame_mid`, `frame_next`, `hints_prev`, `hints_next` | `refined_prev`, `refined_next` |
+| `motion` | `time`, `begun_prev`, `begun_next`, the neighbours' coarser features | `motion_prev`, `motion_next` |
 | `denoise` | `latents`, `timestep`, `time`, hints, the neighbours' latents (of news: coarsest features) | `prediction` |
 | `decode` | `latents`, `time`, `frame_prev`, `frame_next`, hints, the neighbours' features | `frame` |
 
-`hints` and `refine` are there where the checkpoint has a hint model, and `time` where a network reads it. All tensors are float32.
+`hints` and `refine` are there where the checkpoint has a hint model, `motion` where its latents are news ([`VQMAGANModel.guess_motion`], with
+latents of zeros: begun hints and motion have the frames' size over the `motion_stride` of `madiff.json`, in pixels of that size), and `time`
+where a network reads it. All tensors are float32.
 Frames are `(B, 3, H, W)` in [-1, 1], with H and W multiples of what `madiff.json` says; hints have the frames' size; `time`
 and `timestep` are `(B,)`. Latents are what a scheduler works with: scaling is inside the graphs.
 """
@@ -84,6 +87,24 @@ class RefineGraph(Graph):
         return self.hint_model.refine(prev, mid, next_, (tensors["hints_prev"], tensors["hints_next"]))
 
 
+class MotionGraph(Graph):
+    def __init__(self, vqvae: VQMAGANModel):
+        super().__init__()
+        self.vqvae = vqvae
+        names = _feature_names(vqvae)
+        self.unread = len(names) - vqvae.motion_scales
+        self.features = [_of_both(name) for name in names[self.unread :]]
+        self.inputs = ["time", *_of_both("begun"), *(name for pair in self.features for name in pair)]
+        self.outputs = [*_of_both("motion")]
+
+    def forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+        begun = [tensors[name] for name in _of_both("begun")]
+        pyramids = ([tensors[pair[side]] for pair in self.features] for side in (0, 1))
+        # Neither the frames nor their finer features are read.
+        sides = (FrameFeatures(begun[0], (*pyramid[:1] * self.unread, *pyramid)) for pyramid in pyramids)
+        return self.vqvae.guess_motion(*sides, *begun, time=tensors["time"])
+
+
 class DenoiseGraph(Graph):
     def __init__(self, vqvae: VQMAGANModel, unet: UNet2DModel):
         super().__init__()
@@ -150,6 +171,8 @@ def build_graphs(
     graphs: dict[str, Graph] = {"encode": EncodeGraph(vqvae)}
     if hint_model is not None:
         graphs["hints"] = HintGraph(hint_model)
+    if vqvae.motion_scales:
+        graphs["motion"] = MotionGraph(vqvae)
     graphs["denoise"] = DenoiseGraph(vqvae, unet)
     graphs["decode"] = DecodeGraph(vqvae)
     if hint_model is not None:
@@ -187,6 +210,9 @@ def example_tensors(graphs: dict[str, Graph], size: tuple[int, int], batch: int 
     tensors["latents"] = torch.randn(batch, *shape, generator=generator)
     for name in _of_both("hints"):
         tensors[name] = torch.randn(batch, vqvae.config.hint_channels, *size, generator=generator)
+    if "motion" in graphs:
+        for begun, whole in zip(_of_both("begun"), _of_both("hints")):
+            tensors[begun] = vqvae.resize_hints(tensors[whole], [side // vqvae.motion_stride for side in size])
     return tensors
 
 
@@ -270,6 +296,7 @@ def export_onnx(
         "downsample_factor": vqvae.downsample_factor,
         "latent_channels": tensors["latents"].shape[1],
         "hint_channels": vqvae.config.hint_channels,
+        **({"motion_stride": vqvae.motion_stride} if "motion" in graphs else {}),
         "graphs": {
             name: {"inputs": list(graph.inputs), "outputs": list(graph.outputs)} for name, graph in graphs.items()
         },

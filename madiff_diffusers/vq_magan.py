@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from .components import CheckpointComponent
 from .decoder_inputs import FrameFeatures, HintLayout
-from .warping import Origin, correlate, halves, laid_out_as, part_of, warp
+from .warping import Origin, correlate, halves, joined, laid_out_as, part_of, warp
 
 
 STRIP_PIXELS = 128 * 1024  # of a strip of rows, see `in_strips`
@@ -781,21 +781,18 @@ class NewsDecoder(nn.Module):
         image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin)
         return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
 
-    @property
-    def motion_scales(self) -> int:
-        """How many of the scales `motion` goes through, the coarsest first: all but the two finest, which take most of the time."""
-        return max(1, len(self.warps) - 2)
-
     def motion(
         self,
+        count: int,
         latents: torch.Tensor,
         features: Sequence[torch.Tensor],
         hints: Sequence[torch.Tensor],
         log_odds: torch.Tensor,
         origin: Origin = None,
     ) -> torch.Tensor:
-        """Offsets `(B, 4, U, V)` at `motion_stride`, as in `forward`; of features and hints that are finer nothing is read."""
-        return self._through(self.motion_scales, latents, features, hints, log_odds, origin, warps_last=False)[3][-1]
+        """Offsets `(B, 4, U, V)` of the `count`-th scale, the coarsest first, as in `forward`; of features and hints that are finer nothing is
+        read."""
+        return self._through(count, latents, features, hints, log_odds, origin, warps_last=False)[3][-1]
 
     def _through(
         self,
@@ -1001,18 +998,25 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         return self.config.stem_stride * 2 ** len(self.config.block_out_channels)
 
     @property
+    def motion_scales(self) -> int:
+        """How many of the decoder's scales `guess_motion` goes through, the coarsest first: all but the two finest, which take most of the
+        time, and one at least. 0 without `news_latents` or with a single scale: there is no such guess."""
+        levels = len(self.config.block_out_channels)
+        return max(1, levels - 2) if self.config.news_latents and levels > 1 else 0
+
+    @property
     def motion_stride(self) -> int:
         """Pixels of a frame to one of the motion that `guess_motion` finds, along each side.
 
         Raises:
             ValueError: without `news_latents`, or with a single scale.
         """
-        if not isinstance(self.decoder, NewsDecoder) or len(self.decoder.warps) < 2:
+        if not self.motion_scales:
             raise ValueError(
                 "`guess_motion` needs `news_latents=True` and two `block_out_channels` at least, but they are "
                 f"{self.config.news_latents} and {tuple(self.config.block_out_channels)}."
             )
-        return 2 ** (len(self.decoder.warps) - self.decoder.motion_scales + 1)
+        return 2 ** (len(self.config.block_out_channels) - self.motion_scales + 1)
 
     @property
     def condition_channels(self) -> int:
@@ -1173,8 +1177,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
                     f"this is a multiple of, but has shape {tuple(hints.shape)}."
                 )
         quantized, commit_loss, code_indices = self._quantized(h, force_not_quantize)
-        layout, frames = self.hint_layout, torch.cat([features_prev.frame, features_next.frame])
-        features = [torch.cat(pair) for pair in zip(features_prev.pyramid, features_next.pyramid)]
+        layout, frames = self.hint_layout, joined(features_prev.frame, features_next.frame)
+        features = [joined(*pair) for pair in zip(features_prev.pyramid, features_next.pyramid)]
         if self.config.news_latents:
             time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
             at_scales = self._offsets_at_scales(hints_prev, hints_next, (height, width), range(len(features) + 1))
@@ -1240,17 +1244,18 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         scales = range(min(finest, levels - 1), levels + 1)  # news are told by hints of half the latents' stride
         at_scales = self._offsets_at_scales(hints_prev, hints_next, (height, width), scales)
         pyramids = (each.pyramid[finest - 1 :] for each in (features_prev, features_next))
-        features = [torch.cat(pair) for pair in zip(*pyramids)]
+        features = [joined(*pair) for pair in zip(*pyramids)]
         if h is None:
             size = at_scales[-1].shape[-2:]
             told = torch.zeros(
                 len(hints_prev), self.config.latent_channels, *size, dtype=self.dtype, device=time.device
             )
         else:
-            frames = torch.cat([features_prev.frame, features_next.frame])
+            frames = joined(features_prev.frame, features_next.frame)
             told = self._told(self._quantized(h, force_not_quantize)[0], frames, at_scales, origin)
         assert isinstance(self.decoder, NewsDecoder)
-        offsets_prev, offsets_next = self.decoder.motion(told, features, at_scales, log_odds, origin).chunk(2, dim=1)
+        arguments = (told, features, at_scales, log_odds, origin)
+        offsets_prev, offsets_next = self.decoder.motion(self.motion_scales, *arguments).chunk(2, dim=1)
         return offsets_prev, offsets_next
 
     def _quantized(

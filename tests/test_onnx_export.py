@@ -79,7 +79,8 @@ def test_latents_of_news(news):
     folder, parts = news
     check(folder, parts)
     about = json.loads((folder / "madiff.json").read_text())
-    assert list(about["graphs"]) == ["encode", "hints", "denoise", "decode", "refine"]
+    assert list(about["graphs"]) == ["encode", "hints", "motion", "denoise", "decode", "refine"]
+    assert about["graphs"]["motion"]["outputs"] == ["motion_prev", "motion_next"] and about["motion_stride"] == 4
     sizes = [about[name] for name in ("frame_multiple", "downsample_factor", "latent_channels", "hint_channels")]
     assert sizes == [16, 4, 4, 2]
     assert about["graphs"]["denoise"]["inputs"][:3] == ["latents", "timestep", "time"]
@@ -180,7 +181,14 @@ def test_the_benchmark_compares_runtimes(tmp_path, capsys):
     config.write_text(yaml.safe_dump(load_tiny_news()))
     benchmark(["--size", "30x20", "--config", str(config), "--rounds", "1", "--json", str(tmp_path / "out.json")])
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert result["size"] == "32x32" and list(result["seconds"]) == ["encode", "hints", "denoise", "decode", "refine"]
+    assert result["size"] == "32x32" and list(result["seconds"]) == [
+        "encode",
+        "hints",
+        "motion",
+        "denoise",
+        "decode",
+        "refine",
+    ]
     assert all(list(own) == list(RUNTIMES) and min(own.values()) > 0 for own in result["seconds"].values())
     assert max(result["differences"].values()) < 1e-3
     assert (

@@ -3,7 +3,7 @@ import torch
 from diffusers import VQModel
 
 from madiff_diffusers import VQMAGANModel, vq_magan
-from madiff_diffusers.vq_magan import warp
+from madiff_diffusers.warping import halves, joined, warp
 from tests.conftest import excite, load_config
 
 
@@ -183,6 +183,22 @@ def test_features_are_warped_alike_by_rows_and_by_channels(dtype, tolerance, ori
     assert warped.is_contiguous(memory_format=torch.channels_last) and warped.dtype == dtype
     assert torch.allclose(warped, expected, atol=tolerance, equal_nan=True) and warped[0, :, 5, 5].isnan().all()
     assert torch.equal(warped[:, :, 3], image[:, :, -1:, -1].expand(-1, -1, 16))
+
+
+def test_halves_are_joined_without_a_copy():
+    for whole in (torch.rand(4, 3, 5, 6), torch.rand(2, 3, 5, 6).to(memory_format=torch.channels_last)):
+        first, second = halves(whole)
+        with torch.no_grad():
+            both = joined(first, second)
+            assert torch.equal(both, whole) and both.data_ptr() == whole.data_ptr() and both.stride() == whole.stride()
+            for other in (second.clone(), first, whole[1 : 1 + len(first)]):
+                assert torch.equal(joined(first, other), torch.cat([first, other]))
+            assert torch.equal(joined(second, first), torch.cat([second, first]))
+            part = [each[..., 1:4, 2:5] for each in (first, second)]
+            assert torch.equal(joined(*part), whole[..., 1:4, 2:5])
+        assert joined(first, second).data_ptr() != whole.data_ptr(), (
+            "what a gradient flows through is a tensor of its own"
+        )
 
 
 @pytest.mark.parametrize("refine_channels", [0, 4])
