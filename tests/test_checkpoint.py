@@ -191,3 +191,18 @@ def test_benchmarks_stay_better_than_those_of_rife(compact, shared_data, tmp_pat
     method = MADiffMethod(compact, "madiff-compact", checkpoint_digest(CHECKPOINT_FOLDER / "madiff-compact"))
     (summary,) = evaluate(benchmark, str(root), tmp_path, [method], scorer, gallery=0)
     assert summary["scores"]["psnr"]["mean"] >= least_psnr and summary["scores"]["lpips"]["mean"] <= most_lpips
+
+
+@pytest.mark.slow
+def test_the_guess_of_motion_is_worth_its_time(shared_data, tmp_path):
+    root = str(shared_data / "bench" / "davis")
+    scorer = Scorer(lpips_backbone=str(shared_data / "weights" / "lpips_alexnet_features.safetensors"))
+    lpips = {}
+    for guesses in (True, False):
+        fast = load("madiff-fast")
+        assert fast.config.guess_motion
+        fast.register_to_config(guess_motion=guesses)
+        method = MADiffMethod(fast, "madiff-fast", checkpoint_digest(CHECKPOINT_FOLDER / "madiff-fast"))
+        (summary,) = evaluate("davis", root, tmp_path / str(guesses), [method], scorer, gallery=0)
+        lpips[guesses] = summary["scores"]["lpips"]["mean"]
+    assert lpips[True] < 0.084 and lpips[True] < lpips[False] - 0.0005, lpips
