@@ -1237,7 +1237,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             ValueError: without `news_latents`, or with a single scale.
         """
         stride = self.motion_stride
-        time = torch.as_tensor(time, dtype=torch.float32, device=hints_prev.device).expand(len(hints_prev))
+        time = torch.as_tensor(time, dtype=torch.float32, device=hints_prev.device).expand(hints_prev.shape[0])
         log_odds = torch.log((1 - time) / time).view(-1, 1, 1, 1)
         height, width = (stride * side for side in hints_prev.shape[-2:])
         levels, finest = len(self.config.block_out_channels), stride.bit_length() - 1
@@ -1247,9 +1247,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         features = [joined(*pair) for pair in zip(*pyramids)]
         if h is None:
             size = at_scales[-1].shape[-2:]
-            told = torch.zeros(
-                len(hints_prev), self.config.latent_channels, *size, dtype=self.dtype, device=time.device
-            )
+            shape = (hints_prev.shape[0], self.config.latent_channels, *size)
+            told = torch.zeros(shape, dtype=self.dtype, device=time.device)
         else:
             frames = joined(features_prev.frame, features_next.frame)
             told = self._told(self._quantized(h, force_not_quantize)[0], frames, at_scales, origin)
