@@ -364,6 +364,7 @@ def goes_on(source: HintSource) -> bool:
 
 
 def finishes(source: HintSource) -> TypeGuard[FinishingSource]:
+    """Whether a source can be told what a decoder makes of the hints that it begins with."""
     return hasattr(source, "begin") and hasattr(source, "finish")
 
 

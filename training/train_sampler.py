@@ -620,9 +620,8 @@ def main(argv: list[str] | None = None) -> None:
             distance(each, flow, weight * seen if number == 0 else weight)
             for number, each in enumerate(found["offsets"])
         ]
-        if (
-            "motion" in found
-        ):  # towards the best flow that is known: the teacher's, or else what the search made of the guess
+        if "motion" in found:
+            # Towards the best flow that is known: the teacher's, or else what was made of the guess.
             known = torch.where(weight.repeat_interleave(2, dim=1) > 0, flow, found["estimates"][-1])
             offset_losses.append(distance(found["motion"], known, torch.ones_like(weight)))
         losses["flow"] = losses["flow"] + torch.stack(offset_losses).mean()
