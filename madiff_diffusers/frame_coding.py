@@ -12,7 +12,6 @@ from diffusers import ModelMixin
 from .decoder_inputs import FrameFeatures
 from .motion_hints import FinishingSource, HintPair, together
 from .tiling import Tile, Tiling
-from .warping import Origin
 
 
 REACH_BESIDE_HINTS = 32  # pixels that the decoder's offsets may lead beyond those of the hints
@@ -167,13 +166,27 @@ class FrameCoder:
         Returns:
             The frames, `(TB, 3, H, W)` float32 in [-1, 1].
         """
-        images = [self._unscaled(latents), *hints]
+        neighbours, count = self.encode(prev, next_), len(latents) // len(prev.frames)
+        height, width = prev.frames.shape[-2:]
+        layout = self.vqvae.hint_layout
 
-        def decode(sides: Sequence[FrameFeatures], origin: Origin, latents: torch.Tensor, *hints: torch.Tensor):
+        def decode(tile: Tile, latents: torch.Tensor, *hints: torch.Tensor) -> list[torch.Tensor]:
+            whole, origin = Tile(0, height, 0, width), None
+            seen = whole
+            if tile != whole:
+                # Warps reach out of the tile as far as its hints tell, and by what the decoder adds to them.
+                reach = float(REACH_BESIDE_HINTS)
+                if layout.has_offsets:
+                    scale = (tile.bottom - tile.top) / hints[0].shape[-2]
+                    reach += max(layout.offsets(each).abs().max().item() for each in hints) * scale
+                seen = tile.widened(reach, self.vqvae.downsample_factor, height, width)
+                origin = (tile.top - seen.top, tile.left - seen.left)
+            sides = [side.map(lambda each: repeated(seen.cut_out(each, height), count)) for side in neighbours]
             arguments = (latents, *sides, *hints, self.force_not_quantize)
             return [self.vqvae.decode(*arguments, time=instants, origin=origin).sample]
 
-        (decoded,) = self._beside_neighbours(decode, prev, next_, images, hints)
+        images = [(latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype), *hints]
+        (decoded,) = self._by_tiles(decode, images, height, width)
         return decoded.float().clamp(-1, 1)
 
     def motion_hints(
@@ -213,6 +226,8 @@ class FrameCoder:
         instants: torch.Tensor,
     ) -> HintPair:
         """
+        Of whole frames, whatever the tiles: the scales that it goes through have less than two values to a pixel of the frames.
+
         Args:
             prev, next_, latents, instants: as for `decode`; without latents, zeros.
             hints (`(TB, K, h, w)` twice): of any size that the frames' is a multiple of.
@@ -220,51 +235,19 @@ class FrameCoder:
         Returns:
             See [`VQMAGANModel.guess_motion`].
         """
-        size = [side // self.vqvae.motion_stride for side in prev.frames.shape[-2:]]
-        hints = self.resize_hints(hints, size)
-
-        def guess(sides: Sequence[FrameFeatures], origin: Origin, *images: torch.Tensor):
-            return self.vqvae.guess_motion(
-                *sides, *images, force_not_quantize=self.force_not_quantize, time=instants, origin=origin
+        count, read = len(instants) // len(prev.frames), self.vqvae.motion_scales
+        sides = []
+        for frame, pyramid in self.encode(
+            prev, next_
+        ):  # the finer features are not read, nor the frames without latents
+            frame = frame if latents is None else repeated(frame, count)
+            sides.append(
+                FrameFeatures(frame, (*pyramid[:-read], *(repeated(each, count) for each in pyramid[-read:])))
             )
-
-        images = [*hints, *([] if latents is None else [self._unscaled(latents)])]
-        offsets_prev, offsets_next = self._beside_neighbours(guess, prev, next_, images, hints)
-        return offsets_prev, offsets_next
-
-    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype)
-
-    def _beside_neighbours(
-        self,
-        function: Callable[..., Sequence[torch.Tensor]],
-        prev: EncodedFrames,
-        next_: EncodedFrames,
-        images: Sequence[torch.Tensor],
-        hints: HintPair,
-    ) -> list[torch.Tensor]:
-        """What a function makes of both neighbours' features, of the part's origin in them and of parts of `images`, of T instants between
-        each two; by tiles, which see as much of the neighbours as the hints may lead to."""
-        neighbours, count = self.encode(prev, next_), len(images[0]) // len(prev.frames)
-        height, width = prev.frames.shape[-2:]
-        layout, (hints_prev, hints_next) = self.vqvae.hint_layout, hints
-
-        def of_tile(tile: Tile, *images: torch.Tensor) -> list[torch.Tensor]:
-            whole, origin = Tile(0, height, 0, width), None
-            seen = whole
-            if tile != whole:
-                # Warps reach out of the tile as far as its hints tell, and by what the decoder adds to them.
-                reach = float(REACH_BESIDE_HINTS)
-                if layout.has_offsets:
-                    scale = height / hints_prev.shape[-2]
-                    own = (layout.offsets(tile.cut_out(each, height)) for each in (hints_prev, hints_next))
-                    reach += max(each.abs().max().item() for each in own) * scale
-                seen = tile.widened(reach, self.vqvae.downsample_factor, height, width)
-                origin = (tile.top - seen.top, tile.left - seen.left)
-            sides = [side.map(lambda each: repeated(seen.cut_out(each, height), count)) for side in neighbours]
-            return list(function(sides, origin, *images))
-
-        return self._by_tiles(of_tile, images, height, width)
+        size = [side // self.vqvae.motion_stride for side in prev.frames.shape[-2:]]
+        known = self.resize_hints(hints, size)
+        news = None if latents is None else (latents / self.vqvae.config.scaling_factor).to(self.vqvae.dtype)
+        return self.vqvae.guess_motion(*sides, *known, news, self.force_not_quantize, time=instants)
 
 
 def repeated(tensor: torch.Tensor, count: int) -> torch.Tensor:

@@ -788,11 +788,10 @@ class NewsDecoder(nn.Module):
         features: Sequence[torch.Tensor],
         hints: Sequence[torch.Tensor],
         log_odds: torch.Tensor,
-        origin: Origin = None,
     ) -> torch.Tensor:
         """Offsets `(B, 4, U, V)` of the `count`-th scale, the coarsest first, as in `forward`; of features and hints that are finer nothing is
         read."""
-        return self._through(count, latents, features, hints, log_odds, origin, warps_last=False)[3][-1]
+        return self._through(count, latents, features, hints, log_odds, None, warps_last=False)[3][-1]
 
     def _through(
         self,
@@ -1217,14 +1216,13 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         h: torch.Tensor | None = None,
         force_not_quantize: bool = False,
         time: float | torch.Tensor = 0.5,
-        origin: Origin = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The motion that the decoder makes of latents and hints: a guess that is not decoded to a frame, but goes through its coarser scales
         alone.
 
         Args:
-            features_prev, features_next, force_not_quantize, time, origin: as for `decode`.
+            features_prev, features_next, force_not_quantize, time: as for `decode`.
             h (`torch.Tensor` of shape `(B, vq_embed_dim, H / f, W / f)`, *optional*): latents, as for `decode`; zeros if not given, which
                 is all that is known of the middle frame at first.
             hints_prev, hints_next (`torch.Tensor` of shape `(B, hint_channels, H / s, W / s)`): as for `decode`, where s is `motion_stride`; in pixels of
@@ -1251,9 +1249,9 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             told = torch.zeros(shape, dtype=self.dtype, device=time.device)
         else:
             frames = joined(features_prev.frame, features_next.frame)
-            told = self._told(self._quantized(h, force_not_quantize)[0], frames, at_scales, origin)
+            told = self._told(self._quantized(h, force_not_quantize)[0], frames, at_scales)
         assert isinstance(self.decoder, NewsDecoder)
-        arguments = (told, features, at_scales, log_odds, origin)
+        arguments = (told, features, at_scales, log_odds)
         offsets_prev, offsets_next = self.decoder.motion(self.motion_scales, *arguments).chunk(2, dim=1)
         return offsets_prev, offsets_next
 
@@ -1269,7 +1267,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         return quantized.to(latents.dtype), loss.repeat(latents.shape[0]), codes
 
     def _told(
-        self, news: torch.Tensor, frames: torch.Tensor, at_scales: Sequence[torch.Tensor], origin: Origin
+        self, news: torch.Tensor, frames: torch.Tensor, at_scales: Sequence[torch.Tensor], origin: Origin = None
     ) -> torch.Tensor:
         """News as the decoder is told them: less where both warped neighbours agree, see `news_threshold`."""
         if self.config.news_threshold:

@@ -475,7 +475,7 @@ def test_questions():
     with pytest.raises(ValueError, match="`question` steps varies `steps`"):
         ablation("steps", Settings(steps=3), "flow")
     parts = ablation("parts", Settings(quantized=False), "flow")
-    assert all(each.quantized is False for each in parts) and len({*parts}) == len(parts) == 11
+    assert all(each.quantized is False for each in parts) and len({*parts}) == len(parts) == 12
     assert all(sum(value is not None for value in each) == 2 for each in parts)
     with pytest.raises(ValueError, match="`question` parts varies steps, which must not be set"):
         ablation("parts", Settings(steps=3), "flow")

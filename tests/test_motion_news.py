@@ -451,15 +451,6 @@ def test_motion_is_guessed_as_a_decoding_finds_it(pipeline, told):
     assert not torch.allclose(torch.cat(guessed, dim=1), torch.cat(small, dim=1), atol=1e-2), "it adds to the hints"
 
 
-def test_motion_of_a_part_is_that_of_the_whole(pipeline):
-    _, features = neighbours(pipeline)
-    hints = [torch.randn(1, 2, 16, 24) for _ in range(2)]
-    whole = pipeline.vqvae.guess_motion(*features, *hints)
-    part = pipeline.vqvae.guess_motion(*features, *(each[..., 2:12, 4:20] for each in hints), origin=(8, 16))
-    for each, expected in zip(part, whole):
-        assert torch.allclose(each[..., 4:-4, 4:-4], expected[..., 6:8, 8:16], atol=1e-4)
-
-
 def test_hints_are_finished_from_the_motion_that_is_guessed(guessing, pair):
     """Before the first step from what the source begins with, before the second from the first's latents."""
     vqvae, source, seen = guessing.vqvae, SearchHints(), []
