@@ -422,6 +422,11 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     assert moved == {"vqvae"}, "the denoiser was left out"
     done = train(config, crops, tmp_path / "other", "--hints_until", "0.5")
     assert done.returncode == 2 and "`hints_until` must be 0 with crops" in done.stderr
+    guessing = yaml.safe_load(config.read_text())
+    guessing["pipeline"]["guess_motion"] = True
+    (tmp_path / "guessing.yaml").write_text(yaml.safe_dump(guessing))
+    done = train(tmp_path / "guessing.yaml", crops, tmp_path / "other")
+    assert done.returncode == 2 and "`guess_motion` needs crops with begun hints" in done.stderr
     done = train(config, crops, tmp_path / "other", "--layers", "2")
     assert done.returncode == 2 and "`layers` is not used with crops" in done.stderr
 

@@ -466,6 +466,10 @@ def main(argv: list[str] | None = None) -> None:
     if kind == "crops":
         cache = CropCache(folder, device)
         config["hint_source"] = cache.hint_source
+        if config["pipeline"].get("guess_motion") and not cache.begun:
+            raise ValueError(
+                f"`guess_motion` needs crops with begun hints (training.crop_cache --begun), which {folder} has not."
+            )
         config["pipeline"]["guess_motion"] = cache.begun
     if options.hints_until and trainer.accelerator.num_processes > 1:
         raise ValueError(
