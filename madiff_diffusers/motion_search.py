@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .warping import halves, warp
+from .warping import halves, warp, window_mean
 
 
 # Chosen on windows of training clips and of clips kept for development, by LPIPS of the mean of both warped frames and of what a decoder makes of it (training/EXPERIMENTS.md).
@@ -156,7 +156,7 @@ def _descent(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) ->
     gap = second[:, :1] - first[:, :1]
     slope = to_second * second[:, 2:] + to_first * first[:, 2:]
     x, y = slope[:, :1], slope[:, 1:]
-    sums = _window_mean(torch.cat([x * x, x * y, y * y, x * gap, y * gap], dim=1), DIFFERENCE_RADIUS)
+    sums = window_mean(torch.cat([x * x, x * y, y * y, x * gap, y * gap], dim=1), DIFFERENCE_RADIUS)
     xx, xy, yy, xg, yg = sums.split(1, dim=1)
     xx, yy = xx + STIFFNESS, yy + STIFFNESS
     step = torch.cat([xy * yg - yy * xg, xy * xg - xx * yg], dim=1) / (xx * yy - xy * xy)
@@ -189,35 +189,11 @@ def flow_of_size(flow: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return flow[..., : size[0], : size[1]]
 
 
-def _window_mean(images: torch.Tensor, radius: int) -> torch.Tensor:
-    """Means of windows of `2 * radius + 1` pixels a side; borders are continued. By sums of sums, several times as fast as pooling."""
-    side = 2 * radius + 1
-    padded = F.pad(images, (radius, radius, radius, radius), mode="replicate")
-    return _sums(_sums(padded, side, -2), side, -1) / side**2
-
-
-def _sums(images: torch.Tensor, count: int, dim: int) -> torch.Tensor:
-    """Sums of so many neighbours along a dimension."""
-    length = images.shape[dim] - count + 1
-    total, at = None, 0
-    power, summed = 1, images  # sums of so many
-    while True:
-        if count & power:
-            part = summed.narrow(dim, at, length)
-            total, at = part if total is None else total + part, at + power
-        if 2 * power > count:
-            assert total is not None
-            return total
-        kept = summed.shape[dim] - power
-        summed = summed.narrow(dim, 0, kept) + summed.narrow(dim, power, kept)
-        power *= 2
-
-
 def _contrast(frames: torch.Tensor) -> torch.Tensor:
     """Frames less the mean around each pixel, over the contrast around it: what a change of light leaves as it is."""
     radius = min(CONTRAST_RADIUS, (min(frames.shape[-2:]) - 1) // 2)
-    high = frames - _window_mean(frames, radius)
-    return high * (LEAST_CONTRAST / (_window_mean(high.square(), radius).sqrt() + LEAST_CONTRAST))
+    high = frames - window_mean(frames, radius)
+    return high * (LEAST_CONTRAST / (window_mean(high.square(), radius).sqrt() + LEAST_CONTRAST))
 
 
 def _warp_both(images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +209,7 @@ def _difference(images: torch.Tensor, flow: torch.Tensor, shares: torch.Tensor) 
 def _windows_differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """By how much windows around each pixel differ in the first channel, contrasts, and the second, grey values."""
     gaps = (second[:, :2] - first[:, :2]).abs()
-    return _window_mean(gaps[:, :1] + GREY_WEIGHT * gaps[:, 1:], DIFFERENCE_RADIUS)
+    return window_mean(gaps[:, :1] + GREY_WEIGHT * gaps[:, 1:], DIFFERENCE_RADIUS)
 
 
 def _slopes(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

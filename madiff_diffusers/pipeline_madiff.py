@@ -288,8 +288,9 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 
         # 1. Check inputs.
         check_scheduler(self.scheduler)
-        prev = self._as_neighbours(image_prev, "image_prev")
-        next_ = self._as_neighbours(image_next, "image_next")
+        device = self._execution_device
+        prev = self._as_neighbours(image_prev, "image_prev", device)
+        next_ = self._as_neighbours(image_next, "image_next", device)
         batch_size = len(prev.frames)
         check_same_size((batch_size, *prev.size), (len(next_.frames), *next_.size), ("image_prev", "image_next"))
         check_inputs(sampling, num_frames, times, frames_per_batch, output_type, batch_size)
@@ -352,17 +353,17 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         Raises:
             ValueError, TypeError: as the pipeline for `image_prev`.
         """
-        neighbours = self._as_neighbours(images, "images")
+        neighbours = self._as_neighbours(images, "images", self._execution_device)
         FrameCoder(self.vqvae, self.tiling).encode(neighbours)
         return neighbours
 
-    def _as_neighbours(self, images: FrameInput | EncodedFrames, name: str) -> EncodedFrames:
+    def _as_neighbours(self, images: FrameInput | EncodedFrames, name: str, device: torch.device) -> EncodedFrames:
         """Frames, padded and on the device; not encoded unless they were."""
         if isinstance(images, EncodedFrames):
             return images
         frames = self.frame_processor.to_tensor(images, name)  # [B,3,H,W]
         height, width = frames.shape[-2:]
-        return EncodedFrames(self.frame_processor.pad(frames).to(self._execution_device), (height, width))
+        return EncodedFrames(self.frame_processor.pad(frames).to(device), (height, width))
 
     def _interpolate(
         self,

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from .components import CheckpointComponent
 from .decoder_inputs import FrameFeatures, HintLayout
-from .warping import Origin, correlate, halves, joined, laid_out_as, part_of, warp
+from .warping import Origin, correlate, halves, joined, laid_out_as, part_of, warp, window_mean
 
 
 STRIP_PIXELS = 128 * 1024  # of a strip of rows, see `in_strips`
@@ -483,17 +483,15 @@ class WarpHead(nn.Module):
         logits = pixels[:, 4:5]
         gate = torch.sigmoid(logits if log_odds is None else logits + log_odds)
         warped_prev, warped_next = halves(warp(frames, offsets, origin))  # [B,3,H,W]
-        image = gate * warped_prev + (1 - gate) * warped_next + pixels[:, 5:]
+        image = torch.lerp(warped_next, warped_prev, gate) + pixels[:, 5:]
         if self.refine is not None:
             seen = torch.cat([warped_prev, warped_next, image, gate], dim=1).to(dtype)
             image = image + self.refine(seen).to(frames.dtype)
         if self.still_threshold > 0:
             prev, next_ = halves(part_of(frames, offsets.shape[-2:], origin))
-            difference = (prev - next_).abs().amax(dim=1, keepdim=True)
-            difference = F.avg_pool2d(F.pad(difference, (2, 2, 2, 2), mode="replicate"), 5, stride=1)  # [B,1,H,W]
+            difference = window_mean((prev - next_).abs().amax(dim=1, keepdim=True), 2)  # [B,1,H,W]
             moving = (difference / self.still_threshold).clamp(max=1)
-            of_prev = 0.5 if share is None else share
-            image = moving * image + (1 - moving) * (of_prev * prev + (1 - of_prev) * next_)
+            image = torch.lerp(torch.lerp(next_, prev, 0.5 if share is None else share), image, moving)
         return image, offsets, gate
 
 
@@ -669,7 +667,7 @@ class JointWarpBlock(nn.Module):
         hidden_states, offsets, logits = self.look(hidden_states, features, offsets, logits, origin)
         warped_prev, warped_next = halves(warp(features, torch.cat([offsets[:, :2], offsets[:, 2:]]), origin))
         gate = torch.sigmoid(logits).to(hidden_states.dtype)
-        return gate * warped_prev + (1 - gate) * warped_next + hidden_states, offsets, logits
+        return torch.lerp(warped_next, warped_prev, gate) + hidden_states, offsets, logits
 
     def look(
         self,

