@@ -154,13 +154,14 @@ def _descent(first: torch.Tensor, second: torch.Tensor, shares: torch.Tensor) ->
     """The step of Lucas and Kanade for contrasts, grey values and slopes of both frames `(B, 4, h, w)`, warped: `(B, 2, h, w)`."""
     to_first, to_second = halves(shares.abs())
     gap = second[:, :1] - first[:, :1]
-    slope = to_second * second[:, 2:] + to_first * first[:, 2:]
+    slope = (to_second * second[:, 2:]).addcmul_(to_first, first[:, 2:])
     x, y = slope[:, :1], slope[:, 1:]
     sums = window_mean(torch.cat([x * x, x * y, y * y, x * gap, y * gap], dim=1), DIFFERENCE_RADIUS)
     xx, xy, yy, xg, yg = sums.split(1, dim=1)
     xx, yy = xx + STIFFNESS, yy + STIFFNESS
-    step = torch.cat([xy * yg - yy * xg, xy * xg - xx * yg], dim=1) / (xx * yy - xy * xy)
-    return step.clamp(-MOST_DESCENT, MOST_DESCENT)
+    along_x, along_y = (xy * yg).addcmul_(yy, xg, value=-1), (xy * xg).addcmul_(xx, yg, value=-1)
+    step = torch.cat([along_x, along_y], dim=1).div_((xx * yy).addcmul_(xy, xy, value=-1))
+    return step.clamp_(-MOST_DESCENT, MOST_DESCENT)
 
 
 def _pyramid(frames: torch.Tensor, finest_scale: int, last: int | None) -> list[torch.Tensor]:
@@ -316,9 +317,9 @@ def _averaged(
             places = [(distance, distance - max(-x, 0)), (distance - y, distance - max(x, 0))]
             for (top, left), flow_there, sure in zip(places, _around(flow, back), _around(confidence, back)):
                 weight = alike[..., top : top + height, left : left + width] * sure
-                total += weight * flow_there
+                total.addcmul_(weight, flow_there)
                 weights += weight
-        flow = total / weights
+        flow = total.div_(weights)
     return flow
 
 
@@ -342,7 +343,7 @@ def _smoothed(frames: torch.Tensor, seen: torch.Tensor, flow: torch.Tensor, shar
     for _ in range(SMOOTHINGS):
         first, second = _warp_both(pictures, flow, shares)
         gap = second[:, :1] - first[:, :1]
-        slope = to_second * second[:, 2:] + to_first * first[:, 2:]
+        slope = (to_second * second[:, 2:]).addcmul_(to_first, first[:, 2:])
         image = (first[:, 1:2] + second[:, 1:2]) / 2
         # Weights of each pixel with its right and its lower neighbour; none leads over the border.
         across = _bend_weights(flow.diff(dim=3), image.diff(dim=3))
@@ -360,8 +361,9 @@ def _smoothed(frames: torch.Tensor, seen: torch.Tensor, flow: torch.Tensor, shar
         solved = flow
         for _ in range(SWEEPS):
             left, right, above, below = _around(solved, [(-1, 0), (1, 0), (0, -1), (0, 1)])
-            right_side = given + to_left * left + to_right * right + to_above * above + to_below * below
-            solved = to_x * right_side[:, :1] + to_y * right_side[:, 1:]
+            right_side = torch.addcmul(given, to_left, left).addcmul_(to_right, right)
+            right_side.addcmul_(to_above, above).addcmul_(to_below, below)
+            solved = (to_x * right_side[:, :1]).addcmul_(to_y, right_side[:, 1:])
         flow = flow + (solved - flow).clamp(-MOST_SMOOTHING, MOST_SMOOTHING)
     return flow
 
