@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """MA-Sampling: latent diffusion that re-reads the motion from its own guess at every step (MADiff, arXiv 2404.13534)."""
 
+import dataclasses
+import functools
 import importlib.util
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -189,6 +191,26 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
     def disable_tiling(self) -> None:
         """Undo `enable_tiling`."""
         self.tiling = None
+
+    def compile(self, **options: Any) -> None:
+        """
+        Compile what MA-Sampling calls of its networks by [`torch.compile`], in place. The `compile` of a network takes its `forward` alone,
+        which this pipeline does not call of `vqvae`. The first frames of each size then take minutes: for many frames of one size on a GPU.
+
+        Args:
+            options: those of `torch.compile`. With `mode="reduce-overhead"` or `"max-autotune"`, CUDA graphs are replayed on an NVIDIA GPU;
+                what they give is copied, since the next replay overwrites it.
+        """
+        parts = {
+            self.unet: ("forward",),
+            self.vqvae: ("encode", "condition", "guess_motion", "decode"),
+            self.hint_model: ("forward", "refine"),
+            self.i2e: ("forward",),
+        }
+        for network, names in parts.items():
+            for name in names if network is not None else ():
+                method = getattr(network, name)
+                setattr(network, name, _compiled(getattr(method, "compiled_from", method), **options))
 
     @property
     def num_timesteps(self) -> int:
@@ -471,3 +493,31 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 
         # 5. The frames.
         return clean, coder.decode(prev, next_, clean, hints, instants) if with_frames else None
+
+
+def _compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile` of a method, which `compiled_from` of the result names. With CUDA graphs, what it gives is copied: the next replay
+    writes into the same memory, and features of a frame are read by more than one pair."""
+    compiled = torch.compile(method, **options)
+    replays = options.get("mode") in ("reduce-overhead", "max-autotune")
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = compiled(*args, **kwargs)
+        return _copied(result) if replays else result
+
+    call.compiled_from = method  # type: ignore[attr-defined]
+    return call
+
+
+def _copied(value: Any) -> Any:
+    """Tensors copied, alone or in tuples, lists and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{each.name: _copied(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        )
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copied(each) for each in value)
+    return value

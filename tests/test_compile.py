@@ -5,10 +5,11 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
+from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.decoder_inputs import FrameFeatures
 from madiff_diffusers.onnx_export import build_graphs, example_tensors, frame_multiple
 from madiff_diffusers.warping import correlate
-from tests.conftest import load_config, load_tiny_news
+from tests.conftest import build_pipeline, load_config, load_tiny_news
 from tests.test_onnx_export import build
 
 
@@ -118,3 +119,39 @@ def test_correlation_is_one_thing_with_and_without_gradients(reach):
     expected = (first.unsqueeze(2) * windows).mean(dim=1)
     assert torch.allclose(correlate(first, second, reach), expected, atol=1e-6)
     assert torch.allclose(correlate(first, second.requires_grad_(), reach), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"backend": "eager"}, pytest.param({"mode": "reduce-overhead"}, marks=pytest.mark.slow)],
+    ids=["eager", "reduce-overhead"],
+)
+@pytest.mark.parametrize("news", [False, True])
+def test_a_compiled_pipeline_makes_the_same_frames(news, options, pair):
+    if news:
+        vqvae, unet, scheduler, _ = build(load_tiny_news())
+        pipeline = MADiffPipeline(vqvae.eval(), unet.eval(), scheduler, hint_source="search", guess_motion=True)
+        pipeline.set_progress_bar_config(disable=True)
+    else:
+        pipeline = build_pipeline(load_config("tiny"))
+
+    def made() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        first, second = (pipeline.encode_frames(each) for each in pair)
+        return torch.cat(
+            [
+                pipeline(*each, generator=generator, output_type="pt").frames
+                for each in ((first, second), (second, first))
+            ]
+        )
+
+    expected = made()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):  # what is compiled takes the place of what was compiled before
+        pipeline.compile(fullgraph=True, **options)
+    found = made()
+    assert torch.allclose(found, expected, atol=1e-3), (found - expected).abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= (
+        4 if news else 3
+    )  # the networks, and not `forward` alone
