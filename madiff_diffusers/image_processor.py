@@ -49,7 +49,8 @@ class FrameProcessor:
             listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
             raise ValueError(f"`{name}` must hold frames of one size, but holds {listed} (width x height).")
         # One layout, whatever came in: convolutions round differently in each.
-        return torch.cat(tensors).contiguous(memory_format=torch.channels_last)
+        together = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return together.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def _one_to_tensor(frame: PIL.Image.Image | np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
@@ -76,7 +77,7 @@ class FrameProcessor:
         if 0 in tensor.shape:
             raise ValueError(f"`{name}` must not be empty, but has shape {tuple(tensor.shape)}.")
         if tensor.dtype == torch.uint8:
-            return tensor.float() / 127.5 - 1
+            return tensor.float().div_(127.5).sub_(1)
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}` must be uint8 or floating point, but is {tensor.dtype}.")
         tensor = tensor.float()
@@ -88,7 +89,8 @@ class FrameProcessor:
     def pad(self, frames: torch.Tensor) -> torch.Tensor:
         """Repeat the last row and column until height and width are multiples of `multiple`."""
         height, width = frames.shape[-2:]
-        return F.pad(frames, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        added = (0, -width % self.multiple, 0, -height % self.multiple)
+        return F.pad(frames, added, mode="replicate") if any(added) else frames
 
     def crop(self, frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Undo `pad`: the upper left `(height, width)`."""

@@ -48,6 +48,7 @@ BEND_KNEE = 0.1  # the same of pixels between neighbours' flows
 MOST_SMOOTHING = 1.0  # pixels of the scale, in each direction and at a time
 
 
+@torch.no_grad()
 def search_flow(
     first: torch.Tensor,
     second: torch.Tensor,
@@ -358,12 +359,17 @@ def _smoothed(frames: torch.Tensor, seen: torch.Tensor, flow: torch.Tensor, shar
         given = pull * slope * ((slope * flow).sum(dim=1, keepdim=True) - gap) + STIFFNESS * flow
         determinant = xx * yy - xy * xy
         to_x, to_y = torch.cat([yy, -xy], dim=1) / determinant, torch.cat([-xy, xx], dim=1) / determinant
-        solved = flow
+        # Sweeps go through views of one border more, where nothing counts, so that a sweep is no more than its sums.
+        around = F.pad(flow, (1, 1, 1, 1))
+        solved = around[..., 1:-1, 1:-1]
+        left, right = around[..., 1:-1, :-2], around[..., 1:-1, 2:]
+        above, below = around[..., :-2, 1:-1], around[..., 2:, 1:-1]
+        right_side = torch.empty_like(given)
+        side_x, side_y = right_side.split(1, dim=1)
         for _ in range(SWEEPS):
-            left, right, above, below = _around(solved, [(-1, 0), (1, 0), (0, -1), (0, 1)])
-            right_side = torch.addcmul(given, to_left, left).addcmul_(to_right, right)
-            right_side.addcmul_(to_above, above).addcmul_(to_below, below)
-            solved = (to_x * right_side[:, :1]).addcmul_(to_y, right_side[:, 1:])
+            torch.addcmul(given, to_left, left, out=right_side)
+            right_side.addcmul_(to_right, right).addcmul_(to_above, above).addcmul_(to_below, below)
+            torch.mul(to_x, side_x, out=solved).addcmul_(to_y, side_y)
         flow = flow + (solved - flow).clamp(-MOST_SMOOTHING, MOST_SMOOTHING)
     return flow
 
