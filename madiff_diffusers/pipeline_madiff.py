@@ -519,5 +519,6 @@ def _copied(value: Any) -> Any:
             value, **{each.name: _copied(getattr(value, each.name)) for each in dataclasses.fields(value)}
         )
     if isinstance(value, (tuple, list)):
-        return type(value)(_copied(each) for each in value)
+        copies = [_copied(each) for each in value]
+        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)  # a named tuple has fields
     return value

@@ -123,8 +123,12 @@ def test_correlation_is_one_thing_with_and_without_gradients(reach):
 
 @pytest.mark.parametrize(
     "options",
-    [{"backend": "eager"}, pytest.param({"mode": "reduce-overhead"}, marks=pytest.mark.slow)],
-    ids=["eager", "reduce-overhead"],
+    [
+        {"backend": "eager"},
+        {"backend": "eager", "mode": "reduce-overhead"},
+        pytest.param({"mode": "reduce-overhead"}, marks=pytest.mark.slow),
+    ],
+    ids=["eager", "eager, copied", "reduce-overhead"],
 )
 @pytest.mark.parametrize("news", [False, True])
 def test_a_compiled_pipeline_makes_the_same_frames(news, options, pair):
