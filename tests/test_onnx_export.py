@@ -15,6 +15,7 @@ from madiff_diffusers import VQMAGANModel, onnx_export
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.onnx_export import build_graphs, example_tensors, export_onnx, frame_multiple
+from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, build_pipeline, excite, load_config, load_tiny_news, moving_picture
 
 
@@ -54,6 +55,19 @@ def check(folder, parts: tuple) -> None:
             for mine, theirs in zip(given, expected):
                 assert mine.shape == tuple(theirs.shape)
                 assert np.allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-4), name
+
+
+def test_warps_are_exported_without_scattering():
+    """What is written into a part of a tensor is scattered over a copy of all of it, in every run."""
+
+    class Warp(torch.nn.Module):
+        def forward(self, image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            return warp(image, offsets)
+
+    program = torch.export.export(Warp(), (torch.rand(2, 3, 8, 12), torch.rand(2, 2, 8, 12))).run_decompositions()
+    operations = [str(node.target) for node in program.graph.nodes]
+    assert any("grid_sampler" in each for each in operations)
+    assert not any("scatter" in each or "index_put" in each for each in operations), operations
 
 
 def example(*arguments) -> np.ndarray:
