@@ -59,6 +59,8 @@ def search_flow(
     whole: bool = True,
 ) -> torch.Tensor:
     """
+    The flow of both frames, without gradients: it is found by choices.
+
     Args:
         first, second (`torch.Tensor` of shape `(B, 1, H, W)`): grey frames, in [0, 1].
         time (`float` or `torch.Tensor` of shape `(B,)`): the instant, from 0, the first frame's, to 1, the second's.

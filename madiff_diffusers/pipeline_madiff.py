@@ -201,13 +201,13 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             options: those of `torch.compile`. With `mode="reduce-overhead"` or `"max-autotune"`, CUDA graphs are replayed on an NVIDIA GPU;
                 what they give is copied, since the next replay overwrites it.
         """
-        parts = {
-            self.unet: ("forward",),
-            self.vqvae: ("encode", "condition", "guess_motion", "decode"),
-            self.hint_model: ("forward", "refine"),
-            self.i2e: ("forward",),
-        }
-        for network, names in parts.items():
+        parts = (
+            (self.unet, ("forward",)),
+            (self.vqvae, ("encode", "condition", "guess_motion", "decode")),
+            (self.hint_model, ("forward", "refine")),
+            (self.i2e, ("forward",)),
+        )
+        for network, names in parts:
             for name in names if network is not None else ():
                 method = getattr(network, name)
                 setattr(network, name, _compiled(getattr(method, "compiled_from", method), **options))
