@@ -387,7 +387,7 @@ class WarpHead(nn.Module):
     `compare_warps` the offsets, gate and residual are predicted from both neighbours' warped features too: the blend of
     these, which the decoder's features are, does not tell where they disagree, as they do where one side is hidden. Where
     the frames differ by less than `still_threshold`, in the mean around a pixel, their own mean takes the place of what was
-    predicted: by as much as they differ less, and wholly where they are equal.
+    predicted: by as much as they differ less, and wholly where they are equal. With `cubic` the frames are sampled so (see `warp`).
     """
 
     def __init__(
@@ -400,9 +400,11 @@ class WarpHead(nn.Module):
         refine_channels: int,
         compare_warps: bool,
         still_threshold: float,
+        cubic: bool,
     ):
         super().__init__()
         self.stride, self.compare_warps, self.still_threshold = stride, compare_warps, still_threshold
+        self.cubic = cubic
         self.conv_norm = _norm(norm_num_groups, channels)
         self.act = _activation(act_fn)
         in_channels = 3 * channels if compare_warps else channels
@@ -482,7 +484,7 @@ class WarpHead(nn.Module):
         offsets = start + torch.cat([pixels[:, 0:2], pixels[:, 2:4]]).float()  # [2B,2,H,W]
         logits = pixels[:, 4:5]
         gate = torch.sigmoid(logits if log_odds is None else logits + log_odds)
-        warped_prev, warped_next = halves(warp(frames, offsets, origin))  # [B,3,H,W]
+        warped_prev, warped_next = halves(warp(frames, offsets, origin, self.cubic))  # [B,3,H,W]
         image = torch.lerp(warped_next, warped_prev, gate) + pixels[:, 5:]
         if self.refine is not None:
             seen = torch.cat([warped_prev, warped_next, image, gate], dim=1).to(dtype)
@@ -517,6 +519,7 @@ class MotionDecoder(nn.Module):
         refine_channels: int,
         compare_warps: bool,
         still_threshold: float,
+        cubic: bool,
     ):
         super().__init__()
         self.coarse_to_fine, self.stem_stride = coarse_to_fine, stem_stride
@@ -539,7 +542,9 @@ class MotionDecoder(nn.Module):
             channels = out_channels_level
         shared = (channels, out_channels, stem_stride, norm_num_groups, act_fn)
         self.head: PaintHead | WarpHead = (
-            WarpHead(*shared, refine_channels, compare_warps, still_threshold) if warp_frames else PaintHead(*shared)
+            WarpHead(*shared, refine_channels, compare_warps, still_threshold, cubic)
+            if warp_frames
+            else PaintHead(*shared)
         )
         self.gradient_checkpointing = False
 
@@ -731,6 +736,7 @@ class NewsDecoder(nn.Module):
         act_fn: str,
         refine_channels: int,
         still_threshold: float,
+        cubic: bool,
     ):
         super().__init__()
         widths = [*reversed(block_out_channels)]
@@ -745,7 +751,7 @@ class NewsDecoder(nn.Module):
         self.warps = nn.ModuleList(
             JointWarpBlock(before, width, act_fn) for before, width in zip((widths[0], *widths[:-1]), widths)
         )
-        self.head = WarpHead(widths[-1], out_channels, 2, None, act_fn, refine_channels, False, still_threshold)
+        self.head = WarpHead(widths[-1], out_channels, 2, None, act_fn, refine_channels, False, still_threshold, cubic)
         self.gradient_checkpointing = False
 
     def forward(
@@ -872,6 +878,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         evidence_reach (`int`): half-width of the window in which these are correlated, in latents.
         news_threshold (`float`): mean difference of both warped neighbours, of values in `[-1, 1]`, at which half of the news is told; of
             less difference less, and where they agree, none: the hints were right there. 0 tells all of it everywhere.
+        frame_sampling (`str`): `"bilinear"`, or `"bicubic"`, which takes more time and blurs less, for the last warp of the frames. Needs
+            `warp_frames`.
     """
 
     encoder: MotionEncoder | PyramidEncoder
@@ -910,6 +918,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         evidence_channels: int = 24,
         evidence_reach: int = 2,
         news_threshold: float = 0.0,
+        frame_sampling: str = "bilinear",
     ):
         # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
         ModelMixin.__init__(self)
@@ -921,6 +930,12 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             raise ValueError(
                 "`compare_warps` and `still_threshold` need `warp_frames=True`: they are for the last warp."
             )
+        if frame_sampling not in ("bilinear", "bicubic") or frame_sampling == "bicubic" and not warp_frames:
+            raise ValueError(
+                "`frame_sampling` must be 'bilinear', or 'bicubic' with `warp_frames=True`, whose last warp it is for, but is "
+                f"{frame_sampling!r}."
+            )
+        cubic = frame_sampling == "bicubic"
         if still_threshold < 0:
             raise ValueError(f"`still_threshold` must be at least 0, but is {still_threshold}.")
         if news_threshold < 0 or news_threshold > 0 and not news_latents:
@@ -954,7 +969,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             self.evidence_conv = nn.Conv2d(block_out_channels[-1], evidence_channels, 1)
             self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, legacy=False)
             self.decoder = NewsDecoder(
-                latent_channels, out_channels, block_out_channels, act_fn, refine_channels, still_threshold
+                latent_channels, out_channels, block_out_channels, act_fn, refine_channels, still_threshold, cubic
             )
             return
         shared = (block_out_channels, layers_per_block, norm_num_groups, act_fn, stem_stride, mid_block_add_attention)
@@ -980,6 +995,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             refine_channels=refine_channels,
             compare_warps=compare_warps,
             still_threshold=still_threshold,
+            cubic=cubic,
         )
 
     @property
@@ -1067,8 +1083,8 @@ class VQMAGANModel(CheckpointComponent, VQModel):
     ) -> torch.Tensor:
         """
         What a middle frame tells beside its neighbours, warped along the hints: `E(frame | warps) - E(mean of the warps | warps)`, of
-        variance 1 in each channel over the frames of training. 0 means that the hints were right. In training mode the
-        variance is that of the batch, and a running mean of it is kept for later.
+        variance 1 in each channel over the frames of training. 0 means that the hints were right. In training mode, where
+        the encoder of news is trained, the variance is that of the batch, and a running mean of it is kept for later.
 
         Args:
             frame_mid (`torch.Tensor` of shape `(B, 3, H, W)`): the middle frame, in [-1, 1].
@@ -1089,7 +1105,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         )
         news = latents - expected
         rms = self.news_rms
-        if self.training:
+        if self.training and self.news_encoder.conv_out.weight.requires_grad:
             rms = news.square().mean(dim=(0, 2, 3)).sqrt().clamp(min=1e-6)
             with torch.no_grad():
                 self.news_rms.lerp_(rms.detach().to(self.news_rms.dtype), 0.01)

@@ -21,16 +21,17 @@ def part_of(image: torch.Tensor, size: Sequence[int], origin: Origin) -> torch.T
     return image[..., origin[0] : origin[0] + size[0], origin[1] : origin[1] + size[1]]
 
 
-def warp(image: torch.Tensor, offsets: torch.Tensor, origin: Origin = None) -> torch.Tensor:
+def warp(image: torch.Tensor, offsets: torch.Tensor, origin: Origin = None, cubic: bool = False) -> torch.Tensor:
     """Backward warp: `out(p) = image(origin + p + offsets(p))`.
 
     Convention: `image` is `(B, C, H, W)`; `offsets` is `(B, 2, H, W)`, (x, y) in pixels, x to the right and y down; or with an
-    `origin`, of a part of the image. Bilinear, border padding, pixel centres at half-integers (`align_corners=False`). Coordinates are computed in
-    float32 whatever the dtype of `image`, since half precision cannot address pixels of a large frame.
+    `origin`, of a part of the image. Bilinear, or `cubic` (sixteen pixels in the place of four, which blur less: Keys, "Cubic convolution
+    interpolation", 1981, with a slope of -0.75), border padding, pixel centres at half-integers (`align_corners=False`). Coordinates are
+    computed in float32 whatever the dtype of `image`, since half precision cannot address pixels of a large frame.
     """
     height, width = image.shape[-2:]
     top, left = (0, 0) if origin is None else origin
-    if _gathers_rows(image):
+    if not cubic and _gathers_rows(image):
         return _warp_by_rows(image, offsets, top, left)
     x = torch.arange(offsets.shape[-1], device=image.device, dtype=torch.float32) + (left + 0.5)
     y = torch.arange(offsets.shape[-2], device=image.device, dtype=torch.float32) + (top + 0.5)
@@ -40,7 +41,9 @@ def warp(image: torch.Tensor, offsets: torch.Tensor, origin: Origin = None) -> t
     grid_y = (y[:, None] + offsets[:, 1]).clamp_(0.5, height - 0.5).mul_(2 / height).sub_(1)
     # Planes of x and y are read faster than pairs of them.
     grid = torch.stack([grid_x, grid_y], dim=1).permute(0, 2, 3, 1)
-    warped = F.grid_sample(image.float(), grid, mode="bilinear", align_corners=False)
+    # Of sixteen pixels, some lie outside where the place itself does not.
+    mode, padding = ("bicubic", "border") if cubic else ("bilinear", "zeros")
+    warped = F.grid_sample(image.float(), grid, mode=mode, padding_mode=padding, align_corners=False)
     return laid_out_as(image, warped.to(image.dtype))
 
 

@@ -420,6 +420,15 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     before, after = weights(start), weights(tmp_path / "control" / "pipeline")
     moved = {part.partition(".")[0] for part in before if not torch.equal(before[part], after[part])}
     assert moved == {"vqvae"}, "the denoiser was left out"
+    only = ("--init", str(start), "--trained", "vqvae.decoder.head,vqvae.decoder.warps.1", "--revive_every", "1")
+    done = train(config, crops, tmp_path / "some", *only)
+    assert done.returncode == 0, done.stderr
+    after = weights(tmp_path / "some" / "pipeline")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name[:15] for name in moved} == {"vqvae.decoder.h", "vqvae.decoder.w"}, "neither codes nor anything else"
+    assert not any("warps.0" in name for name in moved)
+    done = train(config, crops, tmp_path / "other", "--trained", "decoder")
+    assert done.returncode == 2 and "`trained` must be how names of parameters begin, but is 'decoder'." in done.stderr
     done = train(config, crops, tmp_path / "other", "--hints_until", "0.5")
     assert done.returncode == 2 and "`hints_until` must be 0 with crops" in done.stderr
     guessing = yaml.safe_load(config.read_text())

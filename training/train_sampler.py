@@ -11,6 +11,8 @@ from the true middle frame, which is exact in composed scenes, and in clips come
 only where it warps better than what is trained; vector quantization. At the end the parts are written to OUTPUT/pipeline. To
 resume, run the same command again.
 
+With `trained`, some parts are trained and the others stay as `init` has them, their codebook, too.
+
 With no denoised latents in `latent_shares` and a `latent_weight` of 0, the denoiser is left out: a control, or a first stage of the rest.
 
 `--data crops:FOLDER` trains on what `training.crop_cache` made: its hints, such as OpenCV's flow, take the hint model's place.
@@ -121,6 +123,11 @@ class SamplerOptions(RunOptions):
     flow_weight_end: float = option(0.005, "… and at the end", least=0)
     revive_every: int = option(
         50, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0
+    )
+    trained: str = option(
+        "",
+        "how the names of the parameters begin that are trained, such as vqvae.decoder.head, with commas between several; the others stay as "
+        "they are; empty: all are trained",
     )
     time_limit: float = option(
         0.0, "minutes of training after which the run ends, its schedule in step with them; 0: none", least=0
@@ -488,8 +495,13 @@ def main(argv: list[str] | None = None) -> None:
     scheduler_config = dict(config["scheduler"])
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
     bare = SamplerNetwork(*build_parts(config, options.init), scheduler).train()
+    for name, parameter in bare.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(options.trained.split(","))))
+    trained = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(f"`trained` must be how names of parameters begin, but is {options.trained!r}.")
     optimizer = torch.optim.AdamW(
-        bare.parameters(),
+        trained,
         lr=options.learning_rate,
         betas=options.adam_betas,
         weight_decay=options.adam_weight_decay,
@@ -512,7 +524,8 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.accelerator.is_main_process:
             pipeline.save_pretrained(folder)
 
-    codes = CodeUsage(trainer, bare.vqvae, options.revive_every or options.log_steps, revives=options.revive_every > 0)
+    revives = options.revive_every > 0 and bare.vqvae.quantize.embedding.weight.requires_grad
+    codes = CodeUsage(trainer, bare.vqvae, options.revive_every or options.log_steps, revives=revives)
     trainer.register(codes)
     trainer.set_export(export)
     if options.validation:
