@@ -10,10 +10,12 @@
 # without a denoiser (summary_f16.csv: --latent_shares "[0,0.25,0.75]" --latent_weight 0), then with one, begun anew
 # (summary_f16_denoiser.csv), beside a control without (summary_f16_control.csv). The former went on, by two processes
 # (torchrun --nproc_per_node 2), on the same crops, their flow smoothed at its end (summary_smooth.csv), then with a fifth of them
-# composed (summary_composed.csv; crop_cache --composed_share 0.2): those are madiff-fast's.
+# composed (summary_composed.csv; crop_cache --composed_share 0.2), then 12,800 samples more (summary_further.csv). At last, frames
+# sampled by cubic convolution, the two finest scales and the last warp alone (summary_cubic.csv: --trained
+# vqvae.decoder.warps.2,vqvae.decoder.warps.3,vqvae.decoder.head): the mean of before and after is madiff-fast's.
 # Flags are those of training.train_sampler: on a GPU, --mixed_precision bf16 --train_batch_size 160 --learning_rate 1.2e-3.
 set -eu
-[ $# -ge 4 ] || { sed -n 2,14p "$0" | cut -c3- >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n 2,16p "$0" | cut -c3- >&2; exit 2; }
 recipe=$(cd "$(dirname "$0")" && pwd)
 case $1 in
     crops:*) data=crops:$(realpath "${1#crops:}") ;;
