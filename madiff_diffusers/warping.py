@@ -37,14 +37,38 @@ def warp(image: torch.Tensor, offsets: torch.Tensor, origin: Origin = None, cubi
     y = torch.arange(offsets.shape[-2], device=image.device, dtype=torch.float32) + (top + 0.5)
     offsets = offsets.float()
     # Clamped to the outermost pixel centres, which is border padding on every device (MPS lacks the mode).
-    grid_x = (x + offsets[:, 0]).clamp_(0.5, width - 0.5).mul_(2 / width).sub_(1)
-    grid_y = (y[:, None] + offsets[:, 1]).clamp_(0.5, height - 0.5).mul_(2 / height).sub_(1)
+    at_x, at_y = (x + offsets[:, 0]).clamp_(0.5, width - 0.5), (y[:, None] + offsets[:, 1]).clamp_(0.5, height - 0.5)
+    if cubic and image.device.type == "mps":
+        return laid_out_as(image, _cubic_by_pixels(image.float(), at_x - 0.5, at_y - 0.5).to(image.dtype))
     # Planes of x and y are read faster than pairs of them.
-    grid = torch.stack([grid_x, grid_y], dim=1).permute(0, 2, 3, 1)
+    grid = torch.stack([at_x.mul_(2 / width).sub_(1), at_y.mul_(2 / height).sub_(1)], dim=1).permute(0, 2, 3, 1)
     # Of sixteen pixels, some lie outside where the place itself does not.
     mode, padding = ("bicubic", "border") if cubic else ("bilinear", "zeros")
     warped = F.grid_sample(image.float(), grid, mode=mode, padding_mode=padding, align_corners=False)
     return laid_out_as(image, warped.to(image.dtype))
+
+
+def _cubic_by_pixels(image: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cubic samples of an image at places `(B, h, w)`, in pixels from the first one's centre, pixel by pixel of the sixteen: for devices
+    whose `grid_sample` may have no such mode (MPS)."""
+    height, width = image.shape[-2:]
+    pixels, sampled = image.flatten(2), image.new_zeros(image.shape[0], image.shape[1], *x.shape[-2:])
+    for row in range(-1, 3):
+        at_y = y.floor() + row
+        for column in range(-1, 3):
+            at_x = x.floor() + column
+            number = at_y.clamp(0, height - 1).long() * width + at_x.clamp(0, width - 1).long()
+            found = pixels.gather(2, number.flatten(1)[:, None].expand(-1, image.shape[1], -1)).view_as(sampled)
+            sampled = sampled + (_cubic_weight(y - at_y) * _cubic_weight(x - at_x))[:, None] * found
+    return sampled
+
+
+def _cubic_weight(distance: torch.Tensor, slope: float = -0.75) -> torch.Tensor:
+    """Share of a pixel that is so far away, up to 2 pixels, in a cubic sample."""
+    away = distance.abs()
+    near = ((slope + 2) * away - (slope + 3)) * away**2 + 1
+    far = ((away - 5) * away + 8) * (slope * away) - 4 * slope
+    return torch.where(away <= 1, near, far)
 
 
 def _gathers_rows(image: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@ import torch
 from diffusers import VQModel
 
 from madiff_diffusers import VQMAGANModel, vq_magan
-from madiff_diffusers.warping import halves, joined, warp
+from madiff_diffusers.warping import _cubic_by_pixels, halves, joined, warp
 from tests.conftest import excite, load_config
 
 
@@ -169,6 +169,13 @@ def test_a_cubic_warp_weighs_four_pixels_each_way():
     assert torch.allclose(warped[..., -1], image[..., -1], atol=1e-5), "offsets that lead out of it end at its border"
     part = warp(image, offsets[..., 1:3, 2:6], origin=(1, 2), cubic=True)
     assert torch.allclose(part, warped[..., 1:3, 2:6], atol=1e-5)
+
+
+def test_cubic_samples_are_the_same_pixel_by_pixel():
+    image, offsets = torch.rand(2, 3, 9, 14), 3 * torch.randn(2, 2, 9, 14)
+    x = (torch.arange(14.0) + offsets[:, 0]).clamp(0, 13)
+    y = (torch.arange(9.0)[:, None] + offsets[:, 1]).clamp(0, 8)
+    assert torch.allclose(_cubic_by_pixels(image, x, y), warp(image, offsets, cubic=True), atol=1e-5)
 
 
 def test_frames_are_sampled_as_configured():
