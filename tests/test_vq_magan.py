@@ -179,7 +179,7 @@ def test_cubic_samples_are_the_same_pixel_by_pixel():
 
 
 def test_frames_are_sampled_as_configured():
-    """Stripes that move by half a pixel keep more of their contrast by cubic samples; features are warped as before."""
+    """Stripes that move by half a pixel keep more of their contrast by cubic samples."""
     stripes = torch.tensor([-1.0, -1.0, 1.0, 1.0]).repeat(12).expand(1, 3, 32, 48)
     contrast = {}
     for sampling in ("bilinear", "bicubic"):

@@ -495,11 +495,15 @@ def main(argv: list[str] | None = None) -> None:
     scheduler_config = dict(config["scheduler"])
     scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
     bare = SamplerNetwork(*build_parts(config, options.init), scheduler).train()
+    begins = tuple(options.trained.split(","))
+    for begin in begins:
+        if (options.trained and not begin) or not any(name.startswith(begin) for name, _ in bare.named_parameters()):
+            raise ValueError(
+                f"`trained` must be how names of parameters begin, but {begin!r} is not, in {options.trained!r}."
+            )
     for name, parameter in bare.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(options.trained.split(","))))
+        parameter.requires_grad_(name.startswith(begins))
     trained = [parameter for parameter in bare.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError(f"`trained` must be how names of parameters begin, but is {options.trained!r}.")
     optimizer = torch.optim.AdamW(
         trained,
         lr=options.learning_rate,
