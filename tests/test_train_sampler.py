@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,14 @@ from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from madiff_diffusers import MADiffPipeline, RIFEFlowModel, SearchHints, VQMAGANModel
+from madiff_diffusers.frame_coding import EncodedFrames, FrameCoder
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
-from tests.conftest import REPOSITORY, moving_picture, two_processes
+from tests.conftest import REPOSITORY, build_pipeline, excite, moving_picture, two_processes
 from tests.processes import run_python
 from tests.test_metrics import random_backbone_file, random_lpips
 from tests.video_files import drifting, write_video
-from training.crop_cache import CropCache, write_crops
+from training.crop_cache import CropCache, compressed, write_crops
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import gram_loss
 from training.train_sampler import SamplerNetwork, distance, disturbed, easiness
@@ -116,7 +118,9 @@ def test_crops_are_kept_with_hints_to_finish(clips, tmp_path):
     expected = 4 * F.interpolate(torch.cat(begun, dim=1), scale_factor=4.0, mode="bilinear", align_corners=False)
     assert cache.begun and torch.allclose(whole["hints"][..., 8:-8, 8:-8], expected[..., 8:-8, 8:-8], atol=0.5)
     assert whole["hints"].shape == (1, 4, 64, 64)
-    with pytest.raises(ValueError, match="`begun` needs a `hint_source` that begins hints .*, but is fine_flow"):
+    with pytest.raises(
+        ValueError, match="`begun` and .* need a `hint_source` that begins hints .*, but it is fine_flow"
+    ):
         write_crops(str(clips), tmp_path / "others", count=1, size=64, begun=True)
     assert not (tmp_path / "others").exists()
 
@@ -132,10 +136,75 @@ def test_crops_are_composed_as_often_as_asked_for(clips, tmp_path):
     assert (kept == expected).all() and (clip != expected).any()
 
 
+def test_crops_are_cut_larger_and_made_smaller(clips, tmp_path):
+    write_crops(str(clips), tmp_path / "crops", count=1, size=40, smaller_share=1.0)
+    drawn = generator(0)
+    torch.rand((), generator=drawn)
+    side = round(40 * (1 + 0.5 * torch.rand((), generator=drawn).item())) // 2 * 2
+    bank = FrameBank(str(clips), CPU, 40)
+    assert bank.largest == 64 and 40 < side <= 60
+    cut = bank.triplets(1, side, (0.3, 0.3, 0.22, 0.18), 0.35, 4, drawn)["frame_mid"]
+    smaller = F.interpolate(cut, size=(40, 40), mode="bicubic", align_corners=False, antialias=True)[0]
+    kept = torch.from_numpy(CropCache(str(tmp_path / "crops"), CPU).frames[0, 1].copy()).permute(2, 0, 1) / 127.5 - 1
+    assert (kept - smaller.clamp(-1, 1)).abs().max() < 0.01
+
+
+def test_no_crop_is_larger_than_its_clip(tmp_path):
+    """A black clip of 96 by 64 pixels and a white one of 128 by 96: what is cut larger than the former is white."""
+    for name, height, width, value in (("small", 64, 96, 0), ("large", 96, 128, 255)):
+        frames = [np.full((height, width, 3), value, np.uint8)] * 6
+        write_video(tmp_path / f"{name}.mp4", frames, range(6), Fraction(1, 25))
+    bank = FrameBank(str(tmp_path), CPU, 48)
+    assert bank.largest == 96
+    means = {
+        size: bank.triplets(16, size, (1.0,), 0.0, 1, generator())["frame_mid"].mean((1, 2, 3)) for size in (64, 90)
+    }
+    assert means[64].min() < -0.9 and means[64].max() > 0.9 and means[90].min() > 0.9
+
+
+def test_crops_are_compressed_as_far_as_asked_for(clips, tmp_path):
+    cut = FrameBank(str(clips), CPU, 56).triplets(1, 56, (1.0,), 0.0, 1, generator())
+    frames = torch.cat([cut[name] for name in ("frame_prev", "frame_mid", "frame_next")])
+    pixels = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    away = [abs(compressed(pixels, each).astype(float) - pixels).mean() for each in (1, 6, 31)]
+    assert 0 < away[0] < 0.7 * away[1] < 0.7 * away[2] and away[1] < 12
+    write_crops(str(clips), tmp_path / "crops", count=1, size=56, compressed_share=1.0)
+    write_crops(str(clips), tmp_path / "plain", count=1, size=56)
+    made, plain = (CropCache(str(tmp_path / name), CPU).frames[0].astype(float) for name in ("crops", "plain"))
+    assert made.shape == plain.shape and abs(made - plain).mean() > 0.3
+
+
+def test_crops_have_hints_that_a_checkpoint_finished(clips, tmp_path, tiny_news):
+    torch.manual_seed(0)
+    pipeline = build_pipeline({**tiny_news, "hint_source": "search"})
+    excite(pipeline.vqvae)
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    settings = {"count": 1, "size": 64, "hint_source": "search", "finished_by": str(tmp_path / "checkpoint")}
+    write_crops(str(clips), tmp_path / "crops", **settings)
+    cache = CropCache(str(tmp_path / "crops"), CPU)
+    whole = cache.triplets(1, 64, generator())
+    neighbours = [EncodedFrames(whole[f"frame_{name}"], (64, 64)) for name in ("prev", "next")]
+    with torch.no_grad():
+        finished = FrameCoder(pipeline.vqvae).motion_hints(
+            SearchHints(), *neighbours, [whole["time"].item()], whole["time"]
+        )
+    close = (torch.cat(finished, dim=1) - whole["hints"]).abs() < 0.05
+    assert not cache.begun and close.float().mean() > 0.95  # whole grey values of the crops may tip a choice
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({}, "`output` must not be there yet"),
+        ({"smaller_share": -0.5}, "`smaller_share` must be from 0 to 1, but is -0.5"),
+        ({"compressed_share": 2.0}, "`compressed_share` must be from 0 to 1, but is 2.0"),
+        ({"compressed_share": 1.0, "size": 55}, "`size` must be even where crops are compressed, but is 55"),
+        (
+            {"finished_by": "madiff-fast"},
+            "`finished_by` need a `hint_source` that begins hints .*, but it is fine_flow",
+        ),
+        ({"finished_by": "madiff-fast", "hint_source": "search", "begun": True}, "`begun` must not be given with"),
+        ({"finished_by": "madiff-fast", "hint_source": "search"}, "`size` must be a multiple of 32 .*, but is 56"),
         ({"composed_share": 1.5}, "`composed_share` must be from 0 to 1, but is 1.5"),
         ({"count": 0}, "`count` must be a positive integer, but is 0"),
         ({"size": 999}, "`data` must have videos of three frames or more that are at least 999 pixels"),

@@ -5,20 +5,26 @@
 Hints are the optical flow that the pipeline starts with (`--hint_source`), found on crops larger than those of
 training, so that what moves into the picture is seen; or, with `--begun`, those that it begins with, from which a decoder guesses motion. Gaps, instants and the choice by motion are those of `write_crops`; options of the same names
 are not read again. A share of the crops can be composed of pieces of frames, as `composed` does: things that cover each other, at an
-exact instant. `training.train_sampler --data crops:OUTPUT` trains on them.
+exact instant; a share be cut larger and made smaller, which is sharper than clips are; a share be compressed, as old videos are.
+`training.train_sampler --data crops:OUTPUT` trains on them.
 """
 
 import argparse
+import io
 import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.files import filled_folder
+from madiff_diffusers.frame_coding import EncodedFrames, FrameCoder
 from madiff_diffusers.hint_registry import build_hint_source
 from madiff_diffusers.motion_hints import finishes
 from madiff_diffusers.motion_search import flow_of_size
@@ -27,6 +33,8 @@ from training.options import one_line_errors
 
 
 FILES = {"frames": np.uint8, "hints": np.float16, "time": np.float32}
+
+QUANTIZERS = (2, 7)  # of compressed crops, the last left out: from hardly seen to blocks and ringing
 
 
 class CropCache:
@@ -79,6 +87,25 @@ class CropCache:
         }
 
 
+def compressed(frames: np.ndarray, quantizer: int) -> np.ndarray:
+    """Frames `(N, H, W, 3)` uint8, of even height and width, after MPEG-4 (part 2) with this quantizer, from 1 to 31: the first as it is, each
+    other by what it adds to the one before."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.qmin = stream.codec_context.qmax = quantizer
+        stream.codec_context.max_b_frames = 0
+        stream.bit_rate = 10**8  # no limit, so that the quantizer decides
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    file.seek(0)
+    with av.open(file) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@torch.no_grad()
 def write_crops(
     clips: str,
     output: Path,
@@ -92,8 +119,15 @@ def write_crops(
     composed_share: float = 0.0,
     layers: int = 3,
     begun: bool = False,
+    smaller_share: float = 0.0,
+    compressed_share: float = 0.0,
+    finished_by: str = "",
 ) -> None:
     """Write a folder of crops; it is there when it is complete.
+
+    Args:
+        finished_by: folder or name of a checkpoint whose decoder guesses motion from the hints that the source begins with, which then
+            finishes them.
 
     Raises:
         ValueError: if it is there already, or cannot be made of that.
@@ -103,14 +137,35 @@ def write_crops(
     for name, value in (("count", count), ("size", size)):
         if value < 1:
             raise ValueError(f"`{name}` must be a positive integer, but is {value}.")
-    if not 0 <= composed_share <= 1:
-        raise ValueError(f"`composed_share` must be from 0 to 1, but is {composed_share}.")
+    shares = {
+        "composed_share": composed_share,
+        "smaller_share": smaller_share,
+        "compressed_share": compressed_share,
+    }
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be from 0 to 1, but is {value}.")
     source = build_hint_source(hint_source)
     if source.hint_channels != 2:
         raise ValueError(f"`hint_source` must be optical flow alone, such as fine_flow, but is {hint_source}.")
     shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
-    if begun and not finishes(source):
-        raise ValueError(f"`begun` needs a `hint_source` that begins hints and finishes them, but is {hint_source}.")
+    if (begun or finished_by) and not finishes(source):
+        raise ValueError(
+            f"`begun` and `finished_by` need a `hint_source` that begins hints and finishes them, but it is {hint_source}."
+        )
+    if compressed_share > 0 and size % 2:
+        raise ValueError(f"`size` must be even where crops are compressed, but is {size}.")
+    if begun and finished_by:
+        raise ValueError(f"`begun` must not be given with `finished_by`, but is, with {finished_by!r}.")
+    coder = None
+    if finished_by:
+        pipeline = MADiffPipeline.from_pretrained(finished_by)
+        multiple = pipeline.frame_processor.multiple
+        if size % multiple:
+            raise ValueError(
+                f"`size` must be a multiple of {multiple} with `finished_by` {finished_by!r}, but is {size}."
+            )
+        coder = FrameCoder(pipeline.vqvae)
     needed = sum(math.prod(shapes[name]) * np.dtype(dtype).itemsize for name, dtype in FILES.items())
     output.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(output.parent).free:
@@ -118,22 +173,42 @@ def write_crops(
     cpu = torch.device("cpu")
     generator = torch.Generator().manual_seed(seed)
     bank = FrameBank(clips, cpu, size)
+
+    def chance(share: float) -> bool:
+        return share > 0 and bool(torch.rand((), generator=generator) < share)
+
     with filled_folder(output) as folder:
         files = {
             name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name])
             for name, dtype in FILES.items()
         }
         for number in range(count):
-            if composed_share > 0 and torch.rand((), generator=generator) < composed_share:
+            if chance(composed_share):
                 drawn, _ = composed(bank, 1, size, layers, generator)
             else:
-                drawn = bank.triplets(1, size, gaps, any_time, candidates, generator)
-            time = drawn["time"].item()
-            ask = source.begin if begun else source.start
-            hints = [flow_of_size(each, (size, size)) for each in ask(drawn["frame_prev"], drawn["frame_next"], time)]
+                side = size
+                if chance(smaller_share):
+                    grown = round(size * (1 + 0.5 * torch.rand((), generator=generator).item()))
+                    side = max(min(grown, bank.largest) // 2 * 2, size)
+                drawn = bank.triplets(1, side, gaps, any_time, candidates, generator)
             frames = torch.cat([drawn[name] for name in ("frame_prev", "frame_mid", "frame_next")])
+            if chance(compressed_share):
+                quantizer = int(torch.randint(*QUANTIZERS, (), generator=generator))
+                pixels = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+                frames = torch.from_numpy(compressed(pixels, quantizer)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            if frames.shape[-1] > size:
+                frames = F.interpolate(
+                    frames, size=(size, size), mode="bicubic", align_corners=False, antialias=True
+                ).clamp(-1, 1)
+            time, (prev, _, next_) = drawn["time"].item(), frames.split(1)
+            if coder is not None:
+                neighbours = [EncodedFrames(each, (size, size)) for each in (prev, next_)]
+                hints = coder.motion_hints(source, *neighbours, [time], torch.tensor([time]))
+            else:
+                ask = source.begin if begun else source.start
+                hints = [flow_of_size(each, (size, size)) for each in ask(prev, next_, time)]
             files["frames"][number] = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-            files["hints"][number] = torch.cat(hints, dim=1)[0].numpy()
+            files["hints"][number] = torch.cat(tuple(hints), dim=1)[0].numpy()
             files["time"][number] = time
             if number % 500 == 0:
                 print(f"{number} of {count}", flush=True)
@@ -143,8 +218,9 @@ def write_crops(
             "hint_source": hint_source,
             "clips": clips,
             "seed": seed,
-            "composed_share": composed_share,
+            **shares,
             "begun": begun,
+            "finished_by": finished_by,
         }
         (folder / "crops.json").write_text(json.dumps(about))
 
@@ -162,6 +238,21 @@ def main() -> None:
         action="store_true",
         help="hints that the source begins with, for a decoder that guesses motion from them (`guess_motion`), in the place of those of its start",
     )
+    parser.add_argument(
+        "--finished_by",
+        default="",
+        metavar="CHECKPOINT",
+        help="hints that its decoder guesses motion from, finished: for parts that are trained behind a guess that stays as it is (`--trained`)",
+    )
+    parser.add_argument(
+        "--smaller_share",
+        type=float,
+        default=0.0,
+        help="of the crops of clips that are cut up to half as large again, and made smaller (default: 0)",
+    )
+    parser.add_argument(
+        "--compressed_share", type=float, default=0.0, help="of crops that MPEG-4 goes over first (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_crops(
@@ -173,6 +264,9 @@ def main() -> None:
         seed=args.seed,
         composed_share=args.composed_share,
         begun=args.begun,
+        smaller_share=args.smaller_share,
+        compressed_share=args.compressed_share,
+        finished_by=args.finished_by,
     )
 
 

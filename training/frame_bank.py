@@ -68,6 +68,7 @@ class FrameBank:
             scenes += [(number, *each) for each in found]
         self.count = len(clips)
         self.shapes = torch.tensor(shapes, device=device)
+        self.largest = int(self.shapes.min(dim=1).values.max())  # side of the largest crop that there is
         self.bases = torch.tensor(bases, device=device)
         self.scenes = torch.tensor(scenes, device=device)  # clip, first frame, frame after the last
         lengths = (self.scenes[:, 2] - self.scenes[:, 1]).float()
@@ -133,7 +134,7 @@ class FrameBank:
 
         Args:
             count: of samples.
-            size: side of the crops, in pixels.
+            size: side of the crops, in pixels; of clips that are smaller there are none.
             gaps: chances of 1, 2, … frames between a neighbour and the frame half-way.
             any_time: share of samples whose middle frame is any of those between the neighbours, where there are several.
             candidates: crops drawn for each sample, of which mostly the one that changes most is kept.
@@ -142,7 +143,8 @@ class FrameBank:
             `frame_prev`, `frame_mid`, `frame_next` `(N, 3, size, size)` in [-1, 1], and `time` `(N,)`.
         """
         drawn = count * candidates
-        scene = torch.multinomial(self.weights, drawn, replacement=True, generator=generator)
+        large = (self.shapes[self.scenes[:, 0]] >= size).all(dim=1)
+        scene = torch.multinomial(self.weights * large, drawn, replacement=True, generator=generator)
         clip, first, last = self.scenes[scene].unbind(1)
         chances = torch.tensor(gaps, device=self.device, dtype=torch.float32)
         gap = 1 + torch.multinomial(chances, drawn, replacement=True, generator=generator)
