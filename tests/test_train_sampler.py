@@ -496,6 +496,12 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name[:15] for name in moved} == {"vqvae.decoder.h", "vqvae.decoder.w"}, "neither codes nor anything else"
     assert not any("warps.0" in name for name in moved)
+    together = two_processes(
+        ["training.train_sampler", *command(config, crops, tmp_path / "two", *only, *without)[3:]]
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
+    done = run_python(together, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr
     for names, wrong in (("vqvae.decoder.head,decoder", "decoder"), ("vqvae.decoder.head,", "")):
         done = train(config, crops, tmp_path / "other", "--trained", names)
         assert done.returncode == 2 and f"names of parameters begin, but {wrong!r} is not" in done.stderr

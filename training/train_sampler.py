@@ -482,12 +482,6 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
         )
-    denoises = options.latent_shares[0] > 0 or options.latent_weight > 0
-    if not denoises and (options.two_step_share > 0 or trainer.accelerator.num_processes > 1):
-        raise ValueError(
-            "`latent_weight` must be more than 0 where no denoised latents are decoded, so that the denoiser is trained, with "
-            "`two_step_share` or several processes, but is 0."
-        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
@@ -504,6 +498,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, parameter in bare.named_parameters():
         parameter.requires_grad_(name.startswith(begins))
     trained = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+    denoises = options.latent_shares[0] > 0 or options.latent_weight > 0
+    idle = not denoises and any(parameter.requires_grad for parameter in bare.unet.parameters())
+    if (not denoises and options.two_step_share > 0) or (idle and trainer.accelerator.num_processes > 1):
+        raise ValueError(
+            "`latent_weight` must be more than 0 where no denoised latents are decoded, so that the denoiser is trained, with "
+            "`two_step_share` or several processes, but is 0. (Several may do with a denoiser that `trained` leaves as it is.)"
+        )
     optimizer = torch.optim.AdamW(
         trained,
         lr=options.learning_rate,
