@@ -88,7 +88,7 @@ class CropCache:
 
 
 def compressed(frames: np.ndarray, quantizer: int) -> np.ndarray:
-    """Frames `(N, H, W, 3)` uint8, of even height and width, after MPEG-4 (part 2) with this quantizer, from 1 to 31: the first as it is, each
+    """Frames `(N, H, W, 3)` uint8, of even height and width, after MPEG-4 (part 2) with this quantizer, from 1 to 31: the first by itself, each
     other by what it adds to the one before."""
     file = io.BytesIO()
     with av.open(file, "w", format="avi") as container:
