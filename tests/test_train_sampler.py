@@ -34,6 +34,7 @@ from training.train_sampler import SamplerNetwork, distance, disturbed, easiness
 
 
 CPU = torch.device("cpu")
+TWO_PROCESSES = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -204,6 +205,14 @@ def test_crops_have_hints_that_a_checkpoint_finished(clips, tmp_path, tiny_news)
             "`finished_by` need a `hint_source` that begins hints .*, but it is fine_flow",
         ),
         ({"finished_by": "madiff-fast", "hint_source": "search", "begun": True}, "`begun` must not be given with"),
+        (
+            {"finished_by": "/not/there", "hint_source": "search"},
+            "`finished_by` must be a checkpoint, but '/not/there'",
+        ),
+        (
+            {"finished_by": "madiff-compact", "hint_source": "search"},
+            "`finished_by` must be a checkpoint whose decoder guesses motion, .*, but is 'madiff-compact'",
+        ),
         ({"finished_by": "madiff-fast", "hint_source": "search"}, "`size` must be a multiple of 32 .*, but is 56"),
         ({"composed_share": 1.5}, "`composed_share` must be from 0 to 1, but is 1.5"),
         ({"count": 0}, "`count` must be a positive integer, but is 0"),
@@ -415,9 +424,8 @@ def test_all_processes_have_one_codebook(config, clips, tmp_path):
     (tmp_path / "script.py").write_text(script)
     arguments = command(config, clips, tmp_path / "run", "--revive_every", "2")[3:]
     launcher = two_processes(["training.train_sampler"])[:-2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
     done = run_python(
-        [*launcher, str(tmp_path / "script.py"), *arguments, str(tmp_path)], cwd=REPOSITORY, env=environment
+        [*launcher, str(tmp_path / "script.py"), *arguments, str(tmp_path)], cwd=REPOSITORY, env=TWO_PROCESSES
     )
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"codes{rank}.pt", weights_only=True) for rank in range(2))
@@ -499,8 +507,7 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     together = two_processes(
         ["training.train_sampler", *command(config, crops, tmp_path / "two", *only, *without)[3:]]
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
-    done = run_python(together, cwd=REPOSITORY, env=environment)
+    done = run_python(together, cwd=REPOSITORY, env=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     for names, wrong in (("vqvae.decoder.head,decoder", "decoder"), ("vqvae.decoder.head,", "")):
         done = train(config, crops, tmp_path / "other", "--trained", names)

@@ -159,7 +159,16 @@ def write_crops(
         raise ValueError(f"`begun` must not be given with `finished_by`, but is, with {finished_by!r}.")
     coder = None
     if finished_by:
-        pipeline = MADiffPipeline.from_pretrained(finished_by)
+        try:
+            pipeline = MADiffPipeline.from_pretrained(finished_by)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`finished_by` must be a checkpoint, but {finished_by!r} cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
+        if not getattr(pipeline.vqvae, "motion_scales", 0):
+            raise ValueError(
+                f"`finished_by` must be a checkpoint whose decoder guesses motion, such as madiff-fast, but is {finished_by!r}."
+            )
         multiple = pipeline.frame_processor.multiple
         if size % multiple:
             raise ValueError(
