@@ -563,7 +563,7 @@ def test_it_trains_on_hints_to_finish(config, clips, tmp_path):
             "`latent_weight` must be more than 0 where no denoised latents are decoded",
         ),
         (["--config", "tiny"], "`config` must be one with `news_latents`"),
-        (["--init", "/not/there"], "--init must be a folder that is there, but is '/not/there'"),
+        (["--init", "/not/there"], "`init` must be a folder that is there, but is '/not/there'"),
     ],
 )
 def test_bad_options_are_one_line(config, clips, tmp_path, flags, message):

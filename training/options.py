@@ -291,9 +291,6 @@ def parse_options(options_class: type, stage: str, argv: list[str] | None, descr
         if not section.get(name):
             parser.error(f"--{name} is required")
     options = options_class(**section)
-    init = getattr(options, "init", "")
-    if init and not Path(init).is_dir():
-        parser.error(f"--init must be a folder that is there, but is {init!r}")
     try:
         if getattr(options, "hint_source", ""):
             hint_parts(options.hint_source)

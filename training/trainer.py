@@ -71,6 +71,9 @@ class Trainer:
     def __init__(self, options: RunOptions, part: str):
         self.options, self.part = options, part
         self.folder = Path(options.output_dir)
+        init = getattr(options, "init", "")
+        if init and not Path(init).is_dir():
+            raise ValueError(f"`init` must be a folder that is there, but is {init!r}.")
         follow_the_launcher()
         # The launch's own would go before what is asked for here, and steps would be counted wrongly.
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.gradient_accumulation_steps)
