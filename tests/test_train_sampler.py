@@ -119,9 +119,7 @@ def test_crops_are_kept_with_hints_to_finish(clips, tmp_path):
     expected = 4 * F.interpolate(torch.cat(begun, dim=1), scale_factor=4.0, mode="bilinear", align_corners=False)
     assert cache.begun and torch.allclose(whole["hints"][..., 8:-8, 8:-8], expected[..., 8:-8, 8:-8], atol=0.5)
     assert whole["hints"].shape == (1, 4, 64, 64)
-    with pytest.raises(
-        ValueError, match="`begun` and .* need a `hint_source` that begins hints .*, but it is fine_flow"
-    ):
+    with pytest.raises(ValueError, match="`begun` needs a `hint_source` that begins hints .*, but it is fine_flow"):
         write_crops(str(clips), tmp_path / "others", count=1, size=64, begun=True)
     assert not (tmp_path / "others").exists()
 
@@ -176,21 +174,28 @@ def test_crops_are_compressed_as_far_as_asked_for(clips, tmp_path):
 
 
 def test_crops_have_hints_that_a_checkpoint_finished(clips, tmp_path, tiny_news):
+    """By its own hint source, of its own settings."""
     torch.manual_seed(0)
-    pipeline = build_pipeline({**tiny_news, "hint_source": "search"})
+    unpolished = {"search": {"finest_scale": 1, "polish": False}}
+    config = {**tiny_news["pipeline"], "hint_settings": unpolished}
+    pipeline = build_pipeline({**tiny_news, "hint_source": "search", "pipeline": config})
     excite(pipeline.vqvae)
     pipeline.save_pretrained(tmp_path / "checkpoint")
-    settings = {"count": 1, "size": 64, "hint_source": "search", "finished_by": str(tmp_path / "checkpoint")}
-    write_crops(str(clips), tmp_path / "crops", **settings)
+    write_crops(str(clips), tmp_path / "crops", count=1, size=64, finished_by=str(tmp_path / "checkpoint"))
     cache = CropCache(str(tmp_path / "crops"), CPU)
     whole = cache.triplets(1, 64, generator())
     neighbours = [EncodedFrames(whole[f"frame_{name}"], (64, 64)) for name in ("prev", "next")]
-    with torch.no_grad():
-        finished = FrameCoder(pipeline.vqvae).motion_hints(
-            SearchHints(), *neighbours, [whole["time"].item()], whole["time"]
-        )
-    close = (torch.cat(finished, dim=1) - whole["hints"]).abs() < 0.05
-    assert not cache.begun and close.float().mean() > 0.95  # whole grey values of the crops may tip a choice
+
+    def close(source: SearchHints) -> float:
+        with torch.no_grad():
+            finished = FrameCoder(pipeline.vqvae).motion_hints(
+                source, *neighbours, [whole["time"].item()], whole["time"]
+            )
+        return ((torch.cat(finished, dim=1) - whole["hints"]).abs() < 0.05).float().mean().item()
+
+    assert not cache.begun and cache.hint_source == "search" and cache.hint_settings == unpolished
+    assert close(SearchHints(polish=False)) > 0.95  # whole grey values of the crops may tip a choice
+    assert close(SearchHints()) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -201,19 +206,16 @@ def test_crops_have_hints_that_a_checkpoint_finished(clips, tmp_path, tiny_news)
         ({"compressed_share": 2.0}, "`compressed_share` must be from 0 to 1, but is 2.0"),
         ({"compressed_share": 1.0, "size": 55}, "`size` must be even where crops are compressed, but is 55"),
         (
-            {"finished_by": "madiff-fast"},
-            "`finished_by` need a `hint_source` that begins hints .*, but it is fine_flow",
+            {"finished_by": "madiff-fast", "hint_source": "fine_flow"},
+            "`hint_source` must be that of `finished_by` 'madiff-fast', search, or not be given, but is fine_flow",
         ),
         ({"finished_by": "madiff-fast", "hint_source": "search", "begun": True}, "`begun` must not be given with"),
+        ({"finished_by": "/not/there"}, "`finished_by` must be a checkpoint, but '/not/there'"),
         (
-            {"finished_by": "/not/there", "hint_source": "search"},
-            "`finished_by` must be a checkpoint, but '/not/there'",
-        ),
-        (
-            {"finished_by": "madiff-compact", "hint_source": "search"},
+            {"finished_by": "madiff-compact"},
             "`finished_by` must be a checkpoint whose decoder guesses motion, .*, but is 'madiff-compact'",
         ),
-        ({"finished_by": "madiff-fast", "hint_source": "search"}, "`size` must be a multiple of 32 .*, but is 56"),
+        ({"finished_by": "madiff-fast"}, "`size` must be a multiple of 32 .*, but is 56"),
         ({"composed_share": 1.5}, "`composed_share` must be from 0 to 1, but is 1.5"),
         ({"count": 0}, "`count` must be a positive integer, but is 0"),
         ({"size": 999}, "`data` must have videos of three frames or more that are at least 999 pixels"),
@@ -548,6 +550,19 @@ def test_it_trains_on_hints_to_finish(config, clips, tmp_path):
     assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
     assert index["hint_source"] == "search" and index["guess_motion"] is True
+
+
+def test_it_trains_behind_a_checkpoint_that_finished_the_hints(config, clips, tmp_path, tiny_news):
+    settings = {"search": {"finest_scale": 1, "polish": False}}
+    pipeline = build_pipeline(
+        {**tiny_news, "hint_source": "search", "pipeline": {**tiny_news["pipeline"], "hint_settings": settings}}
+    )
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    write_crops(str(clips), tmp_path / "crops", count=4, size=64, finished_by=str(tmp_path / "checkpoint"))
+    done = train(config, f"crops:{tmp_path / 'crops'}", tmp_path / "run", "--trained", "vqvae.decoder.head")
+    assert done.returncode == 0, done.stderr
+    index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    assert index["guess_motion"] is True and index["hint_settings"] == settings, "it samples as it was trained"
 
 
 @pytest.mark.parametrize(

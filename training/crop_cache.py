@@ -43,6 +43,11 @@ class CropCache:
         folder: written by `write_crops`.
         device: where batches are wanted.
 
+    Attributes:
+        hint_source, hint_settings: where the hints come from.
+        begun: whether they are only begun, to be finished from motion that a decoder guesses.
+        guessed: whether they are, or were finished so when the crops were made.
+
     Raises:
         ValueError: if it is no such folder.
     """
@@ -53,7 +58,10 @@ class CropCache:
             raise ValueError(f"`data`: crops must be a folder made by training.crop_cache, but is {folder!r}.")
         about = json.loads((root / "crops.json").read_text())
         self.hint_source: str = about["hint_source"]
-        self.begun: bool = about.get("begun", False)  # folders of former versions do not say
+        # Folders of former versions do not say these.
+        self.hint_settings: dict | None = about.get("hint_settings")
+        self.begun: bool = about.get("begun", False)
+        self.guessed: bool = self.begun or bool(about.get("finished_by"))
         arrays = {name: np.load(root / f"{name}.npy", mmap_mode="r") for name in FILES}
         self.frames, self.hints, self.time = arrays["frames"], arrays["hints"], arrays["time"]
         self.size: int = self.frames.shape[-2]
@@ -111,7 +119,7 @@ def write_crops(
     output: Path,
     count: int,
     size: int,
-    hint_source: str = "fine_flow",
+    hint_source: str | None = None,
     gaps: Sequence[float] = (0.3, 0.3, 0.22, 0.18),
     any_time: float = 0.35,
     candidates: int = 4,
@@ -126,8 +134,9 @@ def write_crops(
     """Write a folder of crops; it is there when it is complete.
 
     Args:
-        finished_by: folder or name of a checkpoint whose decoder guesses motion from the hints that the source begins with, which then
-            finishes them.
+        hint_source: where hints come from; `fine_flow`, or that of `finished_by`, if not given.
+        finished_by: folder or name of a checkpoint whose decoder guesses motion from the hints that its own source, of its settings, begins
+            with, which then finishes them.
 
     Raises:
         ValueError: if it is there already, or cannot be made of that.
@@ -145,19 +154,9 @@ def write_crops(
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` must be from 0 to 1, but is {value}.")
-    source = build_hint_source(hint_source)
-    if source.hint_channels != 2:
-        raise ValueError(f"`hint_source` must be optical flow alone, such as fine_flow, but is {hint_source}.")
-    shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
-    if (begun or finished_by) and not finishes(source):
-        raise ValueError(
-            f"`begun` and `finished_by` need a `hint_source` that begins hints and finishes them, but it is {hint_source}."
-        )
-    if compressed_share > 0 and size % 2:
-        raise ValueError(f"`size` must be even where crops are compressed, but is {size}.")
     if begun and finished_by:
         raise ValueError(f"`begun` must not be given with `finished_by`, but is, with {finished_by!r}.")
-    coder = None
+    coder, settings = None, None
     if finished_by:
         try:
             pipeline = MADiffPipeline.from_pretrained(finished_by)
@@ -165,16 +164,33 @@ def write_crops(
             raise ValueError(
                 f"`finished_by` must be a checkpoint, but {finished_by!r} cannot be loaded: {str(error).splitlines()[0]}"
             ) from error
-        if not getattr(pipeline.vqvae, "motion_scales", 0):
+        if not getattr(pipeline.vqvae, "motion_scales", 0) or not finishes(pipeline.hints):
             raise ValueError(
                 f"`finished_by` must be a checkpoint whose decoder guesses motion, such as madiff-fast, but is {finished_by!r}."
+            )
+        own, settings = pipeline.config.hint_source, pipeline.config.hint_settings
+        if hint_source not in (None, own):
+            raise ValueError(
+                f"`hint_source` must be that of `finished_by` {finished_by!r}, {own}, or not be given, but is {hint_source}."
             )
         multiple = pipeline.frame_processor.multiple
         if size % multiple:
             raise ValueError(
                 f"`size` must be a multiple of {multiple} with `finished_by` {finished_by!r}, but is {size}."
             )
-        coder = FrameCoder(pipeline.vqvae)
+        hint_source, source, coder = own, pipeline.hints, FrameCoder(pipeline.vqvae)
+    else:
+        hint_source = hint_source or "fine_flow"
+        source = build_hint_source(hint_source)
+    if source.hint_channels != 2:
+        raise ValueError(f"`hint_source` must be optical flow alone, such as fine_flow, but is {hint_source}.")
+    if begun and not finishes(source):
+        raise ValueError(
+            f"`begun` needs a `hint_source` that begins hints and finishes them, such as search, but it is {hint_source}."
+        )
+    if compressed_share > 0 and size % 2:
+        raise ValueError(f"`size` must be even where crops are compressed, but is {size}.")
+    shapes = {"frames": (count, 3, size, size, 3), "hints": (count, 4, size, size), "time": (count,)}
     needed = sum(math.prod(shapes[name]) * np.dtype(dtype).itemsize for name, dtype in FILES.items())
     output.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(output.parent).free:
@@ -225,6 +241,7 @@ def write_crops(
             file.flush()
         about = {
             "hint_source": hint_source,
+            "hint_settings": settings,
             "clips": clips,
             "seed": seed,
             **shares,
@@ -240,7 +257,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder that is written")
     parser.add_argument("--count", type=int, default=6000, help="of crops (default: 6000)")
     parser.add_argument("--size", type=int, default=224, help="of their sides, in pixels (default: 224)")
-    parser.add_argument("--hint_source", default="fine_flow", help="as the pipeline's (default: fine_flow)")
+    parser.add_argument(
+        "--hint_source", help="as the pipeline's (default: fine_flow, or that of the checkpoint of --finished_by)"
+    )
     parser.add_argument("--composed_share", type=float, default=0.0, help="of crops that are composed (default: 0)")
     parser.add_argument(
         "--begun",

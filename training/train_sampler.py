@@ -473,11 +473,13 @@ def main(argv: list[str] | None = None) -> None:
     if kind == "crops":
         cache = CropCache(folder, device)
         config["hint_source"] = cache.hint_source
-        if config["pipeline"].get("guess_motion") and not cache.begun:
+        if cache.hint_settings:
+            config["pipeline"]["hint_settings"] = cache.hint_settings
+        if config["pipeline"].get("guess_motion") and not cache.guessed:
             raise ValueError(
-                f"`guess_motion` needs crops with begun hints (training.crop_cache --begun), which {folder} has not."
+                f"`guess_motion` needs crops with begun hints (training.crop_cache --begun, or --finished_by), which {folder} has not."
             )
-        config["pipeline"]["guess_motion"] = cache.begun
+        config["pipeline"]["guess_motion"] = cache.guessed
     if options.hints_until and trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
