@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from madiff_diffusers.scene_cuts import find_cuts
+from madiff_diffusers.scene_cuts import cuts_of_changes, find_cuts
+from madiff_diffusers.video.interpolation import SourceFrame
+from madiff_diffusers.video.streaming import _with_cuts
 from tests.conftest import moving_picture
 from training.data.datasets import ClipDataset, StreamedDataset, build_dataset
 from training.data.sources import NoWindow, Unreadable, parse_sources, read_source
@@ -216,6 +218,20 @@ def test_cuts_are_found_and_motion_is_not_taken_for_one():
     flicker = [np.clip(moving_picture(i).astype(int) + 12 * (i % 2), 0, 255).astype(np.uint8) for i in range(8)]
     assert find_cuts(flicker) == []
     assert find_cuts([moving_picture(0)]) == find_cuts([]) == []
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_animation_on_twos_to_fours_is_motion(each):
+    """Every drawing is shown so many times; a cut among them is one all the same, and so is each picture of a slide show."""
+    drawings = [*[0.13] * 6, 0.5, *[0.13] * 6]
+    changes = [change for drawing in drawings for change in (*[0.0] * (each - 1), drawing)]
+    assert cuts_of_changes(changes) == [7 * each]
+    assert cuts_of_changes([*[0.0] * 5, 0.13, *[0.0] * 5, 0.13, *[0.0] * 5]) == [6, 12]
+    stream = [SourceFrame(np.full((36, 64, 3), value, np.float32)) for value in np.cumsum([0, *changes]) % 2 / 3]
+    given = [starts for _, starts in _with_cuts(stream, 0.08, 3.0)]
+    levels = [round(float(each.frame.mean()) * 255) for each in stream]
+    expected = cuts_of_changes([abs(b - a) / 255 for a, b in zip(levels, levels[1:])])
+    assert [number for number, starts in enumerate(given) if starts] == expected, "the same from a stream"
 
 
 @pytest.mark.parametrize("cache", [1.0, 0.0])

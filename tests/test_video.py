@@ -12,6 +12,7 @@ from PIL import Image
 
 from madiff_diffusers import interpolate_frames, interpolate_video
 from madiff_diffusers.commands.madiff_cli import build_parser
+from madiff_diffusers.scene_cuts import LEAST_CHANGE, change, thumbnail
 from madiff_diffusers.video.analysis import analyse
 from madiff_diffusers.video.colour import ColourPath, ColourTags, _samples, planar_format
 from madiff_diffusers.video.decoding import IMAGE_RATE, Source
@@ -146,6 +147,20 @@ def test_repeated_frames(pipeline, tmp_path):
     still = [number for number in range(1, 48) if np.array_equal(shown[number], shown[number - 1])]
     assert set(range(25, 38)) <= set(still), "a picture that stands still is not moved"
     assert smooth.made == 6 * 3 + 1 + 3
+
+
+@pytest.mark.parametrize("each", [2, 3, 4])
+def test_motion_goes_on_across_drawings_that_are_shown_several_times(pipeline, tmp_path, each):
+    """Fast motion, whose every drawing changes as much as a cut may: no cut is asked to be found, and none is."""
+    drawings = [moving_picture(8 * number, 96, 128) for number in range(6)]
+    frames = [drawing for drawing in drawings for _ in range(each)]
+    source = write_video(
+        tmp_path / "drawn.mkv", frames, range(len(frames)), Fraction(1, 24), codec="ffv1", pixel_format="bgr0"
+    )
+    assert min(change(thumbnail(a), thumbnail(b)) for a, b in zip(drawings, drawings[1:])) > LEAST_CHANGE
+    plain = run(pipeline, source, tmp_path / "plain.mkv", **LOSSLESS)
+    smooth = run(pipeline, source, tmp_path / "smooth.mkv", dedup=True, **LOSSLESS)
+    assert plain.made == 6 * each - 1 and smooth.made == 5 * (2 * each - 1)
 
 
 @pytest.mark.parametrize("matrix", [1, 6, 9, 2])

@@ -10,7 +10,7 @@ import torch
 
 from ..image_processor import OUTPUT_TYPES
 from ..pipeline_madiff import MADiffPipeline
-from ..scene_cuts import LEAST_CHANGE, RATIO, REACH, change, cuts_of_changes, thumbnail
+from ..scene_cuts import LEAST_CHANGE, LOOK_AHEAD, RATIO, REACH, change, changes_around, cuts_of_changes, thumbnail
 from .interpolation import FrameInterpolator, Pair, SourceFrame
 
 
@@ -86,21 +86,24 @@ def _neighbours(pipeline: MADiffPipeline, frames: Iterable) -> Iterator[SourceFr
 def _with_cuts(
     neighbours: Iterable[SourceFrame], threshold: float, ratio: float
 ) -> Iterator[tuple[SourceFrame, bool]]:
-    """Frames, each with whether it starts a new scene. They come `REACH` frames late, as frames behind a cut are compared too."""
+    """Frames, each with whether it starts a new scene. They come as late as frames behind a cut are needed to tell, `LOOK_AHEAD` at most."""
     waiting: deque[SourceFrame] = deque()
     changes: list[float] = []
     small, number = None, 0  # of the frame that is given next
 
     def starts_scene() -> bool:
-        first = max(0, number - 1 - REACH)
-        return number > 0 and number - first in cuts_of_changes(changes[first : number + REACH], threshold, ratio)
+        first = max(0, number - 1 - LOOK_AHEAD)
+        return number > 0 and number - first in cuts_of_changes(changes[first : number + LOOK_AHEAD], threshold, ratio)
+
+    def is_known() -> bool:
+        return len(changes_around(changes[number : number + LOOK_AHEAD]).changes) == REACH
 
     for neighbour in neighbours:
         before, small = small, thumbnail((neighbour.frame * 255).round().astype(np.uint8))
         if before is not None:
             changes.append(change(before, small))
         waiting.append(neighbour)
-        if len(waiting) > REACH:
+        while waiting and is_known():
             yield waiting.popleft(), starts_scene()
             number += 1
     while waiting:
