@@ -15,6 +15,9 @@ from madiff_diffusers.video.analysis import analyse
 from madiff_diffusers.video.decoding import Source
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.images import image_frame
+from madiff_diffusers.video.jobs import VideoJob
+from madiff_diffusers.video.notes import notes_on_pictures
+from madiff_diffusers.video.options import VideoOptions
 from tests.conftest import moving_picture
 from tests.processes import run_python
 from tests.video_files import decode, drifting, write_video
@@ -195,6 +198,34 @@ def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
         durations, loop = gif_times(tmp_path / "out.gif")
         ends = np.cumsum(durations)
         assert np.abs(ends - np.arange(1, len(ends) + 1) * 1000 / 15 / factor).max() <= 5 and loop == 0
+
+
+def recorded(path: Path) -> Path:
+    """A screen, recorded as it changes: 40 frames some 20 ms apart, then five that last for most of a second."""
+    lengths = [*[15, 18, 20, 23] * 10, *[700] * 5]
+    times = [sum(lengths[:number]) for number in range(len(lengths))]
+    return write_video(path, drifting(len(lengths)), times, Fraction(1, 1000), last=lengths[-1])
+
+
+@pytest.mark.parametrize("name", ["out.avi", "out.y4m", "out", "out.gif"])
+def test_quick_frames_of_no_steady_rate_are_shown_where_there_is_but_one(pipeline, tmp_path, name):
+    """Not the mean rate, which pauses make low. GIF shows 50 frames a second at the most."""
+    job = VideoJob(pipeline, recorded(tmp_path / "screen.mkv"), tmp_path / name, VideoOptions(factor=2))
+    shown = [len(each) for each in job.timeline.shown()]
+    assert sum(count > 0 for count in shown) >= (43 if job.timeline.rate > 50 else 35)
+    assert job.timeline.rate == 50 if name == "out.gif" else 100 <= job.timeline.rate <= 120
+    notes = notes_on_pictures(job.source, job.analysis, set(), job.encoding, job.options, job.timeline)
+    told = f"{float(job.timeline.rate):.2f} frames a second are shown"
+    assert len([note for note in notes if told in note]) == 1
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_gif_whose_last_frame_is_short(pipeline, tmp_path, factor):
+    first, *others = pictures(4)
+    first.save(tmp_path / "in.gif", save_all=True, append_images=others, duration=[100, 70, 130, 20], loop=0)
+    interpolate_video(pipeline, tmp_path / "in.gif", tmp_path / "out.gif", steps=1, factor=factor, progress=False)
+    durations, _ = gif_times(tmp_path / "out.gif")
+    assert min(durations) >= 20 and abs(sum(durations) - 320) <= 20
 
 
 @pytest.mark.parametrize("rate, factor, shown", [(30, 2, 50), (60, 1, 50), (25, 2, 50), (10, 8, 50), (16, 2, None)])

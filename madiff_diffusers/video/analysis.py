@@ -22,6 +22,8 @@ from .ffmpeg import display_matrix, turn
 
 LONGEST_PAUSE = 600  # Seconds that a frame is shown at most, so that a damaged file does not make millions of frames.
 
+MOST_SHOWING_RATE = 120  # Frames a second; of screens that are recorded as they change, some are a millisecond apart.
+
 
 class Analysis(NamedTuple):
     """
@@ -93,6 +95,19 @@ class Analysis(NamedTuple):
                 dropped += run
             run = []
         return dropped, still
+
+    @property
+    def showing_rate(self) -> Fraction:
+        """
+        Frames a second of a result that has but one rate: the source's own, or where its frames come at times of their own, one at
+        which at least three of four of them last for a frame or more, up to `MOST_SHOWING_RATE` unless they come faster in the mean.
+        """
+        if self.regular:
+            return self.rate
+        boundaries = [*self.starts, self.end]
+        lengths = sorted(b - a for a, b in zip(boundaries, boundaries[1:]))
+        quick = 1 / (lengths[len(lengths) // 4] * self.unit)
+        return max(self.rate, min(quick, MOST_SHOWING_RATE)).limit_denominator(1000)
 
 
 def analyse(

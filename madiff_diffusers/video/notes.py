@@ -58,9 +58,15 @@ def notes_on_pictures(
         notes.append(
             f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated"
         )
-    if encoding.codec == "gif" and encoding.rate != options.fps and timeline.rate is not None:
-        wanted = float(options.rate_of(analysis.rate))
-        notes.append(
-            f"GIF players keep delays of 2/100 s and more: {float(encoding.rate):.2f} frames a second are shown in the place of {wanted:.2f}"
-        )
+    if timeline.rate is not None and options.fps is None:
+        shown, usual = float(timeline.rate), float(options.rate_of(analysis.showing_rate))
+        if encoding.codec == "gif":
+            wanted = f"{usual:.2f}" if analysis.regular else "what varies"
+            notes.append(
+                f"GIF players keep delays of 2/100 s and more: {shown:.2f} frames a second are shown in the place of {wanted}"
+            )
+        elif not analysis.regular:
+            notes.append(
+                f"{source.path} has no steady rate, and what is written has one: {shown:.2f} frames a second are shown; `fps` chooses another"
+            )
     return notes

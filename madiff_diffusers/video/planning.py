@@ -65,13 +65,13 @@ def plan_timeline(options: CheckedOptions, analysis: Analysis, container: Contai
     }
     rate = options.fps
     if rate is None and container.steady:  # a file that has but one rate
-        rate = options.rate_of(analysis.rate)
+        rate = options.rate_of(analysis.showing_rate)
     if rate is None and container.format == "gif":
-        times = analysis.starts
-        shortest = min((later - time for time, later in zip(times, times[1:])), default=analysis.end) * analysis.unit
+        times = [*analysis.starts, analysis.end]
+        shortest = min(later - time for time, later in zip(times, times[1:])) * analysis.unit
         # All frames get one length, of whole hundredths of a second, as near as players keep.
         if options.rate_of(1 / shortest) > MOST_GIF_RATE:
-            rate = Fraction(100, max(100 // MOST_GIF_RATE, ceil(100 / options.rate_of(analysis.rate))))
+            rate = Fraction(100, max(100 // MOST_GIF_RATE, ceil(100 / options.rate_of(analysis.showing_rate))))
     return Timeline(
         analysis.starts,
         analysis.end,
