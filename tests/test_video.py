@@ -288,6 +288,7 @@ def test_images(pipeline, tmp_path):
     assert result.frames == 22 and read(tmp_path / "out.mkv").rate == 60
     assert np.array_equal(shown[2 * 10], drifting(11)[10]), "shot10 comes behind shot9, and RGB is kept as it is"
     assert run(pipeline, tmp_path / "frames" / "shot%d.png", tmp_path / "two.mp4", image_fps=Fraction(30)).frames == 22
+    assert run(pipeline, tmp_path / "frames" / "shot%01d.png", tmp_path / "ten.mp4").frames == 22, "shot10, too"
     assert run(pipeline, tmp_path / "frames" / "shot1*.png", tmp_path / "three.mp4").frames == 4
     assert read(tmp_path / "three.mp4").rate == 48
 
@@ -533,11 +534,12 @@ def test_the_command_line_has_no_defaults_of_its_own(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["video", "--help"])
     printed = " ".join(capsys.readouterr().out.split("options:")[1].split())
-    for name in ("slow_motion", "cut_threshold", "cut_ratio", "max_gap", "dedup_threshold", "dedup_run", "seed"):
+    for name in ("slow_motion", "cut_threshold", "cut_ratio", "dedup_threshold", "dedup_run", "seed"):
         assert (
             re.search(rf"--{name.replace('_', '-')} .*?\(default: ([\d.]+)\)", printed)[1]
             == f"{float(getattr(VideoOptions, name)):g}"
         ), name
+    assert f"(default: {VideoOptions().checked().longest_gap(False)}; between images, any)" in printed
     assert f"(default: {USUAL_MEMORY // 2**30}GiB; on" in printed and f"images (default: {IMAGE_RATE})" in printed
 
 
@@ -551,7 +553,8 @@ def test_options_are_found_wrong_before_anything_is_read(pipeline, tmp_path):
         ({"dedup_run": "3"}, "`dedup_run`"),
         ({"fps": "fast"}, "`fps`"),
         ({"slow_motion": float("nan")}, "`slow_motion`"),
-        ({"max_gap": None}, "`max_gap`"),
+        ({"max_gap": 0}, "`max_gap`"),
+        ({"image_fps": 0.001}, "`image_fps` must be from 1/600 to 1000, but is 0.001"),
         ({"max_memory": "big"}, "`max_memory` must be a size such as 8GiB"),
         ({"fps": "1/0"}, "a fraction"),
         ({"cut_ratio": "x"}, "`cut_ratio`"),

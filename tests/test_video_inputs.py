@@ -1,6 +1,8 @@
 """What cameras, editors and careless people hand in: every kind of image, and sources that change on the way."""
 
+import re
 import sys
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 from madiff_diffusers import interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.video.analysis import analyse
+from madiff_diffusers.video.colour import opacity
 from madiff_diffusers.video.decoding import Source
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.images import image_frame
@@ -198,6 +201,39 @@ def test_hundredths_of_a_gif_do_not_add_up_to_less(pipeline, tmp_path):
         durations, loop = gif_times(tmp_path / "out.gif")
         ends = np.cumsum(durations)
         assert np.abs(ends - np.arange(1, len(ends) + 1) * 1000 / 15 / factor).max() <= 5 and loop == 0
+
+
+def test_sixteen_bits_that_are_turned_stay_transparent(tmp_path):
+    deep = np.dstack([moving_picture(0).astype(np.uint16) * 256, np.full((64, 96), 32768, np.uint16)])
+    cv2.imwrite(str(tmp_path / "plain.png"), deep)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    tags = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = len(tags).to_bytes(4, "big") + b"eXIf" + tags + zlib.crc32(b"eXIf" + tags).to_bytes(4, "big")
+    png = (tmp_path / "plain.png").read_bytes()
+    (tmp_path / "turned.png").write_bytes(png[:33] + chunk + png[33:])  # behind its header
+    plain, turned = (image_frame(tmp_path / f"{name}.png") for name in ("plain", "turned"))
+    assert turned.format.name == "rgba64le" and np.allclose(opacity(turned), 0.5, atol=1e-4)
+    upright = np.rot90(plain.to_ndarray(format="rgba64le"), -1)
+    assert np.array_equal(turned.to_ndarray(format="rgba64le"), upright)
+
+
+def test_a_number_has_at_least_as_many_digits_as_its_pattern(tmp_path):
+    names = [f"f{number:03d}.png" for number in (7, 97, 998, 999, 1000, 1001, 12000)]
+    for name in (*names, "f07.png", "f0998.png", "f.png"):
+        pictures(1)[0].save(tmp_path / name)
+    assert [path.name for path in Source(tmp_path / "f%03d.png").images] == names
+
+
+def test_images_are_as_far_apart_as_they_are_said_to_be(pipeline, tmp_path):
+    """No pause of a video, across which nothing is made."""
+    folder_of(tmp_path / "frames", pictures(3))
+    slow = {"image_fps": Fraction(1, 2), "fps": 4, "steps": 1, "codec": "ffv1", "progress": False}
+    made = interpolate_video(pipeline, tmp_path / "frames", tmp_path / "out.mkv", **slow)
+    assert (made.frames, made.made, made.notes) == (24, 14, [])
+    held = interpolate_video(pipeline, tmp_path / "frames", tmp_path / "held.mkv", max_gap=1, **slow)
+    told = "nothing is made: all frames of .* are more than 1 s apart; `max_gap` sets"
+    assert held.made == 0 and len(held.notes) == 1 and re.match(told, held.notes[0])
 
 
 def recorded(path: Path) -> Path:

@@ -86,7 +86,9 @@ class VideoCommand(BaseCommand):
             help="number of times that the picture changes more at a cut than in the frames around it (default: 3)",
         )
         command.add_argument(
-            "--max-gap", metavar="S", help="longest gap in seconds between two frames that is filled (default: 1)"
+            "--max-gap",
+            metavar="S",
+            help="longest gap in seconds between two frames that is filled (default: 1; between images, any)",
         )
         command.add_argument(
             "--dedup",

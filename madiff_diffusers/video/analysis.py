@@ -18,9 +18,8 @@ from .colour import ColourTags, chroma_of, is_rgb, opacity
 from .decoding import Source, main_stream
 from .errors import VideoError
 from .ffmpeg import display_matrix, turn
+from .options import LONGEST_PAUSE
 
-
-LONGEST_PAUSE = 600  # Seconds that a frame is shown at most, so that a damaged file does not make millions of frames.
 
 MOST_SHOWING_RATE = 120  # Frames a second; of screens that are recorded as they change, some are a millisecond apart.
 

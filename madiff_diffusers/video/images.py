@@ -10,6 +10,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from ..files import IMAGE_SUFFIXES, natural_order
 from ..image_io import upright
 from ..image_processor import rgb_of_image, rgba_of_transparent
+from .colour import opacity
 from .errors import VideoError
 from .ffmpeg import display_matrix, file_url, reason, turn
 
@@ -48,9 +49,10 @@ def find_images(path: Path) -> tuple[list[Path] | None, list[Path]]:
 
 
 def is_named(name: str, pattern: str) -> bool:
-    """Whether a name fits a pattern with `%d`, `%05d`, `*` or `?`."""
+    """Whether a name fits a pattern with `%d`, `%05d`, `*` or `?`. As where such names are written, a number may have more digits than that."""
     expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-    expression = re.sub(r"%(0?)(\d*)d", lambda match: rf"\d{{{match[2]}}}" if match[2] else r"\d+", expression)
+    digits = r"(?:\d{{{0}}}|[1-9]\d{{{0},}})"
+    expression = re.sub(r"%0?(\d*)d", lambda match: digits.format(match[1]) if match[1] else r"\d+", expression)
     return re.fullmatch(expression, name) is not None
 
 
@@ -80,9 +82,10 @@ def image_frame(path: Path) -> av.VideoFrame:
     _check_image_size(path, frame.width, frame.height)
     mirrored, rotation = turn(display_matrix(frame))
     if mirrored or rotation:
-        array: np.ndarray = frame.to_ndarray(format="rgb48le")
+        pixel_format = "rgb48le" if opacity(frame) is None else "rgba64le"
+        array: np.ndarray = frame.to_ndarray(format=pixel_format)
         array = np.rot90(array[:, ::-1] if mirrored else array, rotation // 90)
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb48le")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format=pixel_format)
     return frame
 
 

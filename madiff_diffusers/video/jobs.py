@@ -97,7 +97,7 @@ class VideoJob:
         )
         self.found = found_in_video(self.source, self.analysis)
         self.is_cut_short = bool(self.analysis.damage) and keep_partial and not self.options.skip_damage
-        self.timeline = plan_timeline(self.options, self.analysis, container)
+        self.timeline = plan_timeline(self.options, self.source, self.analysis, container)
         rate = self.timeline.rate or self.options.rate_of(self.analysis.rate).limit_denominator(10**5)
         self.encoding = choose_encoding(
             self.output,

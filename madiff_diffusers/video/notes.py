@@ -58,6 +58,12 @@ def notes_on_pictures(
         notes.append(
             f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated"
         )
+    longest = options.longest_gap(source.images is not None)
+    gaps = [(b - a) * analysis.unit for a, b in zip(analysis.starts, analysis.starts[1:])]
+    if gaps and min(gaps) > longest:
+        notes.append(
+            f"nothing is made: all frames of {source.path} are more than {float(longest):g} s apart; `max_gap` sets how far they may be"
+        )
     if timeline.rate is not None and options.fps is None:
         shown, usual = float(timeline.rate), float(options.rate_of(analysis.showing_rate))
         if encoding.codec == "gif":

@@ -13,6 +13,8 @@ from .errors import VideoError
 
 Number = int | float | Fraction | str
 
+LONGEST_PAUSE = 600  # Seconds that a frame is shown at most, so that a damaged file does not make millions of frames.
+
 # Fields that are fractions, with the largest denominators that files and clocks can hold.
 _EXACT = {"fps": 10**5, "image_fps": 10**5, "slow_motion": 100, "max_gap": 1000}
 _RATES = ("fps", "image_fps")
@@ -33,7 +35,8 @@ class VideoOptions:
         codec, crf, preset: see `formats.CODECS`; by default, what suits the file.
         cut_threshold: the least change of thumbnails, from 0 to 1, that may be a cut; above 1, there are no cuts.
         cut_ratio: how many times as much as the frames around it a cut changes, at least.
-        max_gap: the greatest number of seconds between two frames across which frames are made; across more, the first is shown on.
+        max_gap: the greatest number of seconds between two frames across which frames are made; across more, the first is shown on. By
+            default 1, and between images, which are as far apart as `image_fps` says, as many as there may be.
         dedup: whether frames that only repeat the one before are left out, so that motion goes on across them.
         dedup_threshold: the greatest change of a repetition, from 0 to 255, in the block of 8x8 pixels that changes most.
         dedup_run: the greatest number of repetitions in a row that are motion sampled less often; more are a still picture.
@@ -54,7 +57,7 @@ class VideoOptions:
     preset: str | None = None
     cut_threshold: float = LEAST_CHANGE
     cut_ratio: float = RATIO
-    max_gap: Number = Fraction(1)
+    max_gap: Number | None = None
     dedup: bool = False
     dedup_threshold: float = 2.0
     dedup_run: int = 3
@@ -100,10 +103,14 @@ class VideoOptions:
         )
         need("cut_threshold", options.cut_threshold >= 0, "at least 0")
         need("cut_ratio", options.cut_ratio >= 1, "at least 1")
-        need("max_gap", options.max_gap > 0, "more than 0")
+        need("max_gap", options.max_gap is None or options.max_gap > 0, "more than 0")
         need("dedup_threshold", 0 <= options.dedup_threshold <= 255, "from 0 to 255")
         need("dedup_run", options.dedup_run >= 1, "at least 1")
-        need("image_fps", image_fps is None or Fraction(1, 1000) <= image_fps <= 1000, "from 0.001 to 1000")
+        need(
+            "image_fps",
+            image_fps is None or Fraction(1, LONGEST_PAUSE) <= image_fps <= 1000,
+            f"from 1/{LONGEST_PAUSE} to 1000",
+        )
         need("steps", options.steps is None or options.steps >= 1, "a positive integer")
         need("seed", 0 <= options.seed < 2**63, "in [0, 2^63)")
         need("batch", options.batch is None or 1 <= options.batch <= 64, "an integer from 1 to 64")
@@ -120,9 +127,15 @@ class CheckedOptions(VideoOptions):
     fps: Fraction | None = None
     slow_motion: Fraction = Fraction(1)
     audio: str = "keep"
-    max_gap: Fraction = Fraction(1)
+    max_gap: Fraction | None = None
     image_fps: Fraction | None = None
     max_memory: int | None = None
+
+    def longest_gap(self, is_images: bool) -> Fraction:
+        """Seconds between two frames of a source, images or a video, across which frames are made at most."""
+        if self.max_gap is not None:
+            return self.max_gap
+        return Fraction(LONGEST_PAUSE if is_images else 1)
 
     def rate_of(self, rate: Fraction) -> Fraction:
         """Frames a second of a result without `fps`, of a source of some rate."""

@@ -43,12 +43,13 @@ class Part:
     count: int
 
 
-def plan_timeline(options: CheckedOptions, analysis: Analysis, container: Container) -> Timeline:
+def plan_timeline(options: CheckedOptions, source: Source, analysis: Analysis, container: Container) -> Timeline:
     """
     Decide which frames are shown, and when.
 
     Args:
         options: the options.
+        source: what is interpolated.
         analysis: the source's.
         container: the kind of file that is written.
     """
@@ -58,11 +59,8 @@ def plan_timeline(options: CheckedOptions, analysis: Analysis, container: Contai
     # A cut that falls on a frame which is left out is one before the next that is kept.
     cuts = set(cuts_of_changes(analysis.changes[1:], options.cut_threshold, options.cut_ratio))
     held = {a for a, b in zip(kept, kept[1:]) if not cuts.isdisjoint(range(a + 1, b + 1))}
-    held |= {
-        a
-        for a, b in zip(kept, kept[1:])
-        if (analysis.starts[b] - analysis.starts[a]) * analysis.unit > options.max_gap
-    }
+    longest = options.longest_gap(source.images is not None) / analysis.unit
+    held |= {a for a, b in zip(kept, kept[1:]) if analysis.starts[b] - analysis.starts[a] > longest}
     rate = options.fps
     if rate is None and container.steady:  # a file that has but one rate
         rate = options.rate_of(analysis.showing_rate)
