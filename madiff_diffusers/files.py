@@ -99,6 +99,42 @@ def filled_folder(path: Path) -> Iterator[Path]:
         os.replace(filled, path)
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """
+    Hold a lock for as long as the context lasts, so that no other process does the same. Nothing is held where there are no locks.
+
+    Args:
+        path: a file that is there for so long alone.
+
+    Raises:
+        BlockingIOError: if another process, or another context of this one, holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a file system without locks
+            break
+        # Whoever held it may have removed it since it was opened.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
 class UnwritableError(OSError):
     """A file or folder that cannot be written; the message says which, and why."""
 

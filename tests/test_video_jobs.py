@@ -91,6 +91,23 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
         assert not (tmp_path / "out.mp4").exists() and not (tmp_path / "out.mp4.parts").exists()
 
 
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
+def test_a_video_that_is_being_made_is_left_alone(film, checkpoint, tmp_path, capsys, flags):
+    out, lock = tmp_path / "out.mkv", tmp_path / ".out.mkv.parts.lock"
+    first = start_python(command(film, out, checkpoint), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "out.mkv.parts" / "job.json").is_file() or first.poll() is not None)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        assert lock.exists() and main(list(map(str, command(film, out, checkpoint, *flags)[3:]))) == 2
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert (
+        f"{out} is being made by another process; let it end, or stop it, and then --resume" in capsys.readouterr().err
+    )
+    assert first.wait() == 0 and len(decode(out)) == 48
+    assert not lock.exists() and not (tmp_path / "out.mkv.parts").exists()
+
+
 def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.mkv", tmp_path / "out.mkv"
     assert main(list(map(str, command(film, whole, checkpoint)[3:]))) == 0

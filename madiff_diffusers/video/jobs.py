@@ -6,14 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
 
-from ..files import UnwritableError, unwritable, write_text
+from ..files import UnwritableError, held, unwritable, write_text
 from ..pipeline_madiff import MADiffPipeline
 from .analysis import analyse
 from .colour import ColourPath, ColourTags
@@ -421,6 +421,22 @@ def make_video(
     show = progress if rank == 0 else False
     with progress_bar(show, "reading") as bar:
         job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
+    with _alone(job) if rank == 0 else nullcontext():
+        return _made(job, resume, overwrite, keep_partial, preview, show, count, rank, wait)
+
+
+def _made(
+    job: VideoJob,
+    resume: bool,
+    overwrite: bool,
+    keep_partial: bool,
+    preview: Path | None,
+    show: bool | Progress,
+    count: int,
+    rank: int,
+    wait: Callable[[], object],
+) -> VideoResult:
+    """Make a job's video, as the process `rank` of `count`, which `wait` for each other."""
     if rank == 0:
         with _naming(job.output):
             job.prepare(resume, overwrite, preview)
@@ -448,6 +464,26 @@ def make_video(
             raise
     wait()
     return VideoResult(job.output, len(job.timeline), made, notes)
+
+
+@contextmanager
+def _alone(job: VideoJob) -> Iterator[None]:
+    """Keep other processes from making the same output meanwhile.
+
+    Raises:
+        VideoError: if one is.
+    """
+    folder = job.folder
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder.with_name(f".{folder.name}.lock")))
+        except BlockingIOError:
+            raise VideoError(
+                f"{job.output} is being made by another process; let it end, or stop it, and then `resume`"
+            ) from None
+        except OSError as error:
+            raise unwritable(job.output, error) from error
+        yield
 
 
 @contextmanager
