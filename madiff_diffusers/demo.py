@@ -25,6 +25,7 @@ from .pipeline_madiff import MADiffPipeline
 from .video.decoding import Source, main_stream
 from .video.errors import VideoError
 from .video.jobs import interpolate_video
+from .video.memory import lacks_memory
 from .video.progress import Progress
 
 
@@ -358,7 +359,7 @@ def message_of(error: BaseException, *paths: str | None) -> str:
     """An error as one line for the page, without folders of the server. Errors that the user cannot mend are raised again."""
     if isinstance(error, Stopped):
         return "Stopped."
-    if not isinstance(error, (OSError, ValueError, TypeError, torch.OutOfMemoryError, av.FFmpegError)):
+    if not (isinstance(error, (OSError, ValueError, TypeError, av.FFmpegError)) or lacks_memory(error)):
         raise error
     text = " ".join(str(error).split())
     for path in filter(None, paths):

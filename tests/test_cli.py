@@ -57,6 +57,24 @@ def test_more_frames_are_numbered(checkpoint, frames, tmp_path, capsys):
     assert [Path(line).name for line in capsys.readouterr().out.split()] == names
 
 
+def test_frames_that_are_too_large_for_a_memory_are_made_in_tiles(checkpoint, tmp_path):
+    paths = [tmp_path / "prev.png", tmp_path / "next.png"]
+    for path, time in zip(paths, (-1, 1)):
+        Image.fromarray(moving_picture(time, 300, 420)).save(path)
+
+    def made(name: str, *flags: str) -> np.ndarray:
+        out = str(tmp_path / name)
+        options = ["-o", out, "--checkpoint", checkpoint, "--dtype", "fp32", *flags]
+        assert main(list(map(str, ["interpolate", *paths, *options]))) == 0
+        return np.array(Image.open(out))
+
+    whole, tiles = made("whole.png"), made("tiles.png", "--max-memory", "1GiB")
+    pipeline = MADiffPipeline.from_pretrained(checkpoint)
+    pipeline.enable_tiling(1)
+    expected = pipeline(*map(read_image, paths), generator=torch.Generator().manual_seed(0)).frames[0][0]
+    assert np.array_equal(tiles, np.array(expected)) and not np.array_equal(tiles, whole)
+
+
 def test_half_precision(checkpoint, frames, tmp_path):
     out = tmp_path / "mid.png"
     options = ["-o", out, "--checkpoint", checkpoint, "--dtype", "bfloat16"]
@@ -77,6 +95,7 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, frames, tmp_path, cap
         ((text, next_, "-o", out, *known), "text.png as an image"),
         ((truncated, next_, "-o", out, *known), "truncated.png as an image"),
         ((prev, small, "-o", out, *known), "same size, but are 70x50 and 70x40"),
+        ((prev, next_, "-o", out, *known, "--max-memory", "1MB"), "--max-memory must be at least 1 GiB, but is 1MB"),
         ((prev, next_, "-o", out, "--checkpoint", tmp_path), "--checkpoint must be a folder with"),
         ((prev, next_, "-o", out, "--checkpoint", "madiff-giant"), "but is 'madiff-giant'"),
         ((prev, next_, "-o", tmp_path / "no" / "out.png", *known), "no such folder"),

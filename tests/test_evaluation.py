@@ -589,6 +589,11 @@ def test_another_protocol_is_not_mixed_in(pipeline, root, tmp_path):
         run(seed=1)
     with pytest.raises(ValueError, match="with triplets 4, but it is 2 now"):
         run(limit=2)
+    truth, before = root / "2" / "frame_01_gt.png", (root / "2" / "frame_01_gt.png").read_bytes()
+    truth.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))  # another file of the same size
+    with pytest.raises(ValueError, match="with triplets_sha256 '.*', but it is '.*' now"):
+        run()
+    truth.write_bytes(before)
     assert len(run(seed=1, label="tiny | second seed")) == 2
     table = (tmp_path / "out" / "results.md").read_text()
     assert r"| tiny \| second seed | " in table

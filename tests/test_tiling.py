@@ -13,7 +13,7 @@ from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.hint_registry import build_hint_source
 from madiff_diffusers.hub_repository import bundled_checkpoints
 from madiff_diffusers.tiling import TILE_PIXELS, Tiling
-from madiff_diffusers.video.memory import bytes_per_pixel, tile_pixels_for
+from madiff_diffusers.video.memory import bytes_per_pixel, memory_errors, tile_pixels_for
 from tests.conftest import moving_picture, photograph
 from tests.processes import run_python
 
@@ -120,6 +120,16 @@ def test_tiles_fit_a_memory(pipeline):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.parametrize("take", [lambda: torch.empty(2**60), lambda: np.empty(2**60, np.uint8)])
+def test_errors_of_memory_are_of_one_kind(take):
+    """Of a CPU, torch's has no class of its own."""
+    with pytest.raises(MemoryError, match="^there is not enough memory: .*allocate") as caught, memory_errors():
+        take()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="size of tensor"), memory_errors():
+        torch.ones(2) + torch.ones(3)
+
+
 def test_freed_memory_is_given_back_at_the_end():
     code = (
         "import numpy as np\n"

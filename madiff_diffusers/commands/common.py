@@ -62,6 +62,14 @@ def add_device_options(command: argparse.ArgumentParser, dtype: str = "auto") ->
     )
 
 
+def add_memory_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory that the process may take; frames too large for it are made in tiles (default: 8GiB; on an NVIDIA GPU its free memory)",
+    )
+
+
 def add_trust_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trust-remote-code",

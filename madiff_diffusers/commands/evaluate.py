@@ -262,11 +262,12 @@ class Evaluation:
 
 @contextmanager
 def evaluation_errors() -> Iterator[None]:
-    import torch
+    from ..video.memory import memory_errors
 
     try:
-        yield
+        with memory_errors():
+            yield
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is missing; pip install 'madiff_diffusers[eval]'") from error
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise CommandError(error) from error

@@ -11,6 +11,7 @@ from .common import (
     CommandError,
     add_checkpoint_option,
     add_device_options,
+    add_memory_option,
     add_steps_option,
     add_trust_option,
     chosen_dtype,
@@ -60,6 +61,7 @@ class InterpolateCommand(BaseCommand):
         command.add_argument(
             "--seed", type=int, default=0, metavar="S", help="seed of the noise; same seed, same picture (default: 0)"
         )
+        add_memory_option(command)
         add_checkpoint_option(command)
         add_device_options(command)
         command.add_argument(
@@ -76,6 +78,8 @@ class InterpolateCommand(BaseCommand):
         from ..image_processor import rgb_of_image
         from ..properties import lost
         from ..terminal import bar_size
+        from ..video.memory import USUAL_MEMORY, USUAL_PIXELS, memory_errors, tile_pixels_for, tiled
+        from ..video.options import VideoOptions
 
         args = self.args
 
@@ -93,6 +97,10 @@ class InterpolateCommand(BaseCommand):
             raise CommandError(f"--output must name an image file, but {output} is a folder")
         if not 0 <= args.seed < 2**63:
             raise CommandError(f"--seed must be in [0, 2^63), but is {args.seed}")
+        try:
+            max_memory = VideoOptions(max_memory=args.max_memory).checked().max_memory or USUAL_MEMORY
+        except ValueError as error:
+            raise CommandError(error) from error
         if frame_prev.shape != frame_next.shape:
             sizes = [f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frame_prev, frame_next)]
             raise CommandError(f"PREV and NEXT must have the same size, but are {sizes[0]} and {sizes[1]}")
@@ -111,16 +119,24 @@ class InterpolateCommand(BaseCommand):
         say_where(device, dtype)
         pipeline = chosen_pipeline(args, device, dtype)
         pipeline.set_progress_bar_config(disable=None, **bar_size())  # but on a terminal
+        pixels = frame_prev.shape[0] * frame_prev.shape[1]
         try:
-            frames = pipeline(
-                frame_prev,
-                frame_next,
-                num_inference_steps=args.steps,
-                num_frames=args.num_frames,
-                times=args.times,
-                generator=torch.Generator().manual_seed(args.seed),
-            ).frames[0]
-        except (ValueError, torch.OutOfMemoryError) as error:
+            with memory_errors():
+                # What the networks need is measured, which takes as long as a small frame: where it can matter.
+                matters = args.max_memory is not None or pixels > USUAL_PIXELS
+                tile_pixels = tile_pixels_for(pipeline, pixels, max_memory, args.steps) if matters else None
+            with memory_errors(), tiled(pipeline, tile_pixels):
+                frames = pipeline(
+                    frame_prev,
+                    frame_next,
+                    num_inference_steps=args.steps,
+                    num_frames=args.num_frames,
+                    times=args.times,
+                    generator=torch.Generator().manual_seed(args.seed),
+                ).frames[0]
+        except MemoryError as error:
+            raise CommandError(f"{error}; a smaller --max-memory makes smaller tiles") from error
+        except ValueError as error:
             raise CommandError(error) from error
         try:
             for path, frame in zip(paths, frames):

@@ -10,6 +10,7 @@ from .common import (
     CommandError,
     add_checkpoint_option,
     add_device_options,
+    add_memory_option,
     add_steps_option,
     add_trust_option,
     chosen_dtype,
@@ -122,11 +123,7 @@ class VideoCommand(BaseCommand):
             metavar="N",
             help="pairs of frames that are made at once (default: 1; on an NVIDIA GPU as many as fit, 8 at most)",
         )
-        command.add_argument(
-            "--max-memory",
-            metavar="SIZE",
-            help="memory that the process may take; frames too large for it are made in tiles (default: 8GiB; on an NVIDIA GPU its free memory)",
-        )
+        add_memory_option(command)
         command.add_argument(
             "--preview",
             metavar="FILE",
@@ -150,14 +147,13 @@ class VideoCommand(BaseCommand):
         command.set_defaults(command_class=VideoCommand)
 
     def run(self) -> None:
-        import torch
-
         from ..files import check_outputs
         from ..processes import own_device, this_process
         from ..video.batches import video_batch
         from ..video.destinations import check_output, check_places, check_preview, outputs_of, parts_folder
         from ..video.errors import VideoError
         from ..video.jobs import interpolate_video, make_video
+        from ..video.memory import memory_errors
         from ..video.options import VideoOptions
 
         args = self.args
@@ -219,19 +215,22 @@ class VideoCommand(BaseCommand):
             if is_folder and args.resume and output.exists() and not args.overwrite:
                 continue
             try:
-                result = (make_video if is_folder else interpolate_video)(
-                    pipeline,
-                    source,
-                    output,
-                    resume=args.resume,
-                    overwrite=args.overwrite,
-                    keep_partial=args.keep_partial,
-                    preview=preview,
-                    processes=state if len(batch) == 1 else None,
-                    **options,
-                )
-            except (OSError, ValueError, torch.OutOfMemoryError) as error:
+                with memory_errors():
+                    result = (make_video if is_folder else interpolate_video)(
+                        pipeline,
+                        source,
+                        output,
+                        resume=args.resume,
+                        overwrite=args.overwrite,
+                        keep_partial=args.keep_partial,
+                        preview=preview,
+                        processes=state if len(batch) == 1 else None,
+                        **options,
+                    )
+            except (OSError, ValueError, MemoryError) as error:
                 message = str(error)
+                if isinstance(error, MemoryError):
+                    message += "; a smaller --max-memory makes smaller tiles"
                 if str(parts_folder(output)) not in message:  # else it says what is there
                     message += what_is_kept(output)
                 if len(batch) == 1:

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -386,19 +387,25 @@ def _by_size_and_time(rows: Sequence[tuple]) -> list[list[tuple]]:
 
 
 def _triplets_digest(triplets: Sequence[Triplet]) -> str:
-    """SHA-256 of the items' names, views, instants (other than the middle) and file sizes in bytes, but not of places of files."""
+    """SHA-256 of the items' names, views, instants (other than the middle) and files' contents, but not of places of files."""
     lines = [
         json.dumps(
             [
                 each.name,
                 each.view,
                 *([] if each.time == MIDDLE else [str(each.time)]),
-                *(path.stat().st_size for path in each.files),
+                *(_content_digest(path, path.stat().st_mtime_ns) for path in each.files),
             ]
         )
         for each in triplets
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@lru_cache(maxsize=None)
+def _content_digest(path: Path, changed: int) -> str:
+    """SHA-256 of a file that was `changed` at that time last."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _synchronise() -> None:

@@ -24,6 +24,7 @@ PROCESS_BYTES = 1.1e9  # Memory of a process that has made no frame: torch, and 
 FRAME_BYTES = 250  # Memory for each pixel of frames that wait to be used or encoded, and of the encoder.
 WHOLE_BYTES = 200  # Memory for each pixel of motion hints and features, which are of the whole frame even with tiles.
 USUAL_MEMORY = 8 * 2**30  # Bytes that the process may take, where nothing else is said.
+USUAL_PIXELS = 2**21  # Of a frame: the networks that ship need less than `USUAL_MEMORY` for so many.
 MOST_PAIRS = 8  # Pairs of frames that are made at once of themselves.
 LARGEST_KEPT = 32 * 2**20  # Bytes: the largest block that glibc can be told to keep when larger ones are given back.
 
@@ -50,6 +51,28 @@ class _LiveBytes(TorchDispatchMode):
     def _gone(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.now -= size
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error tells that there is not enough memory: NumPy's, torch's of a GPU, or torch's of a CPU, which has no class of its own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Every error that tells of too little memory is a `MemoryError` of one line.
+
+    Raises:
+        MemoryError: for those of `lacks_memory`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise MemoryError(f"there is not enough memory: {' '.join(str(error).split()) or 'none is left'}") from error
 
 
 def bytes_per_pixel(pipeline: MADiffPipeline, steps: int | None = None) -> float:
