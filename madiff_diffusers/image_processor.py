@@ -61,7 +61,11 @@ class FrameProcessor:
                 raise ValueError(
                     f"`{name}` as a numpy array must have shape (H, W, 3) or (B, H, W, 3), but has {frame.shape}."
                 )
-            tensor = rearrange(torch.from_numpy(np.ascontiguousarray(frame)), "... h w c -> ... c h w")
+            if frame.dtype != np.uint8 and not np.issubdtype(frame.dtype, np.floating):
+                raise ValueError(f"`{name}` must be uint8 or floating point, but is {frame.dtype}.")
+            # Torch knows neither numbers of the other byte order nor long ones.
+            known = frame if frame.dtype == np.uint8 else frame.astype(np.float32, copy=False)
+            tensor = rearrange(torch.from_numpy(np.ascontiguousarray(known)), "... h w c -> ... c h w")
         elif isinstance(frame, torch.Tensor):
             if frame.ndim not in (3, 4) or frame.shape[-3] != 3:
                 raise ValueError(

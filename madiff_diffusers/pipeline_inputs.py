@@ -103,6 +103,14 @@ def check_inputs(
         raise ValueError(
             f"`generator` as a list must hold one generator per pair ({batch_size}), but holds {len(generator)}."
         )
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for each in generators:
+        if not isinstance(each, torch.Generator):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+    if isinstance(sampling.callback_inputs, str) or not isinstance(sampling.callback_inputs, Sequence):
+        raise TypeError(
+            f"`callback_on_step_end_tensor_inputs` must be a list of names, but is {sampling.callback_inputs!r}."
+        )
     unknown = [name for name in sampling.callback_inputs if name not in CALLBACK_TENSORS]
     if unknown:
         raise ValueError(

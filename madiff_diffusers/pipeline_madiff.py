@@ -8,6 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from numbers import Rational
 from typing import Any
 
 import torch
@@ -318,7 +319,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         check_inputs(sampling, num_frames, times, frames_per_batch, output_type, batch_size)
         if times is None:
             times = [Fraction(number, int(num_frames) + 1) for number in range(1, int(num_frames) + 1)]
-        instants = [Fraction(time) for time in times]
+        # Of NumPy's numbers, Python's alone knows float64.
+        instants = [Fraction(time if isinstance(time, Rational) else float(time)) for time in times]
         noise = dict(zip(instants, check_latents(latents, len(instants), prev.frames, self.vqvae)))
         plan = neighbours_of(instants, config.default_recursive if recursive is None else recursive)
 

@@ -31,7 +31,7 @@ from madiff_diffusers.demo import Demo, Limits
 from madiff_diffusers.precision import best_device
 
 limits = Limits()
-pipe = MADiffPipeline.from_pretrained(Path(__file__).parent / "checkpoint").to(best_device())
+pipe = MADiffPipeline.from_pretrained(Path(__file__).parent / "checkpoint"{trust}).to(best_device())
 demo = Demo(pipe, limits, {name!r}).build()
 
 if __name__ == "__main__":
@@ -57,7 +57,9 @@ the limits on uploads are in `app.py`.
 """
 
 
-def write_space(folder: Path, pipeline: MADiffPipeline, name: str, license_id: str | None = None) -> None:
+def write_space(
+    folder: Path, pipeline: MADiffPipeline, name: str, license_id: str | None = None, trust_remote_code: bool = False
+) -> None:
     """
     Fill a folder with a Space.
 
@@ -66,6 +68,7 @@ def write_space(folder: Path, pipeline: MADiffPipeline, name: str, license_id: s
         pipeline: pipeline that the page uses.
         name: name of the checkpoint on the page.
         license_id: licence of the weights, as the Hub names it.
+        trust_remote_code: whether the Space runs the checkpoint's own code, its source of motion hints.
 
     Raises:
         OSError: if it cannot be written.
@@ -77,7 +80,9 @@ def write_space(folder: Path, pipeline: MADiffPipeline, name: str, license_id: s
         if found.is_file():
             shutil.copyfile(found, folder / "LICENSE")
             break
-    (folder / "app.py").write_text(APP.format(name=name), encoding="utf-8")
+    (folder / "app.py").write_text(
+        APP.format(name=name, trust=", trust_remote_code=True" if trust_remote_code else ""), encoding="utf-8"
+    )
     (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
     header = f"license: {license_id}\n" if license_id else ""
     (folder / "README.md").write_text(README.format(gradio=GRADIO, license=header, name=name), encoding="utf-8")

@@ -23,7 +23,7 @@ from PIL import Image
 from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.image_io import read_image
-from madiff_diffusers.space import GRADIO, REQUIREMENTS
+from madiff_diffusers.space import GRADIO, REQUIREMENTS, write_space
 from tests.conftest import REPOSITORY, moving_picture
 from tests.processes import free_port
 from tests.video_files import drifting, read, write_video
@@ -72,7 +72,10 @@ def test_a_space_holds_all_that_it_needs(checkpoint, pipeline, tmp_path, capsys)
         and header["license"] == "mit"
     )
     assert len(header["short_description"]) <= 60, "the Hub takes no more"
-    ast.parse((space / "app.py").read_text())
+    app = (space / "app.py").read_text()
+    assert ast.parse(app) and "trust_remote_code" not in app
+    write_space(tmp_path / "trusted", pipeline, "own", trust_remote_code=True)
+    assert '"checkpoint", trust_remote_code=True)' in (tmp_path / "trusted" / "app.py").read_text()
     assert not (space / "madiff_diffusers" / "checkpoints").exists() and not list(space.rglob("__pycache__"))
     frames = [moving_picture(time) for time in (0, 4)]
     loaded = MADiffPipeline.from_pretrained(space / "checkpoint")

@@ -167,6 +167,8 @@ def test_missing_packages_and_bad_options_are_one_line(checkpoint, tmp_path, cap
         ([], "DIR or --onnx must be given"),
         (["--onnx", out, "--license", "mit"], "--license is for DIR, which is not given"),
         (["--onnx", str(checkpoint)], "--onnx must not exist yet"),
+        ([out, "--onnx", out], f"DIR and --onnx: {out} would be written twice"),
+        ([out, "--onnx", f"{out}/onnx"], f"DIR and --onnx: {out}/onnx would be written into {out}"),
     ):
         assert main(["export", *arguments]) == 2
         error = capsys.readouterr().err

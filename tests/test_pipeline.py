@@ -485,6 +485,7 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"image_prev": torch.full((3, 32, 32), 2.0)}, r"`image_prev` as floating point must lie in \[0, 1\]"),
         ({"image_prev": torch.full((3, 32, 32), float("nan"))}, r"`image_prev` as floating point"),
         ({"image_prev": torch.zeros(3, 32, 32, dtype=torch.int64)}, r"`image_prev` must be uint8 or floating"),
+        ({"image_prev": np.zeros((32, 32, 3), ">i4")}, r"`image_prev` must be uint8 or floating point, but is >i4"),
         ({"image_prev": torch.zeros(3, 0, 32)}, r"`image_prev` must not be empty"),
         ({"num_inference_steps": 0}, r"`num_inference_steps` must be a positive integer, but is 0"),
         ({"hint_interval": 1.5}, r"`hint_interval` must be a positive integer, but is 1.5"),
@@ -512,9 +513,31 @@ def test_wrong_arguments_are_named(pipeline, arguments, message):
         pipeline(**arguments)
 
 
-def test_wrong_type_is_named(pipeline):
-    with pytest.raises(TypeError, match="`image_prev` must be a PIL image.*str"):
-        pipeline("frame.png", image())
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image_prev": "frame.png"}, "`image_prev` must be a PIL image.*str"),
+        ({"generator": 0}, "`generator` must be a torch.Generator or a list of them, but is 0"),
+        ({"generator": tuple(generators(0))}, "`generator` must be a torch.Generator or a list of them, but is "),
+        ({"generator": [None]}, "`generator` must be a torch.Generator or a list of them, but is "),
+        ({"callback_on_step_end_tensor_inputs": None}, "`callback_on_step_end_tensor_inputs` must be .*, but is None"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "_inputs` must be a list of names, but is 'latents'"),
+    ],
+)
+def test_wrong_types_are_named(pipeline, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        pipeline(**{"image_prev": image(), "image_next": image(), **arguments})
+
+
+def test_numbers_of_numpy_are_taken(pipeline):
+    pair = [np.float32(moving_picture(time, 32, 32) / 255) for time in (-1, 1)]
+    expected = run(pipeline, pair, times=[0.25, 0.5], generator=generators(0))
+    for kind in (np.float16, np.float32, np.float64):
+        assert torch.equal(run(pipeline, pair, times=np.array([0.25, 0.5], kind), generator=generators(0)), expected)
+    for kind in (">f4", np.longdouble):
+        assert torch.equal(
+            run(pipeline, [each.astype(kind) for each in pair], times=[0.25, 0.5], generator=generators(0)), expected
+        )
 
 
 def test_components_that_do_not_fit_are_named(pipeline):

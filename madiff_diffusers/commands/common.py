@@ -108,7 +108,7 @@ def usable_device(name: str) -> "torch.device":
         return best_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # torch's meta device has no values to be fetched
     except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for devices it cannot use
         raise CommandError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

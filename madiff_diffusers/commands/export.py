@@ -79,6 +79,7 @@ class ExportCommand(BaseCommand):
     def run(self) -> None:
         import torch
 
+        from ..files import check_outputs
         from ..model_cards import add_to_card
         from ..space import write_space
 
@@ -99,6 +100,11 @@ class ExportCommand(BaseCommand):
         for name in ("variant", "max_shard_size", "results", "license"):
             if args.output is None and getattr(args, name):
                 raise CommandError(f"--{name.replace('_', '-')} is for DIR, which is not given")
+        if args.output is not None and args.onnx is not None:
+            try:
+                check_outputs([(args.output, False), (args.onnx, False)], [])
+            except (OSError, ValueError) as error:
+                raise CommandError(f"DIR and --onnx: {error}") from error
         with ExitStack() as folders:
             # Both are made sure of before the work.
             graphs = folders.enter_context(new_folder(args.onnx, "--onnx")) if args.onnx is not None else None
@@ -108,7 +114,7 @@ class ExportCommand(BaseCommand):
             if graphs is not None:
                 export_graphs(graphs, pipeline)
             if folder is not None and args.space:
-                write_space(folder, pipeline, source.name, args.license)
+                write_space(folder, pipeline, source.name, args.license, args.trust_remote_code)
             elif folder is not None:
                 metadata = {"license": args.license} if args.license else {}
                 if args.results is not None:
