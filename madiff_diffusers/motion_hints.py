@@ -139,7 +139,7 @@ class FlowHints:
         self, frames_from: Sequence[torch.Tensor], frames_to: Sequence[torch.Tensor], patch_stride: int = 2
     ) -> torch.Tensor:
         """Flow `(B, 2, H, W)` such that `from(p) = to(p + flow(p))`; fine flow with patches so many pixels apart."""
-        import cv2  # of opencv-python-headless, which nothing but these hints needs
+        import cv2  # which a pipeline with other hints does without
 
         reference = frames_from[0]
         from_images = [self._to_uint8(frame) for frame in frames_from]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 
@@ -31,6 +30,8 @@ def find_cuts(frames: Sequence[np.ndarray]) -> list[int]:
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
     """The thumbnail, `(36, 64, 3)` int16, of a frame `(H, W, 3)` uint8."""
+    import cv2  # the numbers above are asked for where OpenCV is not
+
     return cv2.resize(frame, (64, 36), interpolation=cv2.INTER_AREA).astype(np.int16)
 
 

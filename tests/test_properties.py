@@ -240,11 +240,9 @@ def test_a_plain_video_loses_nothing_but_what_is_said(pipeline, tmp_path):
     plain = film_clip(tmp_path / "plain.mp4", 2)
     assert all(notes(pipeline, plain, tmp_path / f"out{suffix}") == [] for suffix in (".mp4", ".mkv", ".mov", ".webm"))
     phone = phone_clip(tmp_path / "phone.mp4", 4)
-    assert (
-        notes(pipeline, phone, tmp_path / "out.gif")
-        == names("sound", "chapters", "metadata")
-        == notes(pipeline, phone, tmp_path / "out")
-    )
+    lost = names("sound", "chapters", "metadata")
+    *before, steady = notes(pipeline, phone, tmp_path / "out")
+    assert notes(pipeline, phone, tmp_path / "out.gif") == lost == before and "has no steady rate" in steady
     assert names("chapters")[0] in notes(pipeline, phone, tmp_path / "out.avi")
     fine = film_clip(tmp_path / "fine.mkv", 2, pixel_format="yuv444p")
     assert notes(pipeline, fine, tmp_path / "out.webm", codec="av1") == [

@@ -48,7 +48,7 @@ class VideoCommand(BaseCommand):
             "--factor",
             type=int,
             metavar="N",
-            help="number of frames in the place of each one (default: 2, or what --slow-motion asks for)",
+            help="how many times as many frames: 2 doubles them (default: 2, or what --slow-motion asks for)",
         )
         timing.add_argument(
             "--fps", metavar="R", help="frames per second of OUTPUT instead: 60, 23.976, 30000/1001, …"

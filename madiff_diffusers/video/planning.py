@@ -64,15 +64,19 @@ def plan_timeline(options: CheckedOptions, source: Source, analysis: Analysis, c
     rate = options.fps
     if rate is None and container.steady:  # a file that has but one rate
         rate = options.rate_of(analysis.showing_rate)
+    end = analysis.end
     if rate is None and container.format == "gif":
-        times = [*analysis.starts, analysis.end]
-        shortest = min(later - time for time, later in zip(times, times[1:])) * analysis.unit
+        times = analysis.starts
+        shortest = min((later - time for time, later in zip(times, times[1:])), default=end) * analysis.unit
         # All frames get one length, of whole hundredths of a second, as near as players keep.
         if options.rate_of(1 / shortest) > MOST_GIF_RATE:
             rate = Fraction(100, max(100 // MOST_GIF_RATE, ceil(100 / options.rate_of(analysis.showing_rate))))
+        else:  # The last frame's length, of which files are often wrong, makes room for its copies.
+            needed = Fraction(options.factor or 1, MOST_GIF_RATE) / (analysis.unit * options.slow_motion)
+            end = max(end, times[-1] + ceil(needed))
     return Timeline(
         analysis.starts,
-        analysis.end,
+        end,
         analysis.unit,
         factor=options.factor if rate is None else None,
         rate=rate,
