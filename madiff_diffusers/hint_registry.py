@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from diffusers import ModelMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-from .motion_hints import EventHints, FlowHints, HintSource, ModelHints, NullHints, SearchHints, StackedHints
+from .motion_hints import SCALES, EventHints, FlowHints, HintSource, ModelHints, NullHints, SearchHints, StackedHints
 from .tiling import TILE_PIXELS, Tiling
 
 
@@ -64,6 +65,8 @@ _SOURCES: dict[str, Callable[..., HintSource]] = {
     "search": SearchHints,
 }
 _METHODS = ("start", "from_guess")
+# Those that came with checkpoints: the next checkpoint's file of the same name may hold another class.
+_OF_CHECKPOINTS: set[str] = set()
 
 
 def register_hint_source(name: str, kind: type) -> None:
@@ -83,16 +86,21 @@ def register_hint_source(name: str, kind: type) -> None:
             f"`name` must be letters, digits and underscores, and none of {', '.join(_OWN)}, but is {name!r}."
         )
     _check_kind(kind, "`kind`")
-    _SOURCES[name] = kind
-    try:
-        _SOURCES[saved_name(kind)] = kind
-    except ValueError:
-        pass  # it cannot be saved, as is said where somebody tries
+    names = {name}
+    with suppress(ValueError):  # it cannot be saved, as is said where somebody tries
+        names.add(saved_name(kind))
+    _SOURCES.update(dict.fromkeys(names, kind))
+    _OF_CHECKPOINTS.difference_update(names)
 
 
 def unregistered_parts(name: str) -> list[str]:
     """The parts of a hint source's name that are not known until something is imported."""
     return [part for part in name.split("+") if part not in _OWN and part not in _SOURCES]
+
+
+def parts_of_checkpoints(name: str) -> list[str]:
+    """The parts of a hint source's name that this process does not know but from checkpoints' own code."""
+    return [part for part in name.split("+") if part in _OF_CHECKPOINTS or part in unregistered_parts(part)]
 
 
 def _check_kind(kind: Any, what: str) -> None:
@@ -273,6 +281,10 @@ def describe_hint_source(
             or kind is NullHints
             and i2e is None
         ):
+            if isinstance(part, EventHints) and part.scale not in SCALES:
+                raise ValueError(
+                    f"A checkpoint cannot hold event hints whose `scale` is {part.scale!r}, but of {', '.join(map(str, SCALES))}."
+                )
             names.append("events")
         elif kind is ModelHints and isinstance(part, ModelHints) and part.model is hint_model:
             names.append("model")
@@ -333,3 +345,4 @@ def load_hint_code(folder: Path, part: str) -> None:
         register_hint_source(part, kind)
     except TypeError as error:
         raise ValueError(f"The checkpoint's hint source {part!r} cannot be loaded: {error}") from error
+    _OF_CHECKPOINTS.add(part)

@@ -127,7 +127,13 @@ def results_metadata(
         ValueError: if no run is of this checkpoint, or several of one benchmark are.
     """
     needed = {key: value for key, value in identity.items() if key not in ("checkpoint", "seed", "device")}
-    chosen = [summary for summary in summaries if needed.items() <= summary["protocol"].items()]
+    # What replaces the latents is in a run's identity only where something does.
+    chosen = [
+        summary
+        for summary in summaries
+        if needed.items() <= summary["protocol"].items()
+        and summary["protocol"].get("latents") == needed.get("latents")
+    ]
     if not chosen:
         raise ValueError(f"no run is of these weights at their default settings: {needed}")
     if len({summary["benchmark"] for summary in chosen}) < len(chosen):

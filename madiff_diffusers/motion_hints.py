@@ -29,6 +29,7 @@ from .warping import halves
 
 HintPair = tuple[torch.Tensor, torch.Tensor]
 
+SCALES = (1, 2, 4, 8)  # how many times smaller frames may be seen for events, or for guesses
 FLOW_BYTES, FINE_FLOW_BYTES = 60, 215  # buffers of DIS for each pixel, measured on 2560x1440
 MOST_FLOW_BYTES = 2**32  # of all flows at once: two of 3840x2160
 

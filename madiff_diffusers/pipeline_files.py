@@ -16,9 +16,10 @@ from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
 from .components import check_safetensors
-from .hint_registry import describe_hint_source, hint_parts, load_hint_code, unregistered_parts
+from .hint_registry import describe_hint_source, hint_parts, load_hint_code, parts_of_checkpoints
 from .hub_repository import download_repository, local_checkpoint, replaced_weights, upload_repository
 from .model_cards import PLACEHOLDER, model_card
+from .motion_hints import EventHints
 from .precision import fastest_dtype
 
 
@@ -92,14 +93,14 @@ class CheckpointPipeline(_Base):
         """
         path = folder / cls.config_name
         name = json.loads(path.read_text(encoding="utf-8")).get("hint_source") if path.is_file() else None
-        if not isinstance(name, str) or ":" not in name or not unregistered_parts(name):
+        if not isinstance(name, str) or ":" not in name or not parts_of_checkpoints(name):
             return
         if not trust_remote_code:
             raise ValueError(
                 f"The checkpoint's hint source is {name!r}, code that is not this package's. `trust_remote_code=True` runs what lies "
                 "beside the weights; `register_hint_source` takes a class of yours in its place."
             )
-        parts = unregistered_parts(name)
+        parts = parts_of_checkpoints(name)
         if repository is not None:
             folder = Path(cls.download(repository, code=[f"{part.partition(':')[0]}.py" for part in parts], **kwargs))
         for part in parts:
@@ -145,6 +146,9 @@ class CheckpointPipeline(_Base):
         index.pop("_name_or_path", None)  # a place on this machine
         index["hint_source"], settings, _ = self._describe_hints()
         index["hint_settings"] = settings or None
+        for part in getattr(self._hints, "sources", [self._hints]):
+            if type(part) is EventHints:
+                index["event_scale"] = part.scale
         for name, entry in index.items():
             if name in self.components and entry[0] is not None:
                 origin, _, module = entry[0].rpartition(".")

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from .image_processor import OUTPUT_TYPES
+from .motion_hints import SCALES
 
 
 HINT_POLICIES = ("sampling", "damped", "start")
@@ -58,7 +59,7 @@ def check_settings(
 ) -> None:
     """See the pipeline's constructor."""
     for name, scale in (("guess_scale", guess_scale), ("event_scale", event_scale)):
-        if scale not in (1, 2, 4, 8):
+        if scale not in SCALES:
             raise ValueError(f"`{name}` must be 1, 2, 4 or 8, but is {scale!r}.")
     for name, value in (
         ("default_num_inference_steps", default_num_inference_steps),

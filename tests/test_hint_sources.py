@@ -240,6 +240,36 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(toy, tmp_path, monke
         MADiffPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
 
 
+def test_the_next_checkpoints_own_code_is_not_taken_for_the_last_ones(toy, tmp_path, monkeypatch):
+    pipeline = build_pipeline(config_for(toy, 2))
+    for name, code in (("first", TOY), ("second", TOY.replace("* (b - a)", "* (a - b)"))):
+        pipeline.save_pretrained(tmp_path / name)
+        (tmp_path / name / "toy_hints.py").write_text(code)
+    monkeypatch.setattr("madiff_diffusers.hint_registry._SOURCES", {"flow": FlowHints})
+    monkeypatch.setattr("madiff_diffusers.hint_registry._OF_CHECKPOINTS", set())
+    first = MADiffPipeline.from_pretrained(tmp_path / "first", trust_remote_code=True)
+    assert type(MADiffPipeline.from_pretrained(tmp_path / "first", trust_remote_code=True).hints) is type(first.hints)
+    with pytest.raises(ValueError, match="Another hint source 'toy_hints:ToyHints' is registered in this process"):
+        MADiffPipeline.from_pretrained(tmp_path / "second", trust_remote_code=True)
+    with pytest.raises(ValueError, match="'toy_hints:ToyHints', code that is not this package's"):
+        MADiffPipeline.from_pretrained(tmp_path / "second")
+    own = type("ToyHints", (type(first.hints),), {})
+    register_hint_source(toy, own)
+    assert type(MADiffPipeline.from_pretrained(tmp_path / "second").hints) is own, "what the user registered wins"
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_event_hints_keep_the_scale_that_they_were_assigned_with(checkpoint, tmp_path, scale):
+    pipeline = MADiffPipeline.from_pretrained(checkpoint)
+    assert pipeline.config.event_scale != 2 or scale == 1
+    pipeline.hints = StackedHints([EventHints(pipeline.i2e, scale=scale), FlowHints()])
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert MADiffPipeline.from_pretrained(tmp_path / "saved").hints.sources[0].scale == scale
+    pipeline.hints = StackedHints([EventHints(pipeline.i2e, scale=3), FlowHints()])
+    with pytest.raises(ValueError, match="cannot hold event hints whose `scale` is 3, but of 1, 2, 4, 8"):
+        pipeline.save_pretrained(tmp_path / "other")
+
+
 def test_without_i2e_event_hints_are_zeros(checkpoint, pair, tmp_path):
     pipeline = MADiffPipeline.from_pretrained(checkpoint, i2e=None)
     pipeline.set_progress_bar_config(disable=True)

@@ -218,6 +218,12 @@ def test_scores_of_a_results_file_go_into_the_card(tiny_folder, tmp_path, capsys
     ]
     assert main(["evaluate", *common, "--checkpoint", str(tiny_folder), "--gallery", "0"]) == 0
     assert main(["evaluate", *common, "--checkpoint", str(tiny_folder), "--gallery", "0", "--steps", "1"]) == 0
+    ablated = ["ablate", "latents", *common[:-1], str(tmp_path / "ablated"), "--checkpoint", str(tiny_folder)]
+    assert main([*ablated, "--values", "zero"]) == 0
+    capsys.readouterr()
+    of_ablated = ["export", str(tmp_path / "other"), "--checkpoint", str(tiny_folder), "--results"]
+    assert main([*of_ablated, str(tmp_path / "ablated" / "results.json")]) == 2
+    assert "no run is of these weights" in capsys.readouterr().err, "latents were replaced"
     with local_hub() as hub:
         hub.add("somebody/madiff", tiny_folder)
         assert main(["evaluate", *common, "--checkpoint", "somebody/madiff", "--gallery", "0", "--steps", "1"]) == 0
