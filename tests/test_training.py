@@ -23,12 +23,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
-from tests.conftest import REPOSITORY, load_config, moving_picture, two_processes
+from tests.conftest import REPOSITORY, load_config, load_tiny_news, moving_picture, two_processes
 from tests.local_hub import local_hub
 from tests.processes import Forked, run_python, run_two_ranks, start_python
 from training.adversary import PatchDiscriminator
 from training.losses import adaptive_weight, discriminator_hinge_loss
-from training.options import REMOVED, RENAMED, parse_options
+from training.options import REMOVED, RENAMED, parse_options, training_scheduler
 from training.run_log import append_row, take_back_rows
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
@@ -697,6 +697,57 @@ def test_a_finished_run_finishes_at_once_and_one_that_goes_on_says_what_changed(
     done = launch(command("i2e", clips, runs, "--max_train_steps", "22", "--learning_rate", "1e-4"))
     assert done.returncode == 0 and len(rows(runs / "i2e")) == 22
     assert "changed since the last start: learning_rate was 0.002, is 0.0001" in done.stderr
+    assert {float(row["learning_rate"]) for row in rows(runs / "i2e")[20:]} == {1e-4}, "and what changed has effect"
+
+
+def test_what_is_asked_for_anew_takes_the_place_of_what_a_checkpoint_had(clips, trained, tmp_path):
+    """Of the optimiser and the moving average, too; and copies of checkpoints are their owner's."""
+    runs = link("unet", trained, tmp_path / "runs")
+    shutil.copytree(trained / "unet", runs / "unet")
+    saved = runs / "unet" / "checkpoints"
+    shutil.copytree(saved / "step_00000020", saved / "step_00000020_keep")
+    flags = ["--max_train_steps", "21", "--checkpoints_total_limit", "1", "--learning_rate", "1e-4"]
+    flags += ["--adam_betas", "[0.5, 0.6]", "--adam_weight_decay", "0.3", "--ema_decay", "0.25"]
+    done = launch(command("unet", clips, runs, *flags))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in saved.glob("step_*")} >= {"step_00000020_keep", "step_00000021"}
+    state = torch.load(saved / "step_00000021" / "optimizer.bin", weights_only=True)["param_groups"][0]
+    assert (state["betas"], state["weight_decay"]) == ((0.5, 0.6), 0.3) and state["initial_lr"] == state["lr"] == 1e-4
+    kept = checkpoint(saved / "step_00000021")
+    assert [value for name, value in kept.items() if name.endswith(".pkl/decay")] == [0.25]
+    assert float(rows(runs / "unet")[20]["learning_rate"]) == 1e-4
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+def test_schedulers_that_make_noise_in_their_own_way_are_for_sampling(name):
+    settings = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
+    with pytest.raises(ValueError, match=f"class must be one for training, such as DDPMScheduler .*, but is {name}"):
+        training_scheduler({"scheduler": {"class": name, **settings}})
+    for fit in ("DDPMScheduler", "DDIMScheduler", "LCMScheduler"):
+        assert type(training_scheduler({"scheduler": {"class": fit, **settings}})).__name__ == fit
+
+
+def test_what_does_not_fit_is_said_before_training(clips, trained, tmp_path):
+    news = yaml.safe_dump({**load_tiny_news(), "hint_source": "search"})
+    (tmp_path / "news.yaml").write_text(news)
+    other = load_config("tiny")
+    other["unet"]["block_out_channels"], other["i2e"]["base_channels"] = [24, 32], 6
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    cases = [
+        ("vqvae", ["--config", str(tmp_path / "news.yaml")], "`config` must be one without `news_latents`"),
+        ("unet", ["--config", str(tmp_path / "news.yaml")], "`config` must be one without `news_latents`"),
+        ("vqvae", ["--resolution", "36"], "`resolution` must be a multiple of 8, but is 36"),
+        ("unet", ["--resolution", "40"], "`resolution` must be a multiple of 16, but is 40"),
+        ("vqvae", ["--data", f"videos:{clips}@nan"], "the weight behind @ must be a positive number, but is 'nan'"),
+    ]
+    for stage, option in (("unet", "block_out_channels"), ("i2e", "base_channels")):
+        init = str(trained / stage / stage)
+        flags = ["--config", str(tmp_path / "other.yaml"), "--init", init]
+        cases.append((stage, flags, f"`init`: `{option}` must be "))
+    for number, (stage, flags, message) in enumerate(cases):
+        runs = link(stage, trained, tmp_path / str(number))
+        done = launch(command(stage, clips, runs, *flags))
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (flags, done.stderr)
 
 
 def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tmp_path):

@@ -4,6 +4,7 @@ A checkpoint is written under a temporary name, flushed and renamed, so that a f
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,16 +33,16 @@ class Checkpoints:
         self.accelerator, self.progress, self.limit = accelerator, progress, limit
 
     def saved(self) -> list[Path]:
-        """The checkpoints that there are, the newest last."""
-        return sorted(self.folder.glob("step_*"))
+        """The checkpoints that there are, the newest last; folders of other names, such as copies, are their owner's."""
+        return sorted(path for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
 
     @property
     def current(self) -> Path:
         """Where the checkpoint of the current step lies, once it is saved."""
         return self.folder / f"step_{self.progress.step:08d}"
 
-    def load(self) -> None:
-        """Load the newest checkpoint, if there is one. Call after everything is prepared and registered.
+    def load(self) -> bool:
+        """Load the newest checkpoint; False if there is none. Call after everything is prepared and registered.
 
         Raises:
             ValueError: if it cannot be read.
@@ -52,7 +53,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         found = self.saved()
         if not found:
-            return
+            return False
         try:
             self.accelerator.load_state(str(found[-1]))
         except Exception as error:  # a damaged file shows in errors of every kind
@@ -63,6 +64,7 @@ class Checkpoints:
         self.accelerator.print(f"resumed at step {self.progress.step} from {found[-1]}")
         if self.accelerator.is_main_process:
             self._rotate()  # in case the last start was killed before it did
+        return True
 
     def save(self, part: str, export: Callable[[Path], None] | None) -> None:
         """Write a checkpoint of the current step, and remove those that are neither among the newest nor the best.

@@ -5,30 +5,26 @@ device as uint8, and a batch is one gather: crops of three frames, chosen by how
 """
 
 import itertools
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from madiff_diffusers.files import VIDEO_SUFFIXES
 from madiff_diffusers.scene_cuts import find_cuts
-
-
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+from madiff_diffusers.video.decoding import Source
+from madiff_diffusers.video.errors import VideoError
 
 
 def _decode(path: Path) -> list[np.ndarray]:
-    capture, frames = cv2.VideoCapture(str(path)), []
-    while True:
-        there, frame = capture.read()
-        if not there:
-            break
-        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    capture.release()
-    return frames
+    try:
+        return [frame.to_ndarray(format="rgb24") for _, frame in Source(path).frames()]
+    except VideoError as error:
+        raise ValueError(f"`data`: {error}; mend it, or move it away") from error
 
 
 class FrameBank:
@@ -36,23 +32,32 @@ class FrameBank:
     Args:
         folder: of video files; their frames must fit into the device's memory, 3 bytes a pixel.
         device: where they are kept.
-        least: frames smaller than this, in pixels of either side, are left out.
+        least: videos smaller than this, in pixels of either side, are left out, and those of fewer than three frames in a scene; they are named
+            on standard error.
 
     Raises:
-        ValueError: if no video of the folder can be read.
+        ValueError: if a video of the folder cannot be read, or none is left.
     """
 
     def __init__(self, folder: str, device: torch.device, least: int):
         paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        clips, left_out = [], []
         with ThreadPoolExecutor() as pool:
-            decoded = [clip for clip in pool.map(_decode, paths) if clip and min(clip[0].shape[:2]) >= least]
-        edges = [[0, *find_cuts(clip), len(clip)] for clip in decoded]
-        stretches = [[each for each in itertools.pairwise(cuts) if each[1] - each[0] >= 3] for cuts in edges]
-        clips = [(clip, found) for clip, found in zip(decoded, stretches) if found]
+            for path, clip in zip(paths, pool.map(_decode, paths)):
+                edges = [0, *find_cuts(clip), len(clip)] if min(clip[0].shape[:2]) >= least else []
+                found = [each for each in itertools.pairwise(edges) if each[1] - each[0] >= 3]
+                if found:
+                    clips.append((clip, found))
+                else:
+                    left_out.append(path.relative_to(folder).as_posix())
         if not clips:
             raise ValueError(
-                f"`data` must have videos of three frames or more that are at least {least} pixels high and wide, but {folder!r} has none "
-                "that can be read."
+                f"`data` must have videos of three frames or more that are at least {least} pixels high and wide, but {folder!r} has none."
+            )
+        if left_out:
+            print(
+                f"left out of {folder}, smaller than {least} pixels or of fewer than three frames in a scene: {', '.join(left_out)}",
+                file=sys.stderr,
             )
         self.device = device
         shapes, bases, scenes, base = [], [], [], 0

@@ -10,11 +10,12 @@ import traceback
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
+import torch
 import yaml
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
 
 import madiff_diffusers
 from madiff_diffusers.eventgan import EventGANModel
@@ -23,6 +24,8 @@ from madiff_diffusers.motion_flow import MotionHintModel
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 
+
+ModelT = TypeVar("ModelT", bound=ModelMixin)
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -362,6 +365,73 @@ def check_config(config: Any) -> None:
             raise ValueError(
                 f"section {section}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(arguments))}"
             )
+
+
+def refuse_news(config: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if a configuration is of latents of news, which another stage trains.
+    """
+    if config["vqvae"].get("news_latents"):
+        raise ValueError(
+            "`config` must be one without `news_latents`, which training.train_sampler trains as a whole."
+        )
+
+
+def check_resolution(options: RunOptions, multiple: int) -> None:
+    """
+    Raises:
+        ValueError: if crops are of another size than the networks take.
+    """
+    if options.resolution % multiple:
+        raise ValueError(f"`resolution` must be a multiple of {multiple}, but is {options.resolution}.")
+
+
+def as_configured(trained: ModelT, configured: ModelT) -> ModelT:
+    """A network of `init`.
+
+    Raises:
+        ValueError: if its configuration is not that of the one that is `configured`.
+    """
+    for key, value in configured.config.items():
+        found = trained.config.get(key)
+        # The size of samples is what a network was meant for, and nothing that it has.
+        if (
+            not key.startswith("_")
+            and key != "sample_size"
+            and (list(found) if isinstance(found, tuple) else found)
+            != (list(value) if isinstance(value, tuple) else value)
+        ):
+            raise ValueError(f"`init`: `{key}` must be {value!r}, as configured, but is {found!r}.")
+    return trained
+
+
+def training_scheduler(config: dict[str, Any]) -> SchedulerMixin:
+    """
+    The scheduler of a configuration, by which latents are made noisy.
+
+    Raises:
+        ValueError: if it makes them noisy in another way than a network can be trained on: those that sample by several steps do so
+            from the last time that they sampled, and Euler's by a scale that sampling undoes.
+    """
+    settings = dict(config["scheduler"])
+    name = settings.pop("class")
+    scheduler = getattr(diffusers, name)(**settings)
+    times = torch.tensor([0, scheduler.config.num_train_timesteps // 2, scheduler.config.num_train_timesteps - 1])
+    sample, noise = torch.ones(3, 1, 1, 1), torch.full((3, 1, 1, 1), 2.0)
+    try:
+        signal = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+        is_right = torch.allclose(
+            scheduler.add_noise(sample, noise, times), signal.sqrt() * sample + (1 - signal).sqrt() * noise, atol=1e-4
+        )
+    except (AttributeError, IndexError, RuntimeError):
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            f"section scheduler: class must be one for training, such as DDPMScheduler or DDIMScheduler, but is {name}; sampling can "
+            "take another (`pipe.scheduler = ….from_config(pipe.scheduler.config)`)."
+        )
+    return scheduler
 
 
 def _check_values(options: RunOptions) -> None:

@@ -13,7 +13,6 @@ command again.
 import dataclasses
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,16 @@ from training.data.datasets import build_dataset
 from training.data.transforms import TripletTransform
 from training.hints import draw_hints, load_hint_source, refine_as_sampling
 from training.losses import lpips_loss
-from training.options import RunOptions, one_line_errors, option, parse_options
+from training.options import (
+    RunOptions,
+    as_configured,
+    check_resolution,
+    one_line_errors,
+    option,
+    parse_options,
+    refuse_news,
+    training_scheduler,
+)
 from training.trainer import Trainer
 from training.validation import decoded_panel, image_scores, to_frames, validation_windows
 
@@ -76,11 +84,14 @@ def main(argv: list[str] | None = None) -> None:
     # 1. models; only the U-Net is trained
     if not options.vqvae:
         raise ValueError("`vqvae` is needed: the folder of a trained VQMAGANModel.")
-    bare_unet = load_unet(options.init) if options.init else UNet2DModel(**config["unet"])
+    refuse_news(config)
+    bare_unet = UNet2DModel(**config["unet"])
+    if options.init:
+        bare_unet = as_configured(load_unet(options.init), bare_unet)
     vqvae = VQMAGANModel.from_pretrained(options.vqvae).to(device).requires_grad_(False).eval()
+    check_resolution(options, vqvae.downsample_factor * 2 ** (len(bare_unet.config.block_out_channels) - 1))
     source, i2e = load_hint_source(config, options.i2e, device)
-    scheduler_config = dict(config["scheduler"])
-    scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
+    scheduler = training_scheduler(config)
     optimizer = torch.optim.AdamW(
         bare_unet.parameters(),
         lr=options.learning_rate,

@@ -19,7 +19,7 @@ from training.adversary import Adversary
 from training.data.datasets import build_dataset
 from training.data.transforms import EventTransform
 from training.normalisation import StepwiseNormalisation
-from training.options import RunOptions, one_line_errors, option, parse_options
+from training.options import RunOptions, as_configured, one_line_errors, option, parse_options
 from training.trainer import Trainer
 from training.validation import panel, validation_windows
 
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. models
     def build() -> tuple[EventGANModel, StepwiseNormalisation]:
-        model = EventGANModel.from_pretrained(options.init) if options.init else EventGANModel(**config["i2e"])
+        model = EventGANModel(**config["i2e"])
+        if options.init:
+            model = as_configured(EventGANModel.from_pretrained(options.init), model)
         return model, StepwiseNormalisation(model, options.spectral_norm)
 
     bare_model, normalisation = build()

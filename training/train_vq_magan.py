@@ -26,7 +26,14 @@ from training.data.datasets import build_dataset
 from training.data.transforms import TripletTransform
 from training.hints import draw_hints, latent_noise, load_hint_source, refine_as_sampling
 from training.losses import adaptive_weight, lpips_loss
-from training.options import RunOptions, one_line_errors, option, parse_options
+from training.options import (
+    RunOptions,
+    check_resolution,
+    one_line_errors,
+    option,
+    parse_options,
+    refuse_news,
+)
 from training.trainer import Trainer
 from training.validation import decoded_panel, image_scores, to_frames, validation_windows
 
@@ -158,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     device = trainer.accelerator.device
 
     # 1. models
+    refuse_news(config)
     bare_model = VQMAGANModel(**config["vqvae"])
+    check_resolution(options, bare_model.downsample_factor)
     if options.init:
         start_from(bare_model, VQMAGANModel.from_pretrained(options.init))
     source, _ = load_hint_source(config, options.i2e, device)

@@ -117,6 +117,7 @@ class Trainer:
         self.log = RunLog(self.folder, options, self.accelerator, self.progress)
         self.accelerator.register_for_checkpointing(SavedProgress(self.progress, self.accelerator))
         self.ema: EMAModel | None = None
+        self._schedules: list[tuple[Any, torch.optim.Optimizer, list[dict[str, Any]]]] = []
         self.micro_batches: list[dict[str, torch.Tensor]] = []  # the current step's batches so far
         self._sums: dict[str, torch.Tensor] = {}  # of the values that they gave
         self._export: Callable[[Path], None] | None = None
@@ -166,7 +167,19 @@ class Trainer:
             num_training_steps=self.options.max_train_steps,
         )
         self.register(schedule)
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        self._schedules.append((schedule, optimizer, asked))
         return schedule
+
+    def _take_options_again(self) -> None:
+        """Optimisers, schedules and the moving average are as the options of this start say, not as a checkpoint had them."""
+        for schedule, optimizer, asked in self._schedules:
+            schedule.base_lrs = [group["initial_lr"] for group in asked]
+            for group, own, share in zip(optimizer.param_groups, asked, schedule.lr_lambdas):
+                group.update({**own, "lr": own["initial_lr"] * share(schedule.last_epoch)})
+            schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+        if self.ema is not None:
+            self.ema.decay = self.options.ema_decay
 
     def register(self, state: Any) -> None:
         """Save an object that has `state_dict` and `load_state_dict` in every checkpoint."""
@@ -250,7 +263,7 @@ class Trainer:
         if 0 < self.options.stop_step <= self.progress.step < self.options.max_train_steps:
             self._stop_early()
         self.log.start()
-        limit, total, before = 60 * time_limit, self.options.max_train_steps, None
+        limit, total, before, is_first = 60 * time_limit, self.options.max_train_steps, None, True
         if limit and self.progress.seconds >= limit:  # it came to its end before
             return
         while self.progress.step < self.options.max_train_steps:
@@ -259,9 +272,8 @@ class Trainer:
                 if limit and self.accelerator.num_processes > 1:  # one clock for all
                     clock = torch.tensor(self.progress.seconds, dtype=torch.float32, device=self.accelerator.device)
                     self.progress.seconds = broadcast(clock).item()
-            before = (
-                None if self.progress.step == 0 and before is None and not self.micro_batches else time.perf_counter()
-            )
+            before = None if is_first else time.perf_counter()  # the first step may compile
+            is_first = False
             spent = self.progress.seconds / limit if limit else 0.0
             if spent >= 1:  # this step is the last
                 self.options.max_train_steps = self.progress.step + 1
@@ -307,8 +319,8 @@ class Trainer:
         """At the end of a step: clip the gradients and step the optimiser.
 
         Raises:
-            FloatingPointError: if the gradients are not finite. The batches of this step are saved; the last checkpoint
-                is from before.
+            FloatingPointError: if the gradients are not finite, at once on a CPU, elsewhere where a step is logged or saved. The batches
+                of that step are saved; the last checkpoint is from before.
         """
         if self.sync_gradients:
             if self.fp16:  # this optimiser's gradients alone: others share the scaler
@@ -340,7 +352,9 @@ class Trainer:
             for name, value in batch.items()
         }
         save_file(tensors, path)
-        raise FloatingPointError(f"{reason} at step {self.progress.step}; the batches that caused it are in {path}.")
+        # Elsewhere the norm is looked at later than the step whose batches these are.
+        whose = "that caused it" if self.fp16 or self.accelerator.device.type == "cpu" else "of this step"
+        raise FloatingPointError(f"{reason} at step {self.progress.step}; the batches {whose} are in {path}.")
 
     def finish_micro_batch(self, values: dict[str, torch.Tensor]) -> None:
         """Note the `values` of a forward pass; after the last of a step, count it and do what is due: log the means,
@@ -418,7 +432,8 @@ class Trainer:
         Raises:
             ValueError: if it cannot be read.
         """
-        self.checkpoints.load()
+        if self.checkpoints.load():
+            self._take_options_again()
         if self.accelerator.is_main_process:
             self.log.take_back()
         if self.ema is not None:

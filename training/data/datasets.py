@@ -141,7 +141,10 @@ class StreamedDataset(IterableDataset):
     def __init__(self, path: str, transform: SampleTransform, options: RunOptions):
         self.path, self.transform, self.options = path, transform, options
         if transform.frames != 3 or options.random_motion_share:
-            raise ValueError("`data` datasets-stream gives triplets: `frames` must be 3 and `random_motion_share` 0.")
+            raise ValueError(
+                f"`data` datasets-stream gives triplets: `window` must be 3 and `random_motion_share` 0, but are {transform.frames} and "
+                f"{options.random_motion_share}."
+            )
         self.columns = options.columns.split(",")
         self.augmentation = Augmentation(options.resolution, options.colour_jitter)
         self.table = without_decoding(load_dataset(path, streaming=True), path, self.columns)

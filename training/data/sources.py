@@ -1,5 +1,6 @@
 """Sources of clips: how many frames each clip has, and some of them. `read_source` makes one from `FORMAT:PATH`."""
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -288,7 +289,7 @@ def parse_sources(data: str) -> list[tuple[str, str, float]]:
             share = float(weight or 1)
         except ValueError:
             share = 0.0
-        if share <= 0:
+        if not 0 < share < math.inf:  # not a number is not more than 0
             raise ValueError(f"`data`: the weight behind @ must be a positive number, but is {weight!r}.")
         sources.append((name or "videos", path, share))
     return sources
