@@ -213,7 +213,7 @@ def test_crops_have_hints_that_a_checkpoint_finished(clips, tmp_path, tiny_news)
         ({"finished_by": "/not/there"}, "`finished_by` must be a checkpoint, but '/not/there'"),
         (
             {"finished_by": "madiff-compact"},
-            "`finished_by` must be a checkpoint whose decoder guesses motion, .*, but is 'madiff-compact'",
+            "`finished_by` must be a checkpoint whose decoder guesses motion and .*, but is 'madiff-compact'",
         ),
         ({"finished_by": "madiff-fast"}, "`size` must be a multiple of 32 .*, but is 56"),
         ({"composed_share": 1.5}, "`composed_share` must be from 0 to 1, but is 1.5"),
@@ -260,11 +260,21 @@ def test_flow_of_composed_scenes_is_exact(bank):
     assert ((layered["time"] > 0) & (layered["time"] < 1)).all()
 
 
-def test_clips_too_short_to_learn_from_are_left_out(clips, tmp_path):
+def test_clips_too_short_or_small_to_learn_from_are_left_out_by_name_and_damaged_ones_refused(clips, tmp_path, capsys):
     folder = tmp_path / "mixed"
     shutil.copytree(clips, folder)
     write_video(folder / "zz.mp4", drifting(2, 64, 96), range(2), Fraction(1, 25))
-    mixed, whole = FrameBank(str(folder), CPU, least=48), FrameBank(str(clips), CPU, least=48)
+    write_video(folder / "small.mkv", drifting(6, 32, 96), range(6), Fraction(1, 25))
+    mixed = FrameBank(str(folder), CPU, least=48)
+    printed = capsys.readouterr().err
+    whole = FrameBank(str(clips), CPU, least=48)
+    assert "smaller than 48 pixels or of fewer than three frames in a scene: small.mkv, zz.mp4" in printed
+    assert not capsys.readouterr().err
+    good = (folder / "small.mkv").read_bytes()
+    (folder / "small.mkv").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="`data`: cannot read .*small.mkv as a video: .*; mend it, or move it away"):
+        FrameBank(str(folder), CPU, least=48)
+    (folder / "small.mkv").write_bytes(good)
     assert torch.equal(mixed.textures(20, 48, generator()), whole.textures(20, 48, generator()))
     for path in folder.iterdir():
         path.unlink() if path.name != "zz.mp4" else None
@@ -552,17 +562,24 @@ def test_it_trains_on_hints_to_finish(config, clips, tmp_path):
     assert index["hint_source"] == "search" and index["guess_motion"] is True
 
 
-def test_it_trains_behind_a_checkpoint_that_finished_the_hints(config, clips, tmp_path, tiny_news):
-    settings = {"search": {"finest_scale": 1, "polish": False}}
-    pipeline = build_pipeline(
-        {**tiny_news, "hint_source": "search", "pipeline": {**tiny_news["pipeline"], "hint_settings": settings}}
-    )
+@pytest.mark.parametrize("settings", [None, {"search": {"finest_scale": 1, "polish": False}}])
+def test_it_trains_behind_a_checkpoint_that_finished_the_hints(config, clips, tmp_path, tiny_news, settings):
+    """What comes out samples as it was trained, whatever the configuration says."""
+    told = {**tiny_news["pipeline"], "hint_settings": settings}
+    pipeline = build_pipeline({**tiny_news, "hint_source": "search", "pipeline": told})
     pipeline.save_pretrained(tmp_path / "checkpoint")
     write_crops(str(clips), tmp_path / "crops", count=4, size=64, finished_by=str(tmp_path / "checkpoint"))
-    done = train(config, f"crops:{tmp_path / 'crops'}", tmp_path / "run", "--trained", "vqvae.decoder.head")
+    other = yaml.safe_load(config.read_text())
+    other["pipeline"]["hint_settings"] = {"search": {"finest_scale": 0}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    flags = ("--init", str(tmp_path / "checkpoint"), "--trained", "vqvae.decoder.head", "--max_train_steps", "2")
+    done = train(tmp_path / "other.yaml", f"crops:{tmp_path / 'crops'}", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
-    assert index["guess_motion"] is True and index["hint_settings"] == settings, "it samples as it was trained"
+    assert index["guess_motion"] is True and index.get("hint_settings") == settings
+    before, after = weights(tmp_path / "checkpoint"), weights(tmp_path / "run" / "pipeline")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("vqvae.decoder.head.") for name in moved)
 
 
 @pytest.mark.parametrize(

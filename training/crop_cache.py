@@ -44,9 +44,9 @@ class CropCache:
         device: where batches are wanted.
 
     Attributes:
-        hint_source, hint_settings: where the hints come from.
+        hint_source: where the hints come from.
         begun: whether they are only begun, to be finished from motion that a decoder guesses.
-        guessed: whether they are, or were finished so when the crops were made.
+        finished: whether a checkpoint finished them so when the crops were made, with `hint_settings` of the source.
 
     Raises:
         ValueError: if it is no such folder.
@@ -59,9 +59,9 @@ class CropCache:
         about = json.loads((root / "crops.json").read_text())
         self.hint_source: str = about["hint_source"]
         # Folders of former versions do not say these.
-        self.hint_settings: dict | None = about.get("hint_settings")
         self.begun: bool = about.get("begun", False)
-        self.guessed: bool = self.begun or bool(about.get("finished_by"))
+        self.finished: bool = bool(about.get("finished_by"))
+        self.hint_settings: dict | None = about.get("hint_settings")
         arrays = {name: np.load(root / f"{name}.npy", mmap_mode="r") for name in FILES}
         self.frames, self.hints, self.time = arrays["frames"], arrays["hints"], arrays["time"]
         self.size: int = self.frames.shape[-2]
@@ -166,7 +166,8 @@ def write_crops(
             ) from error
         if not getattr(pipeline.vqvae, "motion_scales", 0) or not finishes(pipeline.hints):
             raise ValueError(
-                f"`finished_by` must be a checkpoint whose decoder guesses motion, such as madiff-fast, but is {finished_by!r}."
+                "`finished_by` must be a checkpoint whose decoder guesses motion and whose hint source finishes it, such as madiff-fast, but "
+                f"is {finished_by!r}."
             )
         own, settings = pipeline.config.hint_source, pipeline.config.hint_settings
         if hint_source not in (None, own):

@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn as nn
@@ -42,7 +41,7 @@ from training.crop_cache import CropCache
 from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import gram_loss, lpips_loss
-from training.options import RunOptions, one_line_errors, option, parse_options
+from training.options import RunOptions, one_line_errors, option, parse_options, training_scheduler
 from training.trainer import Trainer
 from training.validation import image_scores, panel, to_frames, to_image, validation_windows
 
@@ -473,13 +472,14 @@ def main(argv: list[str] | None = None) -> None:
     if kind == "crops":
         cache = CropCache(folder, device)
         config["hint_source"] = cache.hint_source
-        if cache.hint_settings:
-            config["pipeline"]["hint_settings"] = cache.hint_settings
-        if config["pipeline"].get("guess_motion") and not cache.guessed:
+        guessed = cache.begun or cache.finished
+        if config["pipeline"].get("guess_motion") and not guessed:
             raise ValueError(
                 f"`guess_motion` needs crops with begun hints (training.crop_cache --begun, or --finished_by), which {folder} has not."
             )
-        config["pipeline"]["guess_motion"] = cache.guessed
+        config["pipeline"]["guess_motion"] = guessed
+        if cache.finished:
+            config["pipeline"]["hint_settings"] = cache.hint_settings
     if options.hints_until and trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"`hints_until` must be 0 with several processes, which wait for every network's gradients, but is {options.hints_until}."
@@ -488,8 +488,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
 
     # 1. models
-    scheduler_config = dict(config["scheduler"])
-    scheduler = getattr(diffusers, scheduler_config.pop("class"))(**scheduler_config)
+    scheduler = training_scheduler(config)
     bare = SamplerNetwork(*build_parts(config, options.init), scheduler).train()
     begins = tuple(options.trained.split(","))
     for begin in begins:
