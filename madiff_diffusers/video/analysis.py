@@ -99,13 +99,15 @@ class Analysis(NamedTuple):
     def showing_rate(self) -> Fraction:
         """
         Frames a second of a result that has but one rate: the source's own, or where its frames come at times of their own, one at
-        which at least three of four of them last for a frame or more, up to `MOST_SHOWING_RATE` unless they come faster in the mean.
+        which at least three of four of them last for a frame or nearly so, up to `MOST_SHOWING_RATE` unless they come faster in the mean.
         """
         if self.regular:
             return self.rate
         boundaries = [*self.starts, self.end]
         lengths = sorted(b - a for a, b in zip(boundaries, boundaries[1:]))
         quick = 1 / (lengths[len(lengths) // 4] * self.unit)
+        if abs(quick - round(quick)) < quick / 100:  # as of a camera whose 30 frames a second are not quite even
+            quick = Fraction(round(quick))
         return max(self.rate, min(quick, MOST_SHOWING_RATE)).limit_denominator(1000)
 
 
