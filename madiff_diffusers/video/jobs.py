@@ -422,48 +422,33 @@ def make_video(
     with progress_bar(show, "reading") as bar:
         job = VideoJob(pipeline, source, output, VideoOptions(**options), keep_partial, bar.update)
     with _alone(job) if rank == 0 else nullcontext():
-        return _made(job, resume, overwrite, keep_partial, preview, show, count, rank, wait)
-
-
-def _made(
-    job: VideoJob,
-    resume: bool,
-    overwrite: bool,
-    keep_partial: bool,
-    preview: Path | None,
-    show: bool | Progress,
-    count: int,
-    rank: int,
-    wait: Callable[[], object],
-) -> VideoResult:
-    """Make a job's video, as the process `rank` of `count`, which `wait` for each other."""
-    if rank == 0:
-        with _naming(job.output):
-            job.prepare(resume, overwrite, preview)
-    wait()
-    made = 0
-    try:
-        mine = job.parts[rank::count]
-        finished = sum(part.count for part in mine if is_complete(job.path(part)))
-        with progress_bar(show, job.output.name, sum(part.count for part in mine), finished) as bar:
-            made = job.make_parts(mine, None if rank else preview, bar.update)
+        if rank == 0:
+            with _naming(job.output):
+                job.prepare(resume, overwrite, preview)
         wait()
-        if rank == 0 and job.is_cut_short:
-            partial = job.save_partial()
-            shutil.rmtree(job.folder)
-            raise VideoError(f"{job.analysis.damage[0]}; what is good is in {partial}")
-        notes = job.finish() if rank == 0 else []
-    except BaseException as error:
-        if rank == 0 and job.folder.exists():
-            if keep_partial and not isinstance(error, VideoError):
-                with suppress(OSError, av.FFmpegError):  # the disk may be full; the parts stay
-                    job.save_partial()
-            if not job.done():
-                shutil.rmtree(job.folder, ignore_errors=True)
-        with _naming(job.output):
-            raise
-    wait()
-    return VideoResult(job.output, len(job.timeline), made, notes)
+        made = 0
+        try:
+            mine = job.parts[rank::count]
+            finished = sum(part.count for part in mine if is_complete(job.path(part)))
+            with progress_bar(show, job.output.name, sum(part.count for part in mine), finished) as bar:
+                made = job.make_parts(mine, None if rank else preview, bar.update)
+            wait()
+            if rank == 0 and job.is_cut_short:
+                partial = job.save_partial()
+                shutil.rmtree(job.folder)
+                raise VideoError(f"{job.analysis.damage[0]}; what is good is in {partial}")
+            notes = job.finish() if rank == 0 else []
+        except BaseException as error:
+            if rank == 0 and job.folder.exists():
+                if keep_partial and not isinstance(error, VideoError):
+                    with suppress(OSError, av.FFmpegError):  # the disk may be full; the parts stay
+                        job.save_partial()
+                if not job.done():
+                    shutil.rmtree(job.folder, ignore_errors=True)
+            with _naming(job.output):
+                raise
+        wait()
+        return VideoResult(job.output, len(job.timeline), made, notes)
 
 
 @contextmanager
