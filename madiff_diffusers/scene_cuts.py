@@ -12,9 +12,8 @@ RATIO = 3.0  # How many times as much as the frames around it a cut changes, at 
 REACH = 2  # The number of changes on each side that a cut is compared with.
 REPEATED = 0.002  # Half a grey level: a frame that changes less repeats the one before it.
 MOST_REPEATS = 3  # So many repetitions in a row, as of animation drawn on fours, are motion sampled less often; more are a still picture.
-LOOK_AHEAD = REACH * (
-    MOST_REPEATS + 1
-)  # The number of frames behind a cut that may decide on it, and of those before it.
+# The number of frames behind a cut that may decide on it, and of those before it.
+LOOK_AHEAD = REACH * (MOST_REPEATS + 1)
 
 
 def find_cuts(frames: Sequence[np.ndarray]) -> list[int]:
