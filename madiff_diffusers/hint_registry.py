@@ -209,7 +209,10 @@ def build_hint_source(
         if i2e is None:
             stack["events"] = NullHints(left)
         else:
-            stack["events"] = EventHints(i2e, tiling, event_scale)
+            try:
+                stack["events"] = EventHints(i2e, tiling, event_scale, **settings.get("events", {}))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`hint_source` 'events' cannot be built: {type(error).__name__}: {error}") from error
     sources = [stack[part] for part in parts]
     return sources[0] if len(sources) == 1 else StackedHints(sources)
 
@@ -286,6 +289,8 @@ def describe_hint_source(
                     f"A checkpoint cannot hold event hints whose `scale` is {part.scale!r}, but of {', '.join(map(str, SCALES))}."
                 )
             names.append("events")
+            if isinstance(part, EventHints) and part.between:
+                settings["events"] = dict(part.config)
         elif kind is ModelHints and isinstance(part, ModelHints) and part.model is hint_model:
             names.append("model")
         elif kind is FlowHints and isinstance(part, FlowHints):

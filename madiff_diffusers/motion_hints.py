@@ -81,17 +81,27 @@ class EventHints:
         i2e: the model.
         tiling: runs the model by tiles; heights and widths of frames must then be multiples of its `multiple`.
         scale: the model sees frames this many times smaller; their events are then spread over as many pixels.
+        between: before there is a guess, give the events between both neighbours, cut at the instant, in the place of zeros.
+
+    Raises:
+        ValueError: if `between` is neither true nor false.
     """
 
     device_bound = True
 
-    def __init__(self, i2e: ModelMixin, tiling: Tiling | None = None, scale: int = 1):
-        self.i2e, self.tiling, self.scale = i2e, tiling, scale
+    def __init__(self, i2e: ModelMixin, tiling: Tiling | None = None, scale: int = 1, between: bool = False):
+        if type(between) is not bool:
+            raise ValueError(f"`between` must be true or false, but is {between!r}.")
+        self.i2e, self.tiling, self.scale, self.between = i2e, tiling, scale, between
+        self.config = {"between": between}
         self.hint_channels: int = 2 * i2e.config.num_bins
 
     def events(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> HintPair:
         """Events from two batches of first frames to two of second frames, towards the previous and the next neighbour."""
-        pair = [to_grey(torch.cat(list(frames))) for frames in (first, second)]
+        return halves(self._volume(torch.cat(list(first)), torch.cat(list(second))))
+
+    def _volume(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        pair = [to_grey(frames) for frames in (first, second)]
         if self.scale > 1:
             pair = [F.avg_pool2d(frames, self.scale) for frames in pair]
         pair = [frames.to(self.i2e.dtype) for frames in pair]
@@ -103,15 +113,34 @@ class EventHints:
         events = events.float()
         if self.scale > 1:
             events = F.interpolate(events, scale_factor=float(self.scale), mode="nearest")
-        hints_prev, hints_next = events.chunk(2)
-        return hints_prev, hints_next
+        return events
 
     def start(self, frame_prev: torch.Tensor, frame_next: torch.Tensor, time: float = 0.5) -> HintPair:
-        """Null hints: there is no middle frame to see events towards yet."""
-        return null_hints(frame_prev, self.hint_channels)
+        """Null hints, since there is no middle frame to see events towards yet; or, `between` the neighbours, their events before the instant
+        and after it."""
+        if not self.between:
+            return null_hints(frame_prev, self.hint_channels)
+        volume = self._volume(frame_prev, frame_next)
+        return cut_events(volume, 0.0, time), cut_events(volume, time, 1.0)
 
     def from_guess(self, frame_prev: torch.Tensor, frame_mid: torch.Tensor, frame_next: torch.Tensor) -> HintPair:
         return self.events((frame_prev, frame_mid), (frame_mid, frame_next))
+
+
+def cut_events(volume: torch.Tensor, begin: float, end: float) -> torch.Tensor:
+    """The part of an event volume `(B, 2 * bins, H, W)`, see [`EventGANModel`], between two of its instants in [0, 1], as a volume of its own:
+    as many bins, from `begin` to `end`. Between the middles of bins, events come as often as linear interpolation says."""
+    bins = volume.shape[1] // 2
+    if bins == 1:
+        return volume * (end - begin)
+    number = torch.arange(bins, device=volume.device, dtype=volume.dtype)
+    middles = begin * (bins - 1) + (end - begin) * number  # of the new bins, in old ones
+    share = (1 - (middles[:, None] - number).abs()).clamp(min=0)  # [new,old]
+    # The first and the last bin count half of the time that others do.
+    time = torch.ones_like(number)
+    time[:1], time[-1:] = 0.5, 0.5
+    cut = share * ((end - begin) * time[:, None] / time)
+    return torch.einsum("no,bpohw->bpnhw", cut, volume.unflatten(1, (2, bins))).flatten(1, 2)
 
 
 class FlowHints:

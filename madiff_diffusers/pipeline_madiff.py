@@ -74,8 +74,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             only the result is decoded at full size. 1 is the paper's.
         event_scale (`int`): event hints are extracted from frames this many times smaller (1, 2, 4 or 8); 1 is the paper's.
         default_recursive (`bool`): what `recursive=None` stands for.
-        hint_settings (`dict`, *optional*): arguments of the constructors of `"search"` and of hint sources that are not this package's,
-            by their names in `hint_source`.
+        hint_settings (`dict`, *optional*): arguments of the constructors of `"search"`, of hint sources that are not this package's, and of
+            `"events"` (`between` alone), by their names in `hint_source`.
         guess_motion (`bool`): take hints from the motion that the decoder makes of the latents and the hints so far, in the place of the guessed
             frame: before the first step, of latents of zeros and the hints that a source begins with. So with sources that can `begin` and
             `finish` hints, such as `"search"`; others are asked as without it.

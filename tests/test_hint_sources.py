@@ -26,7 +26,7 @@ from madiff_diffusers import (
 )
 from madiff_diffusers.hint_registry import _SOURCES, TRAVELLING
 from madiff_diffusers.motion_hints import NullHints
-from tests.conftest import REPOSITORY, build_pipeline, load_config, moving_picture
+from tests.conftest import REPOSITORY, build_pipeline, excite, load_config, moving_picture
 from tests.local_hub import local_hub
 from tests.processes import run_python
 
@@ -268,6 +268,43 @@ def test_event_hints_keep_the_scale_that_they_were_assigned_with(checkpoint, tmp
     pipeline.hints = StackedHints([EventHints(pipeline.i2e, scale=3), FlowHints()])
     with pytest.raises(ValueError, match="cannot hold event hints whose `scale` is 3, but of 1, 2, 4, 8"):
         pipeline.save_pretrained(tmp_path / "other")
+
+
+def test_event_hints_keep_what_they_start_from(pair, tmp_path):
+    settings = {"events": {"between": True}}
+    pipeline = build_pipeline(config_for("events", 18, hint_settings=settings))
+    excite(pipeline.i2e)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.hints.between
+
+    def made(pipe: MADiffPipeline) -> torch.Tensor:
+        return pipe(*pair, hint_policy="start", generator=torch.Generator().manual_seed(0), output_type="pt").frames
+
+    frames = made(pipeline)
+    pipeline.save_pretrained(tmp_path / "built")
+    loaded = MADiffPipeline.from_pretrained(tmp_path / "built")
+    assert loaded.config.hint_settings == settings and loaded.hints.between
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(made(loaded), frames)
+    loaded.hints = EventHints(loaded.i2e)
+    assert not torch.equal(made(loaded), frames)
+    loaded.save_pretrained(tmp_path / "plain")
+    assert not MADiffPipeline.from_pretrained(tmp_path / "plain").hints.between
+    pipeline.hints = EventHints(pipeline.i2e, between=True)
+    pipeline.save_pretrained(tmp_path / "assigned")
+    assert MADiffPipeline.from_pretrained(tmp_path / "assigned").hints.between
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"between": "yes"}, "`between` must be true or false, but is 'yes'"),
+        ({"bins": 3}, "unexpected keyword argument 'bins'"),
+    ],
+)
+def test_settings_of_event_hints_that_they_do_not_have_are_named(settings, message):
+    with pytest.raises(ValueError, match=f"`hint_source` 'events' cannot be built: .*{message}"):
+        build_pipeline(config_for("events", 18, hint_settings={"events": settings}))
 
 
 def test_without_i2e_event_hints_are_zeros(checkpoint, pair, tmp_path):

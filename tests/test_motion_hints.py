@@ -7,7 +7,7 @@ import torch
 
 from madiff_diffusers import EventGANModel, EventHints, FlowHints, StackedHints, build_hint_source
 from madiff_diffusers.evaluation.hint_policies import from_neighbours
-from madiff_diffusers.motion_hints import damp_hints
+from madiff_diffusers.motion_hints import cut_events, damp_hints
 from madiff_diffusers.optical_flow import dis_flow, single_threaded_opencv
 from madiff_diffusers.vq_magan import warp
 from tests.conftest import drifting, moving_patch, moving_picture
@@ -97,6 +97,45 @@ def test_event_hints_start_from_nothing_and_run_towards_the_future(i2e):
         assert torch.allclose(hints_next, i2e(grey[1], grey[2]).events, atol=1e-5)
         for hints in from_neighbours(source, prev, next_):
             assert torch.allclose(hints, i2e(grey[0], grey[2]).events, atol=1e-5)
+
+
+def volume_of(times: torch.Tensor, begin: float, end: float, bins: int = 9) -> torch.Tensor:
+    """Events at those times, all of one pixel, those that become brighter in two thirds of the cases, as a volume from `begin` to `end`."""
+    inside = times[(times >= begin) & (times <= end)]
+    places = (bins - 1) * (inside - begin) / (end - begin)
+    counts = (1 - (places[:, None] - torch.arange(bins)).abs()).clamp(min=0).sum(0)
+    return torch.cat([2 / 3 * counts, counts / 3]).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("begin, end", [(0.0, 0.5), (0.5, 1.0), (0.0, 0.3), (0.3, 1.0), (0.25, 0.75), (0.0, 1.0)])
+def test_events_are_cut_to_those_between_two_instants(begin, end):
+    # Ever more events as time goes on, at a rate that is linear and twice as high at the end.
+    times = (1 + 3 * torch.linspace(0, 1, 40001)).sqrt() - 1
+    whole, part = volume_of(times, 0, 1), volume_of(times, begin, end)
+    cut = cut_events(whole, begin, end)
+    assert cut.shape == whole.shape
+    assert torch.allclose(cut, part, rtol=0.03)
+    assert cut.sum().item() == pytest.approx(part.sum().item(), rel=0.02)
+
+
+def test_events_of_one_bin_are_cut_by_their_share_of_time():
+    assert torch.equal(cut_events(torch.full((1, 2, 1, 1), 8.0), 0.25, 1.0), torch.full((1, 2, 1, 1), 6.0))
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_event_hints_may_start_from_the_events_between_the_neighbours(i2e, scale):
+    prev, mid, next_ = drifting(-1, 0, 1)
+    source, plain = EventHints(i2e, scale=scale, between=True), EventHints(i2e, scale=scale)
+    with torch.no_grad():
+        whole = from_neighbours(plain, prev, next_)[0]
+        for time in (0.25, 0.5):
+            hints_prev, hints_next = source.start(prev, next_, time)
+            assert torch.allclose(hints_prev, cut_events(whole, 0.0, time), atol=1e-6)
+            assert torch.allclose(hints_next, cut_events(whole, time, 1.0), atol=1e-6)
+        # The nearer in time, the fewer of the events lie between.
+        assert source.start(prev, next_, 0.25)[0].sum() < source.start(prev, next_, 0.75)[0].sum()
+        for one, other in zip(source.from_guess(prev, mid, next_), plain.from_guess(prev, mid, next_)):
+            assert torch.equal(one, other)
 
 
 def test_a_stack_holds_its_sources_side_by_side_with_flow_last(i2e):

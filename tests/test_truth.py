@@ -23,7 +23,7 @@ def batch_of(truth: float) -> dict:
 
 
 def hints(pipeline: MADiffPipeline, truth: float, probability: float, guess_share: float) -> torch.Tensor:
-    shares = (probability, guess_share, 2, False)
+    shares = (probability, guess_share, 2, 0.0, False)
     with torch.no_grad():
         drawn = draw_hints(pipeline.vqvae, pipeline.hints, batch_of(truth), *shares, torch.Generator().manual_seed(0))
     return torch.cat(drawn)
@@ -60,9 +60,20 @@ class OneTensor:
 def test_hints_of_a_source_are_not_written_into(pipeline):
     source = OneTensor()
     prev, next_ = draw_hints(
-        pipeline.vqvae, source, batch_of(0.0), 1.0, 0.0, 1, False, torch.Generator().manual_seed(0)
+        pipeline.vqvae, source, batch_of(0.0), 1.0, 0.0, 1, 0.0, False, torch.Generator().manual_seed(0)
     )
     assert (prev == -3).all() and (next_ == 3).all() and not source.start_hints.any()
+
+
+@pytest.mark.parametrize("absent, zeros", [(0.0, 0), (0.5, 1), (1.0, 2)])
+def test_a_share_of_start_hints_is_left_out(pipeline, absent, zeros):
+    source = OneTensor()
+    source.start_hints += 1
+    hints = draw_hints(
+        pipeline.vqvae, source, batch_of(0.0), 0.0, 0.0, 1, absent, False, torch.Generator().manual_seed(0)
+    )
+    for side in hints:
+        assert sorted(each.mean().item() for each in side) == [0.0] * zeros + [1.0] * (2 - zeros)
 
 
 @pytest.mark.parametrize("two_steps", [False, True])

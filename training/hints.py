@@ -39,11 +39,12 @@ def draw_hints(
     probability: float,
     guess_share: float,
     guess_rounds: int,
+    absent_share: float,
     damped: bool,
     generator: torch.Generator,
 ) -> HintPair:
     """Motion hints for each sample of a batch: with `probability` refined ones, of which a share of `guess_share` comes
-    from a decoded guess and the rest from the true middle frame; start hints otherwise.
+    from a decoded guess and the rest from the true middle frame; start hints otherwise, or zeros for a share of `absent_share` of those.
 
     Sampling never sees the true middle frame. A guess is made as it makes one: decoded from latents of any quality with
     start hints, and then, up to `guess_rounds` times in all, with the hints that the guess before gave, `damped` or not.
@@ -54,10 +55,12 @@ def draw_hints(
     # Counts are drawn rather than each sample's fate, so that a batch comes in two sizes at most: for convolutions,
     # every new size is a new kernel to be made.
     order = torch.randperm(len(mid), generator=generator).to(mid.device)
-    guessed, true = (
-        int(len(mid) * share + torch.rand((), generator=generator).item())
-        for share in (probability * guess_share, probability * (1 - guess_share))
-    )
+
+    def drawn(share: float) -> int:
+        return int(len(mid) * share + torch.rand((), generator=generator).item())
+
+    guessed, true = drawn(probability * guess_share), drawn(probability * (1 - guess_share))
+    absent = drawn((1 - probability) * absent_share) if absent_share else 0
     rounds = int(torch.randint(1, guess_rounds + 1, (), generator=generator))
     chosen = order[:guessed]
     for number in range(1, 1 + (rounds if len(chosen) else 0)):
@@ -78,6 +81,8 @@ def draw_hints(
     chosen = order[guessed : guessed + true]
     if len(chosen):
         hints_prev[chosen], hints_next[chosen] = source.from_guess(prev[chosen], mid[chosen], next_[chosen])
+    chosen = order[guessed + true : guessed + true + absent]
+    hints_prev[chosen], hints_next[chosen] = 0.0, 0.0
     return hints_prev, hints_next
 
 

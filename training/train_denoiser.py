@@ -61,6 +61,7 @@ class DenoiserOptions(RunOptions):
         0.0, "share of the refined hints that comes from a guess and not from the true middle frame", least=0, most=1
     )
     guess_rounds: int = option(1, "such a guess is refined up to this many times", least=1)
+    absent_share: float = option(0.0, "share of the start hints that zeros take the place of", least=0, most=1)
 
 
 def load_unet(folder: str) -> UNet2DModel:
@@ -148,7 +149,13 @@ def main(argv: list[str] | None = None) -> None:
             frames = torch.cat([batch["frame_mid"], batch["frame_prev"], batch["frame_next"]])
             latents = vqvae.encode(frames).latents  # [3B,C,h,w]
             mid, prev, next_ = (each * vqvae.config.scaling_factor for each in latents.chunk(3))
-            shares = (1 - options.hint_dropout, options.guess_share, options.guess_rounds, damped)
+            shares = (
+                1 - options.hint_dropout,
+                options.guess_share,
+                options.guess_rounds,
+                options.absent_share,
+                damped,
+            )
             hints = draw_hints(vqvae, source, batch, *shares, generator)
             hints = [vqvae.resize_hints(each, mid.shape[-2:]) for each in hints]
 

@@ -70,6 +70,7 @@ class VQMAGANOptions(RunOptions):
         0.0, "share of the refined hints that comes from a guess and not from the true middle frame", least=0, most=1
     )
     guess_rounds: int = option(1, "such a guess is refined up to this many times", least=1)
+    absent_share: float = option(0.0, "share of the start hints that zeros take the place of", least=0, most=1)
     latent_noise: float = option(
         0.0, "noise on the latents, uniform up to this many of their standard deviations per sample", least=0
     )
@@ -234,7 +235,13 @@ def main(argv: list[str] | None = None) -> None:
         }
         prev, truth, next_ = batch["frame_prev"], batch["frame_mid"], batch["frame_next"]
         with torch.no_grad():
-            shares = (options.hint_probability, options.guess_share, options.guess_rounds, damped)
+            shares = (
+                options.hint_probability,
+                options.guess_share,
+                options.guess_rounds,
+                options.absent_share,
+                damped,
+            )
             hints = draw_hints(bare_model, source, batch, *shares, generator)
             hints = [each.contiguous(memory_format=layout) for each in hints]
             noise = latent_noise(bare_model, truth, options.latent_noise, generator)
