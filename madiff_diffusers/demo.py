@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 import os
 import signal
 import tempfile
@@ -34,6 +35,9 @@ CLEAN_SECONDS = 600  # between looks for old uploads and results
 KEEP_SECONDS = 3600  # that these stay; those of a page that is closed, too
 
 SINGLE = "one at a time"  # the pipeline's, whatever page asks it
+
+UNFINISHED = '<span class="madiff-unfinished"></span>'  # in every status of work that is not done
+WAITING = f"{UNFINISHED}Waiting …"
 
 EXAMPLE = [Path(__file__).parent / "examples" / f"{name}.jpg" for name in ("prev", "next")]
 
@@ -112,12 +116,12 @@ class Work:
     def _html(self) -> str:
         name, done, total = self._told
         if total is None:
-            return f"Reading: {done} frames …" if done else "Beginning …"
+            return UNFINISHED + (f"Reading: {done} frames …" if done else "Beginning …")
         gone, left = time.monotonic() - self._begun, ""
         if done > self._first:
             seconds = round(gone / (done - self._first) * (total - done))
             left = f", {seconds // 60}:{seconds % 60:02} left"
-        return f'<progress max="{total}" value="{done}" style="width:100%;accent-color:#f97316"></progress> {done} of {total} frames{left}'
+        return f'{UNFINISHED}<progress max="{total}" value="{done}" style="width:100%;accent-color:#f97316"></progress> {done} of {total} frames{left}'
 
 
 class Demo:
@@ -195,22 +199,27 @@ class Demo:
                 video_status = gr.HTML(elem_id="video-status", min_height=40)
 
             one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": SINGLE, "show_progress": "hidden"}
-            make.click(self._make_pair, [prev, next_, count], [frames, pair_status, shown, compare, instant], **one)
+            wait = f"() => {json.dumps(WAITING)}"
+            pair_work = make.click(None, outputs=pair_status, js=wait).then(
+                self._make_pair, [prev, next_, count], [frames, pair_status, shown, compare, instant], **one
+            )
             moved: dict[str, Any] = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
             instant.input(show_instant, [frames, instant], [shown, compare], **moved)
-            smooth.click(self._make_video, [video, fps, slow], [result, download, video_status], **one)
-            for button, status in ((cancel_pair, pair_status), (cancel_video, video_status)):
-                button.click(self._cancel, outputs=status, queue=False)
+            video_work = smooth.click(None, outputs=video_status, js=wait).then(
+                self._make_video, [video, fps, slow], [result, download, video_status], **one
+            )
+            # Gradio takes what waits out of the queue, and closes what runs, which stops the work.
+            for cancel, status, work in (
+                (cancel_pair, pair_status, pair_work),
+                (cancel_video, video_status, video_work),
+            ):
+                cancel.click(stopped, status, status, queue=False, cancels=[work], show_progress="hidden")
             page.unload(self._stop)
         return page.queue(max_size=limits.waiting)
 
     def _stop(self, request: gr.Request) -> None:
         if request.session_hash in self._works:
             self._works[request.session_hash].stop()
-
-    def _cancel(self, request: gr.Request) -> Any:
-        self._stop(request)
-        return "Stopping …" if request.session_hash in self._works else gr.skip()
 
     def _follow(self, request: gr.Request, make: Callable[[Progress], Any]) -> Iterator[tuple[str | None, Any]]:
         """Messages for the page, each with None; at the end None with the result."""
@@ -285,7 +294,7 @@ class Demo:
                         self.pipeline, source, output, fps=rate, slow_motion=Fraction(str(slow)), progress=tell
                     )
 
-                yield [*nothing, "Beginning …"]
+                yield [*nothing, f"{UNFINISHED}Beginning …"]
                 for said, made in self._follow(request, make):
                     if said is not None:
                         yield [gr.skip(), gr.skip(), said]
@@ -336,6 +345,11 @@ def picture_file(**settings: Any) -> gr.Image:
     # On the object, not in a subclass, for which Gradio writes files beside the code.
     setattr(picture, "preprocess", lambda payload: None if payload is None else payload.path)
     return picture
+
+
+def stopped(status: str | None) -> Any:
+    """What a status becomes where the work is cancelled; one of work that is done stays."""
+    return "Stopped." if UNFINISHED in (status or "") else gr.skip()
 
 
 def show_instant(frames: list[Image.Image], instant: float) -> tuple[Any, Any]:

@@ -183,7 +183,7 @@ def build_hint_source(
             `hint_model`.
     """
     parts, settings = hint_parts(name), settings or {}
-    surplus = sorted(set(settings) - set(parts))
+    surplus = sorted(set(settings) - (set(parts) - {"model"}))
     if surplus:
         raise ValueError(f"`hint_settings` must be for parts of `hint_source` {name!r}, but has {', '.join(surplus)}.")
     stack: dict[str, HintSource] = {}
@@ -291,6 +291,8 @@ def describe_hint_source(
             names.append("events")
             if isinstance(part, EventHints) and part.between:
                 settings["events"] = dict(part.config)
+            elif kind is NullHints and known is not None and known[number]:
+                settings["events"] = known[number]
         elif kind is ModelHints and isinstance(part, ModelHints) and part.model is hint_model:
             names.append("model")
         elif kind is FlowHints and isinstance(part, FlowHints):
@@ -299,6 +301,11 @@ def describe_hint_source(
             names.append("search")
             if part.config != SearchHints().config:
                 settings["search"] = dict(part.config)
+        elif kind in (EventHints, ModelHints):
+            which = "`i2e`" if kind is EventHints else "`hint_model`"
+            raise ValueError(
+                f"A checkpoint cannot hold {kind.__name__} of another {which} than the pipeline's: assign `hints` made of that."
+            )
         else:
             name = saved_name(kind)
             config = dict(getattr(part, "config", None) or {}) if known is None else known[number]

@@ -72,7 +72,7 @@ def model_card(
     if is_pipeline:
         config = model.config
         blocks.append(
-            f"Motion hints come from {config.hint_source}. Unless told otherwise: {type(model.scheduler).__name__}, `num_inference_steps` "
+            f"Motion hints come from {model._describe_hints()[0]}. Unless told otherwise: {type(model.scheduler).__name__}, `num_inference_steps` "
             f"{config.default_num_inference_steps}, `hint_interval` {config.default_hint_interval}, `hint_policy` {config.default_hint_policy}."
         )
     blocks += sections

@@ -31,6 +31,7 @@ HintPair = tuple[torch.Tensor, torch.Tensor]
 
 SCALES = (1, 2, 4, 8)  # how many times smaller frames may be seen for events, or for guesses
 FLOW_BYTES, FINE_FLOW_BYTES = 60, 215  # buffers of DIS for each pixel, measured on 2560x1440
+SLICES = 64  # of a bin of events, over which its events are summed up where it is cut
 MOST_FLOW_BYTES = 2**32  # of all flows at once: two of 3840x2160
 
 
@@ -134,12 +135,16 @@ def cut_events(volume: torch.Tensor, begin: float, end: float) -> torch.Tensor:
     if bins == 1:
         return volume * (end - begin)
     number = torch.arange(bins, device=volume.device, dtype=volume.dtype)
-    middles = begin * (bins - 1) + (end - begin) * number  # of the new bins, in old ones
-    share = (1 - (middles[:, None] - number).abs()).clamp(min=0)  # [new,old]
+    slices = torch.arange(SLICES * (bins - 1), device=volume.device, dtype=volume.dtype)
+    places = (slices + 0.5) / SLICES  # in new bins
+    new, old = (
+        (1 - (each - number[:, None]).abs()).clamp(min=0)
+        for each in (places, begin * (bins - 1) + (end - begin) * places)
+    )
     # The first and the last bin count half of the time that others do.
     time = torch.ones_like(number)
     time[:1], time[-1:] = 0.5, 0.5
-    cut = share * ((end - begin) * time[:, None] / time)
+    cut = new @ old.T * ((end - begin) / SLICES) / time  # [new,old]
     return torch.einsum("no,bpohw->bpnhw", cut, volume.unflatten(1, (2, bins))).flatten(1, 2)
 
 

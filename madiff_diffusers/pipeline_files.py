@@ -112,7 +112,8 @@ class CheckpointPipeline(_Base):
         # Diffusers hands on only parts of the very class that a constructor names; ours must take them wherever their code lies.
         parts = {name: part for name, part in pipeline.components.items() if name in cls._get_signature_keys(cls)[0]}
         made = super().from_pipe(pipeline, **{**parts, **kwargs})
-        made._hints = getattr(pipeline, "_hints", None)
+        if not {"hint_source", "hint_settings", "i2e", "hint_model"} & set(kwargs):  # of which other hints are made
+            made._hints = getattr(pipeline, "_hints", None)
         return made
 
     @classmethod
@@ -199,6 +200,14 @@ class CheckpointPipeline(_Base):
                 "`safe_serialization` must be True and `use_flashpack` False: weights are written as safetensors alone."
             )
         self._describe_hints()
+        # Diffusers goes on taking for none what took the place of none.
+        self.register_modules(
+            **{
+                name: part
+                for name, part in self.components.items()
+                if part is not None and self.config[name][0] is None
+            }
+        )
         if hub and not push_to_hub:
             raise TypeError(f"`save_pretrained` takes {', '.join(hub)} with `push_to_hub=True` alone.")
         folder = Path(save_directory)

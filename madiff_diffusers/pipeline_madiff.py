@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from numbers import Rational
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -192,6 +194,13 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
     def disable_tiling(self) -> None:
         """Undo `enable_tiling`."""
         self.tiling = None
+
+    def enable_group_offload(
+        self, *args: Any, exclude_modules: str | Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        """As [`~DiffusionPipeline.enable_group_offload`], but `vqvae` stays whole: its parts are called in other ways than by `forward`."""
+        others = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        super().enable_group_offload(*args, exclude_modules=sorted({"vqvae", *others}), **kwargs)
 
     def compile(self, **options: Any) -> None:
         """
@@ -486,11 +495,12 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             # 4.3 the caller's turn, frame by frame
             if sampling.callback is not None:
                 tensors = {"latents": latents, "hints_prev": hints[0], "hints_next": hints[1]}
+                untouched = latents.clone() if last else latents
                 replaced = call_back(sampling.callback, sampling.callback_inputs, self, i, t, tensors, batch_size)
                 hints = (replaced.get("hints_prev", hints[0]), replaced.get("hints_next", hints[1]))
-                if "latents" in replaced:
-                    latents = replaced["latents"]
-                    clean = latents if last else clean
+                latents = replaced.get("latents", latents)
+                if last and not torch.equal(latents, untouched):  # replaced, or written into
+                    clean = latents
             progress_bar.update(count)
 
         # 5. The frames.
@@ -500,11 +510,16 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 def _compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`torch.compile` of a method, which `compiled_from` of the result names. With CUDA graphs, what it gives is copied: the next replay
     writes into the same memory, and features of a frame are read by more than one pair."""
-    compiled = torch.compile(method, **options)
+    function, owner = getattr(method, "__func__", method), getattr(method, "__self__", None)
+    is_hooked = function.__code__ is apply_forward_hook(_copied).__code__
+    # What is compiled anew for other shapes is counted by function, and all that are wrapped so would be one and the same.
+    compiled = torch.compile(types.MethodType(function.__wrapped__, owner) if is_hooked else method, **options)
     replays = options.get("mode") in ("reduce-overhead", "max-autotune")
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if is_hooked and hasattr(getattr(owner, "_hf_hook", None), "pre_forward"):
+            owner._hf_hook.pre_forward(owner)
         result = compiled(*args, **kwargs)
         return _copied(result) if replays else result
 

@@ -158,3 +158,16 @@ def test_a_compiled_pipeline_makes_the_same_frames(news, options, pair):
     assert torch.allclose(found, expected, atol=1e-3), (found - expected).abs().max()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs >= (4 if news else 3), "a graph for each method that is called, and not for `forward` alone"
+
+
+def test_a_compiled_pipeline_takes_many_sizes_and_pairs():
+    """Each method is compiled anew so many times on its own."""
+    vqvae, unet, scheduler, _ = build(load_tiny_news())
+    pipeline = MADiffPipeline(vqvae.eval(), unet.eval(), scheduler, hint_source="search", guess_motion=True)
+    pipeline.set_progress_bar_config(disable=True)
+    torch._dynamo.reset()
+    pipeline.compile(backend="eager", fullgraph=True)  # which raises where there would be one too many
+    for count, height, width in ((1, 64, 96), (1, 96, 64), (2, 64, 96), (1, 128, 160)):
+        frames = torch.rand(2, count, 3, height, width)
+        made = pipeline(*frames, num_inference_steps=2, num_frames=3, frames_per_batch=count, output_type="pt").frames
+        assert made.shape == (count, 3, 3, height, width)

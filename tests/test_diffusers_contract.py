@@ -173,6 +173,15 @@ def test_from_pipe_shares_the_components(pipeline, pair):
     assert torch.equal(make(other, pair), make(pipeline, pair))
 
 
+def test_what_takes_the_place_of_none_is_saved(pipeline, pair, tmp_path):
+    expected, i2e = make(pipeline, pair), pipeline.i2e
+    pipeline.i2e = None
+    pipeline.i2e = i2e
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = MADiffPipeline.from_pretrained(tmp_path / "saved")
+    assert loaded.i2e is not None and torch.equal(make(loaded, pair), expected)
+
+
 # ---- called ----
 
 
@@ -201,12 +210,13 @@ def test_to_moves_every_network(pipeline):
         lambda pipe: pipe.enable_attention_slicing(),
         lambda pipe: pipe.enable_attention_slicing("max"),
         lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
         lambda pipe: pipe.enable_group_offload(
-            torch.device("cpu"), offload_type="leaf_level", exclude_modules=["vqvae"]
+            torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, exclude_modules="i2e"
         ),
         lambda pipe: [getattr(pipe, name).to(memory_format=torch.channels_last) for name in NETWORKS],
     ],
-    ids=["slicing", "max slicing", "model offload", "group offload", "channels_last"],
+    ids=["slicing", "max slicing", "model offload", "group offload", "group offload of blocks", "channels_last"],
 )
 def test_helpers_keep_the_frames(enable, pipeline, pair):
     expected = make(pipeline, pair)

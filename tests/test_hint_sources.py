@@ -147,8 +147,10 @@ def test_an_assigned_source_survives_and_goes_on_to_other_pipelines(toy, pair, t
     expected = made_here(pipeline, pair)
     assert not torch.equal(expected, flow)
     assert torch.equal(made_here(MADiffPipeline.from_pipe(pipeline), pair), expected)
+    assert torch.equal(made_here(MADiffPipeline.from_pipe(pipeline, hint_source="flow"), pair), flow), "as is asked"
     pipeline.save_pretrained(tmp_path / "saved")
     made = made_elsewhere(tmp_path / "saved", pair, tmp_path)
+    assert f"Motion hints come from {toy}." in (tmp_path / "saved" / "README.md").read_text()
     assert alike(made["frames"], expected) and made["source"] == toy and made["settings"] == {toy: {"scale": 2.0}}
     pipeline.hints = None
     assert torch.equal(made_here(pipeline, pair), flow)
@@ -177,7 +179,7 @@ def test_what_does_not_fit_is_refused_where_it_is_set(pipeline, toy, tmp_path):
     ):
         pipeline.save_pretrained(tmp_path / "saved")
     pipeline.hints = StackedHints([EventHints(EventGANModel.from_config(pipeline.i2e.config)), FlowHints()])
-    with pytest.raises(ValueError, match="cannot hold the hint source EventHints"):
+    with pytest.raises(ValueError, match="cannot hold EventHints of another `i2e` than the pipeline's"):
         pipeline.save_pretrained(tmp_path / "saved")
 
 
@@ -272,10 +274,10 @@ def test_event_hints_keep_the_scale_that_they_were_assigned_with(checkpoint, tmp
 
 def test_event_hints_keep_what_they_start_from(pair, tmp_path):
     settings = {"events": {"between": True}}
-    pipeline = build_pipeline(config_for("events", 18, hint_settings=settings))
+    pipeline = build_pipeline(config_for("events+flow", 20, hint_settings=settings))
     excite(pipeline.i2e)
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.hints.between
+    assert pipeline.hints.sources[0].between
 
     def made(pipe: MADiffPipeline) -> torch.Tensor:
         return pipe(*pair, hint_policy="start", generator=torch.Generator().manual_seed(0), output_type="pt").frames
@@ -283,16 +285,18 @@ def test_event_hints_keep_what_they_start_from(pair, tmp_path):
     frames = made(pipeline)
     pipeline.save_pretrained(tmp_path / "built")
     loaded = MADiffPipeline.from_pretrained(tmp_path / "built")
-    assert loaded.config.hint_settings == settings and loaded.hints.between
+    assert loaded.config.hint_settings == settings and loaded.hints.sources[0].between
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(made(loaded), frames)
-    loaded.hints = EventHints(loaded.i2e)
+    loaded.hints = StackedHints([EventHints(loaded.i2e), FlowHints()])
     assert not torch.equal(made(loaded), frames)
     loaded.save_pretrained(tmp_path / "plain")
-    assert not MADiffPipeline.from_pretrained(tmp_path / "plain").hints.between
-    pipeline.hints = EventHints(pipeline.i2e, between=True)
+    assert not MADiffPipeline.from_pretrained(tmp_path / "plain").hints.sources[0].between
+    pipeline.hints = StackedHints([EventHints(pipeline.i2e, between=True), FlowHints()])
     pipeline.save_pretrained(tmp_path / "assigned")
-    assert MADiffPipeline.from_pretrained(tmp_path / "assigned").hints.between
+    assert MADiffPipeline.from_pretrained(tmp_path / "assigned").hints.sources[0].between
+    MADiffPipeline.from_pretrained(tmp_path / "built", i2e=None).save_pretrained(tmp_path / "without")
+    assert MADiffPipeline.from_pretrained(tmp_path / "without", i2e=pipeline.i2e).hints.sources[0].between
 
 
 @pytest.mark.parametrize(

@@ -399,6 +399,20 @@ def test_callback_sees_and_replaces_tensors(pipeline, pair):
     assert not torch.equal(changed, run(pipeline, pair, num_inference_steps=2))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_latents_that_a_callback_changes_after_the_last_step_are_decoded(pipeline, pair, in_place):
+    def callback(pipe, step, timestep, tensors):
+        if step == 1 and in_place:
+            tensors["latents"].add_(1)
+        elif step == 1:
+            tensors["latents"] = tensors["latents"] + 1
+        return tensors
+
+    settings = {"num_inference_steps": 2, "output_type": "latent", "callback_on_step_end": callback}
+    expected = run(pipeline, pair, num_inference_steps=2, output_type="latent")
+    assert torch.allclose(run(pipeline, pair, **settings), expected + 1, atol=1e-4)
+
+
 def test_callback_that_returns_nothing_new_changes_nothing(pipeline, pair):
     frames = run(
         pipeline,

@@ -16,6 +16,7 @@ from madiff_diffusers.scene_cuts import LEAST_CHANGE, change, thumbnail
 from madiff_diffusers.video.analysis import analyse
 from madiff_diffusers.video.colour import ColourPath, ColourTags, _samples, planar_format
 from madiff_diffusers.video.decoding import IMAGE_RATE, Source
+from madiff_diffusers.video.destinations import check_output
 from madiff_diffusers.video.encoding import analogous_format
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.formats import CODECS, CONTAINERS
@@ -24,7 +25,7 @@ from madiff_diffusers.video.memory import USUAL_MEMORY
 from madiff_diffusers.video.options import VideoOptions
 from madiff_diffusers.video.parts import png_bytes
 from tests.conftest import moving_picture
-from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
+from tests.video_files import decode, drifting, film_clip, phone_clip, read, read_audio, write_video
 
 
 LOSSLESS = {"codec": "ffv1"}
@@ -702,6 +703,103 @@ def test_a_hole_in_sound_that_is_encoded_anew(pipeline, tmp_path):
         assert abs(float(read(tmp_path / name).audio["times"][-1]) - length) < 0.1
 
 
+def with_sounds(source: Path, path: Path, sounds: list[tuple[str, int]]) -> Path:
+    """The pictures of a file, and half a second of each sound, of a codec and rate."""
+    with av.open(str(source)) as before, av.open(str(path), "w") as file:
+        pictures = file.add_stream_from_template(before.streams.video[0])
+        streams = [file.add_stream(codec, rate=rate, layout="mono") for codec, rate in sounds]
+        for packet in before.demux(before.streams.video[0]):
+            if packet.size:
+                packet.stream = pictures
+                file.mux(packet)
+        for stream, (_, rate) in zip(streams, sounds):
+            resampler = av.AudioResampler(stream.codec_context.format, "mono", rate, stream.codec_context.frame_size)
+            samples = av.AudioFrame.from_ndarray(
+                (np.sin(np.arange(rate // 2) * 0.2) * 8000).astype(np.int16)[None], format="s16", layout="mono"
+            )
+            samples.sample_rate, samples.pts, samples.time_base = rate, 0, Fraction(1, rate)
+            for piece in (*resampler.resample(samples), *resampler.resample(None)):
+                file.mux(stream.encode(piece))
+            file.mux(stream.encode(None))
+    return path
+
+
+def test_only_the_sound_that_a_file_refuses_is_encoded_anew(pipeline, tmp_path):
+    source = with_sounds(
+        film_clip(tmp_path / "film.mp4", 12), tmp_path / "in.mkv", [("aac", 48000), ("libmp3lame", 8000)]
+    )
+    result = run(pipeline, source, tmp_path / "out.mp4")
+    assert len(result.notes) == 1 and "stream 2 (audio, mp3float) is encoded anew as aac" in result.notes[0]
+    assert read_audio(tmp_path / "out.mp4")["hash"] == read_audio(source)["hash"], "of the first, which is kept"
+
+
+def sound_of_packets(source: Path, path: Path, samples: int, apart: Fraction, count: int) -> Path:
+    """The pictures of a file, and uncompressed sound of 48 kHz in packets of so many samples, so many seconds apart."""
+    with av.open(str(source)) as before, av.open(str(path), "w") as file:
+        pictures = file.add_stream_from_template(before.streams.video[0])
+        sound = file.add_stream("pcm_s16le", rate=48000, layout="mono")
+        for packet in before.demux(before.streams.video[0]):
+            if packet.size:
+                packet.stream = pictures
+                file.mux(packet)
+        for number in range(count):
+            packet = av.Packet(np.full(samples, number, np.int16).tobytes())
+            packet.pts = packet.dts = round(1000 * apart * number)
+            packet.duration, packet.time_base, packet.stream = (
+                max(1, 1000 * samples // 48000),
+                Fraction(1, 1000),
+                sound,
+            )
+            file.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mov"])
+def test_packets_shorter_than_a_tick_of_the_clock_are_all_kept(pipeline, tmp_path, suffix):
+    source = sound_of_packets(film_clip(tmp_path / "film.mp4", 12), tmp_path / "in.mkv", 40, Fraction(40, 48000), 600)
+    run(pipeline, source, tmp_path / f"out{suffix}")
+    assert read_audio(tmp_path / f"out{suffix}")["hash"] == read_audio(source)["hash"]
+
+
+def test_sound_that_is_encoded_anew_stays_in_step(pipeline, tmp_path):
+    # Told to be a twentieth shorter than it is.
+    film = write_video(tmp_path / "film.mp4", drifting(4), range(4), Fraction(1))
+    source = sound_of_packets(film, tmp_path / "in.mkv", 1024, Fraction(95, 100) * Fraction(1024, 48000), 180)
+    run(pipeline, source, tmp_path / "out.webm", factor=1)
+    end = float(read_audio(source)["times"][-1])
+    assert float(read_audio(tmp_path / "out.webm")["times"][-1]) == pytest.approx(end, abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm", ".mp4"])
+def test_chapters_of_a_file_that_begins_after_them(pipeline, tmp_path, suffix):
+    chapters = [
+        {"id": number, "start": begin, "end": end, "time_base": Fraction(1, 1000), "metadata": {"title": name}}
+        for number, (begin, end, name) in enumerate([(0, 50, "none"), (50, 400, "one"), (400, 800, "two")])
+    ]
+    source = write_video(
+        tmp_path / "in.mkv", drifting(20), [2 + i for i in range(20)], Fraction(1, 25), chapters=chapters
+    )
+    run(pipeline, source, tmp_path / f"out{suffix}")
+    found = read(tmp_path / f"out{suffix}").chapters
+    assert [name for *_, name in found] == ["one", "two"]
+    assert found[0][0] == 0 and abs(found[1][0] - Fraction(32, 100)) < Fraction(1, 100)
+
+
+def test_a_stereo_mode_that_webm_does_not_have(pipeline, tmp_path):
+    with av.open(str(tmp_path / "in.mkv"), "w") as file:
+        video = file.add_stream("libx264", rate=25)
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        video.metadata["stereo_mode"] = "block_lr"
+        for frame in drifting(3):
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(video.encode(None))
+    assert (
+        "stereo mode block_lr cannot be kept in webm"
+        in run(pipeline, tmp_path / "in.mkv", tmp_path / "out.webm").notes
+    )
+    assert run(pipeline, tmp_path / "in.mkv", tmp_path / "out.mkv").notes == []
+
+
 def test_a_cover_picture(pipeline, tmp_path):
     source = remuxed(phone_clip(tmp_path / "phone.mp4", 4), tmp_path / "in.mp4", cover=True)
     assert run(pipeline, source, tmp_path / "out.mp4").notes == []
@@ -773,6 +871,10 @@ def test_what_files_cannot_hold_is_found_at_once(pipeline, tmp_path):
         run(pipeline, source, tmp_path / "out.y4m").frames == 8
         and read(tmp_path / "out.y4m").pixel_format == "yuv420p10le"
     )
+    for wrong, message in ({"crf": 60}, "`crf` for h264"), ({"preset": "6"}, "`preset` for h264"):
+        with pytest.raises(VideoError, match=message):
+            check_output(tmp_path / "out.mkv", VideoOptions(**wrong).checked())
+    check_output(tmp_path / "out.webm", VideoOptions(crf=60, preset="6").checked())
     with pytest.raises(VideoError, match="`fps` for .gif must be at most 50"):
         run(pipeline, source, tmp_path / "out.gif", fps=Fraction(120))
     with pytest.raises(ValueError, match="must end in an image format"):

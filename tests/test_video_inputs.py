@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 from madiff_diffusers import interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.video.analysis import analyse
+from madiff_diffusers.video.batches import video_batch
 from madiff_diffusers.video.colour import opacity
 from madiff_diffusers.video.decoding import Source
 from madiff_diffusers.video.errors import VideoError
@@ -308,6 +309,29 @@ def test_a_folder_of_videos_by_any_name(checkpoint, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         ["a.mp4", "b.flv.mp4", "B.asf.mp4", "c.mp4", "nameless.mp4"]
     )
+
+
+def test_still_pictures_that_ffmpeg_takes_for_videos(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(2):
+        Image.fromarray(moving_picture(number)).save(folder / f"{number}.avif")
+    assert main(["video", str(folder), str(tmp_path / "out.mp4"), "--checkpoint", str(checkpoint)]) == 2
+    assert "there are no images" in capsys.readouterr().err and not (tmp_path / "out.mp4").exists()
+    write_video(folder / "film.mp4", drifting(2), range(2), Fraction(1, 10))
+    assert [path.name for path in video_batch(folder, tmp_path / "out").left_out] == ["0.avif", "1.avif"]
+
+
+def test_a_clock_that_frames_do_not_follow_is_no_rate(tmp_path):
+    # Twelve frames of three to thirteen hundredths of a second, and a clock of hundredths.
+    with Image.new("RGB", (32, 32)) as first:
+        rest = [Image.new("RGB", (32, 32), (20 * number,) * 3) for number in range(1, 12)]
+        first.save(tmp_path / "in.gif", save_all=True, append_images=rest, duration=[30, 70, 110, 130] * 3)
+    analysis = analyse(Source(tmp_path / "in.gif"))
+    assert not analysis.regular and analysis.showing_rate < 50
+    # A rate that is the clock's, with a frame left out here and there, is one.
+    times = [number for number in range(30) if number % 7]
+    assert analyse(Source(write_video(tmp_path / "in.mp4", drifting(len(times)), times, Fraction(1, 25)))).regular
 
 
 def test_what_is_no_image_is_named(pipeline, tmp_path):

@@ -146,8 +146,8 @@ def test_killed_ten_times(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", [True, False])
-def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_path, keep):
+@pytest.mark.parametrize("keep, number", [(True, signal.SIGINT), (False, signal.SIGINT), (True, signal.SIGTERM)])
+def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_path, keep, number):
     out, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
     process = subprocess.Popen(
         command(film, out, checkpoint, *(["--keep-partial"] if keep else [])),
@@ -156,10 +156,10 @@ def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_p
         start_new_session=True,
     )
     wait_for(lambda: len(list(parts.glob("*.json"))) >= 2)  # the plan and a part
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in printed and "--resume goes on with it" in printed
-    assert not out.exists() and not list(parts.glob("*.tmp"))
+    assert process.returncode == 128 + number and "Traceback" not in printed and "--resume goes on with it" in printed
+    assert not out.exists() and not list(parts.glob("*.tmp")) and not list(tmp_path.glob(".*.lock"))
     partial = tmp_path / "out.partial.mp4"
     assert partial.exists() == keep
     if keep:
@@ -457,6 +457,37 @@ def test_uneven_times_become_even_in_a_folder_of_images(pipeline, tmp_path):
     folder = interpolate_video(pipeline, source, tmp_path / "out", factor=1, progress=False)
     steady = interpolate_video(pipeline, source, tmp_path / "out.avi", factor=1, progress=False)
     assert (folder.frames, folder.made) == (steady.frames, steady.made) and folder.made > 0
+
+
+@pytest.mark.parametrize("name", ["out.mkv", "out"])
+def test_what_comes_to_the_outputs_place_during_the_work_stays(pipeline, film, tmp_path, name):
+    output = tmp_path / name
+    precious = output / "thesis.tex" if name == "out" else output
+    if name == "out":
+        output.mkdir()  # an empty folder may be replaced
+
+    def appear(text: str, done: int, total: int | None) -> None:
+        if text == name and not precious.exists():
+            precious.write_text("years of work")
+
+    with pytest.raises(VideoError, match="holds other files" if name == "out" else "came to be during the work"):
+        interpolate_video(pipeline, film, output, steps=1, factor=1, progress=appear)
+    assert precious.read_text() == "years of work"
+    precious.rename(tmp_path / "elsewhere")
+    assert interpolate_video(pipeline, film, output, steps=1, factor=1, resume=True, progress=False).frames == 24
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_notes_that_are_known_before_the_work_are_told_then(pipeline, tmp_path):
+    source, events = film_clip(tmp_path / "in.mkv", 4, codec="libx265", pixel_format="yuv420p10le"), []
+
+    def progress(text: str, done: int, total: int | None) -> None:
+        events.append("frame" if text == "out.gif" and done else "")
+
+    result = interpolate_video(pipeline, source, tmp_path / "out.gif", steps=1, progress=progress, tell=events.append)
+    told = [each for each in events if each not in ("frame", "")]
+    assert told == result.notes and any("of the source's 10" in note for note in told[:1] + told[1:])
+    assert events.index(told[0]) < events.index("frame")
 
 
 def test_folders_that_are_not_ours_stay(pipeline, tmp_path):

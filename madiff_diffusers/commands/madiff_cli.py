@@ -2,8 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .. import __version__
 from .ablate import AblateCommand
@@ -58,6 +62,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM, by which services, containers and queues stop a command, end it as Ctrl-C does: what it must tidy up, it does."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -65,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        args.command_class(args).run()
+        with _terminable():
+            args.command_class(args).run()
     except CommandError as error:
         if args.traceback or os.environ.get("MADIFF_DEBUG", "0") not in ("", "0"):
             traceback.print_exception(error)

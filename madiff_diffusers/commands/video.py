@@ -216,7 +216,7 @@ class VideoCommand(BaseCommand):
                 continue
             try:
                 with memory_errors():
-                    result = (make_video if is_folder else interpolate_video)(
+                    (make_video if is_folder else interpolate_video)(
                         pipeline,
                         source,
                         output,
@@ -225,6 +225,7 @@ class VideoCommand(BaseCommand):
                         keep_partial=args.keep_partial,
                         preview=preview,
                         processes=state if len(batch) == 1 else None,
+                        tell=lambda note: print(f"madiff: note: {in_flags(note, args.flags)}", file=sys.stderr),
                         **options,
                     )
             except (OSError, ValueError, MemoryError) as error:
@@ -238,13 +239,11 @@ class VideoCommand(BaseCommand):
                 print(f"madiff: {in_flags(message, args.flags)}", file=sys.stderr)
                 failed += 1
                 continue
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 if state.is_main_process:
                     print(f"madiff: {output} is not complete{what_is_kept(output)}", file=sys.stderr)
                 raise
             if len(batch) > 1 or state.is_main_process:
-                for note in result.notes:
-                    print(f"madiff: note: {in_flags(note, args.flags)}", file=sys.stderr)
                 print(output)
         if len(batch) > 1:
             state.wait_for_everyone()  # one that fails would end the others' work

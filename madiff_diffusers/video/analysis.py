@@ -270,7 +270,10 @@ def _pixel_aspect(source: Source) -> Fraction | None:
 def _on_grid(starts: array, end: int, unit: Fraction, rate: Fraction | None) -> tuple[array, int, Fraction] | None:
     """Times counted in frames of a rate, if they are whole numbers of them but for the rounding of the file's clock; else None."""
     if not rate or unit * rate > Fraction(1, 4):
-        return (starts, end, unit) if rate and unit * rate == 1 else None
+        # A rate that is no more than the file's clock is a rate of frames only where most follow each other in it.
+        followed = sum(b - a == 1 for a, b in zip(starts, starts[1:]))
+        is_steady = bool(rate) and unit * rate == 1 and 2 * followed >= len(starts) - 1
+        return (starts, end, unit) if is_steady else None
     tick = unit * rate
     numbers = array("q", (round(start * tick) for start in starts))
     if any(abs(start * tick - number) > tick for start, number in zip(starts, numbers)) or any(

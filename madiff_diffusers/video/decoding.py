@@ -15,6 +15,9 @@ from .images import MOST_PIXELS, find_images, image_frame, is_named
 
 IMAGE_RATE = Fraction(24)  # Frames a second of images, unless told otherwise.
 
+# Of files that hold a picture, which FFmpeg opens as videos of one frame: AVIF and HEIF.
+STILL_BRANDS = ("avif", "heic", "heix", "mif1")
+
 # Seconds by which a frame may be earlier than the one before it through a fault of the file. By more, recordings were glued together.
 LONGEST_RETURN = 1
 
@@ -205,6 +208,8 @@ def is_video(path: Path) -> bool:
         with av.open(file_url(path), metadata_errors="replace") as container:
             # FFmpeg reads images and text too.
             if container.format.name.endswith("_pipe") or container.format.name in ("image2", "tty"):
+                return False
+            if container.metadata.get("major_brand") in STILL_BRANDS:
                 return False
             main_stream(container, path)
             return True

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..files import check_outputs
 from ..image_io import image_format
 from .decoding import Source
+from .encoding import usual_codecs
 from .errors import VideoError
 from .formats import FOLDER, check_encoding, container_of
 from .options import CheckedOptions
@@ -76,7 +77,8 @@ def check_output(output: Path, options: CheckedOptions, keep_partial: bool = Fal
             )
         if folder.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in folder.iterdir()):
             raise VideoError(f"{folder} holds other files than frames that were written before")
-    check_encoding(output, options.codec, options.crf, options.preset, options.fps)
+    usual = usual_codecs(container_of(output))
+    check_encoding(output, options.codec, options.crf, options.preset, options.fps, usual)
 
 
 def check_places(

@@ -138,6 +138,23 @@ def told_tags(tags: ColourTags, pixel_format: str) -> ColourTags:
     return tags._replace(range=2) if is_full else tags
 
 
+def _usual_codec(container: Container, source: av.VideoFormat, has_hdr10: bool) -> str:
+    """The first codec of a kind of file that keeps ten bits, if the source has as many, and the metadata of HDR10, if the source has such."""
+    able = [
+        each
+        for each in container.codecs
+        if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))
+    ]
+    able = [each for each in able if has_hdr10 and each in _HDR10_OPTIONS] or able
+    return (able or container.codecs)[0]
+
+
+def usual_codecs(container: Container) -> list[str]:
+    """The codecs of a kind of file that are chosen for one source or another where none is asked for."""
+    sources = [av.VideoFormat(name) for name in ("yuv420p", "yuv420p10le", "gray16le", "rgb48le")]
+    return sorted({_usual_codec(container, source, has_hdr10) for source in sources for has_hdr10 in (False, True)})
+
+
 def choose_encoding(
     output: Path,
     analysis: Analysis,
@@ -163,14 +180,7 @@ def choose_encoding(
     """
     container = container_of(output)
     source = av.VideoFormat(analysis.pixel_format)
-    # The first codec is chosen that keeps ten bits, if the source has as many, and the metadata of HDR10, if the source has such.
-    able = [
-        each
-        for each in container.codecs
-        if _bits(av.VideoFormat(analogous_format(source, each))) >= min(10, _bits(source))
-    ]
-    able = [each for each in able if hdr10 is not None and each in _HDR10_OPTIONS] or able
-    name = codec or (able or container.codecs)[0]
+    name = codec or _usual_codec(container, source, hdr10 is not None)
     kind = CODECS[name]
     options = dict(kind.options)
     refusal = refusal_of(name, crf, preset)

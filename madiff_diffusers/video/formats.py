@@ -1,5 +1,6 @@
 """Kinds of files that can be written, and the codecs that each can hold."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -130,6 +131,7 @@ def check_encoding(
     crf: int | None = None,
     preset: str | None = None,
     fps: Fraction | None = None,
+    usual: Sequence[str] = (),
 ) -> None:
     """
     Refuse settings that are wrong whatever the source is.
@@ -137,6 +139,7 @@ def check_encoding(
     Args:
         output: the file or folder.
         codec, crf, preset, fps: the options that were given.
+        usual: codecs that may be chosen where none is given.
 
     Raises:
         VideoError: if the kind of file, codec, quality, preset or rate is impossible, or this machine does not have the encoder.
@@ -150,7 +153,7 @@ def check_encoding(
                 f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(built)}, but is {codec!r}"
             )
         _check_encoder(codec)
-    names = [codec] if codec is not None else container.codecs
+    names = [codec] if codec is not None else usual or container.codecs
     refusals = [refusal for name in names if (refusal := refusal_of(name, crf, preset)) is not None]
     if len(refusals) == len(names):
         raise VideoError(refusals[0])

@@ -113,6 +113,14 @@ class VideoJob:
         self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
         self.parts = plan_parts(self.timeline)
         self.folder = parts_folder(self.output)
+        # What is known before the work.
+        self.notes = [
+            *notes_on_source(self.source, self.analysis),
+            *notes_on_pictures(self.source, self.analysis, self.found, self.encoding, self.options, self.timeline),
+        ]
+        # Whatever is there may be replaced, or only what was there when the job was prepared.
+        self._overwrite = False
+        self._known: set[Path] = set()
 
     def path(self, part: Part) -> Path:
         """The file or folder of a part."""
@@ -134,6 +142,8 @@ class VideoJob:
         """
         if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
+        self._overwrite = overwrite
+        self._known = {path for path in (self.output, partial_path(self.output)) if path.exists()}
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise VideoError(f"{self.folder} is needed for parts, but is no folder")
         plan = self.folder / "job.json"
@@ -290,14 +300,30 @@ class VideoJob:
         return f"{float(frame.time * self.timeline.time_base):.3f} s {'made' if frame.position else 'source'}"
 
     def finish(self) -> list[str]:
-        """Put the parts together and remove them. Returns notes on what is not as in the source."""
+        """Put the parts together and remove them. Returns further notes on what is not as in the source.
+
+        Raises:
+            VideoError: if something came to the output's place during the work, which stays, as the parts do.
+        """
         notes = self._assemble(self.parts, self.timeline.duration, self.output, is_partial=False)
         shutil.rmtree(self.folder)
-        return [
-            *notes_on_source(self.source, self.analysis),
-            *notes_on_pictures(self.source, self.analysis, self.found, self.encoding, self.options, self.timeline),
-            *notes,
-        ]
+        return notes
+
+    def _check_place(self, output: Path) -> None:
+        """
+        Refuse to replace what was not there when the job was prepared, and frames by anything else.
+
+        Raises:
+            VideoError: if something would be lost.
+        """
+        if not output.exists() or output.is_dir() and not any(output.iterdir()):
+            return
+        if output.is_dir():
+            check_output(output, self.options)
+        if not (self._overwrite or output in self._known and output != self.output):
+            raise VideoError(
+                f"{output} came to be during the work; what is done is in {self.folder}, and `resume` goes on with it once {output} is moved away"
+            )
 
     def save_partial(self) -> Path | None:
         """Write a playable file of the complete parts before the first that is missing; None if there are none."""
@@ -315,12 +341,14 @@ class VideoJob:
 
     def _assemble(self, parts: list[Part], end: int, output: Path, is_partial: bool) -> list[str]:
         paths = [self.path(part) for part in parts]
+        self._check_place(output)
         if self.encoding.codec == "png":
             whole = self.folder / "frames"
             whole.mkdir(exist_ok=True)
             for path in paths:
                 for image in path.iterdir():
                     shutil.copyfile(image, whole / image.name)
+            self._check_place(output)
             if output.exists():
                 shutil.rmtree(output)
             os.replace(whole, output)
@@ -338,6 +366,7 @@ class VideoJob:
                 self.options.audio,
                 is_partial,
             )
+            self._check_place(output)
             os.replace(joined, output)
         finally:
             joined.unlink(missing_ok=True)
@@ -355,6 +384,7 @@ def interpolate_video(
     preview: str | Path | None = None,
     progress: bool | Progress = True,
     processes: "PartialState | None" = None,
+    tell: Callable[[str], object] | None = None,
     **options,
 ) -> VideoResult:
     """
@@ -375,6 +405,7 @@ def interpolate_video(
         progress: whether to show a bar; or a callback that gets "reading" or the output's name, the number of frames that are done, and
             that of all frames if it is known. An exception of the callback stops the work.
         processes: an `accelerate.PartialState`, whose processes share the work. Each of them makes this call.
+        tell: called with each note as soon as it is known, mostly before the work; by the main process alone.
         options: the fields of [`VideoOptions`].
 
     Returns:
@@ -398,6 +429,7 @@ def interpolate_video(
         preview=preview,
         progress=progress,
         processes=processes,
+        tell=tell,
         **options,
     )
 
@@ -413,6 +445,7 @@ def make_video(
     preview: Path | None,
     progress: bool | Progress = True,
     processes: "PartialState | None" = None,
+    tell: Callable[[str], object] | None = None,
     **options,
 ) -> VideoResult:
     """`interpolate_video` without its check of what would be written over, for callers that have checked all of several videos."""
@@ -425,6 +458,8 @@ def make_video(
         if rank == 0:
             with _naming(job.output):
                 job.prepare(resume, overwrite, preview)
+            for note in job.notes if tell is not None else []:
+                tell(note)
         wait()
         made = 0
         try:
@@ -438,17 +473,19 @@ def make_video(
                 shutil.rmtree(job.folder)
                 raise VideoError(f"{job.analysis.damage[0]}; what is good is in {partial}")
             notes = job.finish() if rank == 0 else []
+            for note in notes if tell is not None else []:
+                tell(note)
         except BaseException as error:
             if rank == 0 and job.folder.exists():
                 if keep_partial and not isinstance(error, VideoError):
-                    with suppress(OSError, av.FFmpegError):  # the disk may be full; the parts stay
+                    with suppress(OSError, VideoError, av.FFmpegError):  # the disk may be full; the parts stay
                         job.save_partial()
                 if not job.done():
                     shutil.rmtree(job.folder, ignore_errors=True)
             with _naming(job.output):
                 raise
         wait()
-        return VideoResult(job.output, len(job.timeline), made, notes)
+        return VideoResult(job.output, len(job.timeline), made, [*job.notes, *notes] if rank == 0 else [])
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Muxing, the last step of a video: its parts go into one file, beside what the source has besides pictures."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from math import gcd
@@ -34,6 +35,11 @@ _OWN_METADATA = (
     "_statistics_",
     "alpha_mode",
 )
+
+# Of the stereo modes of Matroska.
+_WEBM_STEREO = ("mono", "left_right", "bottom_top", "top_bottom", "right_left")
+
+TRIED_PACKETS = 50  # of a stream that a file may refuse
 
 # Errors of FFmpeg that tell that a file does not take what it is given; a full disk is another.
 _REFUSALS = (av.error.ArgumentError, av.error.InvalidDataError, av.error.PatchWelcomeError)
@@ -75,16 +81,7 @@ def assemble(
     if encoding.codec == "gif" or source.images is not None:
         write_pictures(output, encoding, parts, end, loops_of(source))
         return []
-    # Some streams are refused only when the header is written, or at the end: mostly sound of some flavour of a codec, which can be encoded
-    # anew.
-    attempts: list[tuple[tuple[str, ...], bool]] = [
-        (("audio", "subtitle", "attachment", "video"), False),
-        (("audio", "subtitle"), False),
-        (("audio", "subtitle"), True),
-        (("audio",), True),
-        ((), False),
-    ]
-    for kinds, anew in attempts:
+    for kinds, anew in _attempts(output, source, encoding):
         with suppress(*(_REFUSALS if kinds else ())), source.open() as container, _open(output, encoding) as file:
             muxer = Muxer(file, container, encoding, slow_motion, audio, anew)
             try:
@@ -97,6 +94,44 @@ def assemble(
             file.close()  # what the file is refused for at its end, it is refused for here
             return muxer.notes
     raise AssertionError("the last attempt returns or raises")
+
+
+def _attempts(output: Path, source: Source, encoding: Encoding) -> Iterator[tuple[tuple[str, ...], Collection[int]]]:
+    """Kinds of streams to carry over, and the numbers of the streams of sound that are encoded anew, from most that may be kept to least: some
+    streams are refused only when the header is written, or at the end, mostly sound of some flavour of a codec."""
+    everything = ("audio", "subtitle", "attachment", "video")
+    yield everything, ()
+    with source.open() as container:
+        sounds = [stream.index for stream in container.streams.audio]
+    refused = [index for index in sounds if not _takes(output, source, index, encoding)]
+    if refused:
+        yield everything, refused
+    yield ("audio", "subtitle"), ()
+    yield ("audio", "subtitle"), sounds
+    yield ("audio",), sounds
+    yield (), ()
+
+
+def _takes(output: Path, source: Source, index: int, encoding: Encoding) -> bool:
+    """Whether a file takes the beginning of a stream of sound as it is: one is written beside the output."""
+    tried = output.with_name(f"tried{output.suffix}")
+    try:
+        with source.open() as container, _open(tried, encoding) as file:
+            stream = container.streams[index]
+            copy = StreamRemuxer(
+                file.add_stream_from_template(stream, opaque=True),
+                Fraction(0),
+                Fraction(1),
+                stream.type,
+                encoding.container.format,
+            )
+            for packet in itertools.islice(container.demux(stream), TRIED_PACKETS):
+                file.mux(copy(packet))
+    except (*_REFUSALS, ValueError):
+        return False
+    finally:
+        tried.unlink(missing_ok=True)
+    return True
 
 
 def write_pictures(output: Path, encoding: Encoding, parts: Sequence[Path], end: int, loops: int = FOR_EVER) -> None:
@@ -140,7 +175,7 @@ class Muxer:
         container: the source.
         encoding: how the parts are encoded.
         slow_motion, audio: see `assemble`.
-        anew: whether all sound is encoded anew.
+        anew: numbers of the streams of sound that are encoded anew.
     """
 
     def __init__(
@@ -150,7 +185,7 @@ class Muxer:
         encoding: Encoding,
         slow_motion: Fraction,
         audio: str,
-        anew: bool,
+        anew: Collection[int],
     ):
         self.notes: list[str] = []
         self._file, self._container, self._encoding = file, container, encoding
@@ -176,6 +211,10 @@ class Muxer:
             kinds = ()
         self._video = self._encoding.add_stream(file)
         self._video.metadata.update(carried_metadata(main.metadata))
+        stereo = self._video.metadata.get("stereo_mode", "mono")
+        if self._encoding.container.format == "webm" and stereo not in _WEBM_STEREO:
+            del self._video.metadata["stereo_mode"]
+            self.notes.append(f"stereo mode {stereo} cannot be kept in webm")
         self._video.disposition = main.disposition
         file.metadata.update(carried_metadata(container.metadata))
         if any(key.startswith("com.") for key in file.metadata) and self._encoding.container.format in ("mp4", "mov"):
@@ -184,9 +223,10 @@ class Muxer:
         for chapter in chapters:
             assert chapter["time_base"] is not None  # FFmpeg's chapters have one.
             begin = self._begin / chapter["time_base"]
-            chapter["start"] = round((chapter["start"] - begin) * self._slow_motion)
+            # Matroska's would begin before the file where its first picture is not at 0.
+            chapter["start"] = max(0, round((chapter["start"] - begin) * self._slow_motion))
             chapter["end"] = round((chapter["end"] - begin) * self._slow_motion)
-        file.set_chapters(chapters)
+        file.set_chapters([chapter for chapter in chapters if chapter["end"] > 0])
         for stream in container.streams:
             if stream.index != main.index and stream.type != "data":  # Chapters are data too.
                 self._add(stream, kinds, main)
@@ -216,7 +256,7 @@ class Muxer:
             self.notes.append(f"{name} cannot be kept in {format_name}")
             return
         carried: StreamRemuxer | AudioTranscoder | None = None
-        if stream.type != "audio" or not (slowed or self._anew):
+        if stream.type != "audio" or not (slowed or stream.index in self._anew):
             # PyAV raises ValueError for a codec that this kind of file does not hold.
             with suppress(ValueError):
                 carried = StreamRemuxer(

@@ -17,6 +17,8 @@ _REFUSED = {("mov", "libopus")}
 # Seconds of holes in the sound that are filled. Shorter ones come from rounding, and longer ones from faulty times.
 LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
 
+COARSE_CLOCK = Fraction(1, 1000)  # Matroska's, in seconds: packets of sound may be shorter.
+
 # Seconds of sound that decoders need before the sound that is heard.
 PRIMING = Fraction(1, 10)
 
@@ -65,8 +67,12 @@ class StreamRemuxer:
         # Cover pictures have no time.
         dts = moved(packet.dts if packet.dts is not None else packet.pts)
         pts = moved(packet.pts if packet.pts is not None else packet.dts)
-        if self._last is not None and (dts < self._last or (dts == self._last and self._kind != "subtitle")):
-            return []  # Damaged and glued files have packets that are not later than the one before; no file takes them.
+        if self._last is not None and dts <= self._last and not (dts == self._last and self._kind == "subtitle"):
+            # Packets that are shorter than a tick of the clock, as TrueHD's in Matroska, may have the time of the one before. Others of
+            # damaged and glued files are not later than the one before; no file takes them.
+            if dts < self._last or packet.time_base < COARSE_CLOCK or (packet.duration or 0) > 1:
+                return []
+            dts += self._format_name not in ("matroska", "webm")
         self._last = dts
         duration = round((packet.duration or 0) * packet.time_base * self._slow_motion / unit)
         packet.time_base, packet.stream = unit, self.stream
@@ -130,6 +136,8 @@ class AudioTranscoder:
             if self._graph is None:
                 self._graph, self._due = self._tempo(frame), time
                 self._position = round(time * self._slow_motion * self.stream.codec_context.sample_rate)
+            if LEAST_SILENCE < self._due - time < MOST_SILENCE:
+                continue  # Sound that was told to be longer than it is, bit by bit, would be late by ever more.
             if LEAST_SILENCE < time - self._due < MOST_SILENCE:
                 self._graph.push(_silence(frame, round((time - self._due) * frame.sample_rate)))
                 self._due = time
