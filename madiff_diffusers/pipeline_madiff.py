@@ -510,7 +510,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 def _compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`torch.compile` of a method, which `compiled_from` of the result names. With CUDA graphs, what it gives is copied: the next replay
     writes into the same memory, and features of a frame are read by more than one pair."""
-    function, owner = getattr(method, "__func__", method), getattr(method, "__self__", None)
+    function: Any = getattr(method, "__func__", method)
+    owner: Any = getattr(method, "__self__", None)
     is_hooked = function.__code__ is apply_forward_hook(_copied).__code__
     # What is compiled anew for other shapes is counted by function, and all that are wrapped so would be one and the same.
     compiled = torch.compile(types.MethodType(function.__wrapped__, owner) if is_hooked else method, **options)
@@ -518,8 +519,9 @@ def _compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_hooked and hasattr(getattr(owner, "_hf_hook", None), "pre_forward"):
-            owner._hf_hook.pre_forward(owner)
+        hook: Any = getattr(owner, "_hf_hook", None)
+        if is_hooked and hasattr(hook, "pre_forward"):
+            hook.pre_forward(owner)
         result = compiled(*args, **kwargs)
         return _copied(result) if replays else result
 

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import cv2
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from madiff_diffusers.scene_cuts import cuts_of_changes, find_cuts
@@ -271,6 +273,30 @@ def test_validation_takes_the_test_list(tmp_path):
     options = RunOptions(validation=f"vimeo-triplet:{tmp_path / 'data'}", validation_samples=2)
     for window in validation_windows(options, frames=3, multiple=32):
         assert np.abs(window[1].astype(int) - moving_picture(21)).mean() < 1
+
+
+def test_validation_takes_a_dataset_s_test_split_and_never_what_is_trained_on(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, start in (("train", 0), ("test", 20)):
+        rows = {
+            name: [Image.fromarray(moving_picture(start + number))]
+            for number, name in enumerate(("prev", "mid", "next"))
+        }
+        features = datasets.Features({name: datasets.Image() for name in rows})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
+    place = f"datasets:{tmp_path / 'data'}"
+    options = RunOptions(data=place, validation=place, validation_samples=1, columns="prev,mid,next")
+    assert np.abs(validation_windows(options, frames=3, multiple=32)[0][1].astype(int) - moving_picture(21)).mean() < 1
+    (tmp_path / "data" / "test.parquet").unlink()
+    with pytest.raises(ValueError, match="has no split `test` or `validation`, and `data` is all of it"):
+        validation_windows(options, frames=3, multiple=32)
+    other = RunOptions(data="videos:elsewhere", validation=place, validation_samples=1, columns="prev,mid,next")
+    assert np.abs(validation_windows(other, frames=3, multiple=32)[0][1].astype(int) - moving_picture(1)).mean() < 1
+
+
+def test_any_time_needs_more_than_one_instant(clips, tmp_path):
+    with pytest.raises(ValueError, match="`any_time` needs a `window` of more than 3 frames"):
+        build_dataset(RunOptions(data=str(clips), any_time=0.5), TripletTransform(3, 0.5))
 
 
 # ---- files that cannot be read ----

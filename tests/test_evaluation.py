@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
+from PIL import Image, ImageOps
 
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.evaluation.benchmarks import find_triplets
@@ -37,7 +37,7 @@ from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
 from madiff_diffusers.evaluation.visualization import offsets_image
 from madiff_diffusers.image_io import read_image
-from tests.conftest import moving_picture, two_processes
+from tests.conftest import build_pipeline, load_config, moving_picture, two_processes
 from tests.processes import run_python, start_python
 from tests.test_metrics import load_scorer, random_backbone_file
 
@@ -357,6 +357,60 @@ def test_scores_of_another_network_are_not_kept(root, tmp_path):
         assert summary["networks"] == metrics.networks
         means.append(summary["scores"]["lpips"]["mean"])
     assert means[0] != means[1] == means[2]
+
+
+@pytest.mark.parametrize("scored_by_two_with", [1, 2])
+def test_of_scores_by_other_processes_the_latest_count(root, tmp_path, scored_by_two_with):
+    """Two processes scored with a network, and one does so with another: whichever file its lines are in."""
+    first = Scorer(["lpips"], lpips_backbone=random_backbone_file(tmp_path / "1.safetensors", 1))
+    second = Scorer(["lpips"], lpips_backbone=random_backbone_file(tmp_path / "2.safetensors", 2))
+    expected = evaluate("ucf101", str(root), tmp_path / "second", [Baseline("average")], second, gallery=0)[0]
+    evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], first, gallery=0)
+    folder = tmp_path / "out" / "runs" / "average" / "ucf101"
+    lines = (folder / "progress-0.jsonl").read_text().splitlines(keepends=True)
+    made, scored = ([line for line in lines if ("seconds" in line) == is_made] for is_made in (True, False))
+    (folder / "progress-0.jsonl").write_text("".join(made + scored[::2]))
+    (folder / "progress-1.jsonl").write_text("".join(scored[1::2]))
+    (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], second, gallery=0)
+    assert summary["scores"]["lpips"] == expected["scores"]["lpips"] and summary["networks"] == second.networks
+
+
+def test_rows_that_cannot_be_compared_are_told(root, tmp_path):
+    shutil.copytree(root, tmp_path / "other")
+    changed = next((tmp_path / "other").rglob("*.png"))
+    ImageOps.invert(read_image(changed)).save(changed)
+    for number, (place, method) in enumerate(((root, "average"), (tmp_path / "other", "flow"))):
+        metrics = Scorer(["lpips"], lpips_backbone=random_backbone_file(tmp_path / f"{number}.safetensors", number))
+        evaluate("ucf101", str(place), tmp_path / "out", [Baseline(method)], metrics, gallery=0)
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "Not all rows are of the same triplets, and such cannot be compared: flow 4, average 4." in table
+    assert re.search(
+        "LPIPS is of different networks, and cannot be compared: flow [0-9a-f]{8}, average [0-9a-f]{8}", table
+    )
+
+
+def test_other_code_is_told_or_begins_anew(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import torch\nclass Still:\n    hint_channels = 2\n    def start(self, prev, next_, time=0.5):\n        return (torch.full_like(prev[:, :2], {0}),) * 2\n    def from_guess(self, prev, mid, next_):\n        return self.start(prev, next_)\n"
+    (tmp_path / "still_hints.py").write_text(code.format(0.0))
+    config = load_config("tiny")
+    config.update(hint_source="still_hints:Still")
+    config["vqvae"]["hint_channels"], config["unet"]["in_channels"] = 2, 13
+    pipeline = build_pipeline(config)
+
+    def run() -> None:
+        evaluate("ucf101", str(root), tmp_path / "out", [MADiffMethod(pipeline, "tiny", "0123")], scorer(), gallery=0)
+
+    run()
+    (tmp_path / "still_hints.py").write_text(code.format(8.0))
+    with pytest.raises(ValueError, match="holds 'tiny' on ucf101 with hint_code_sha256"):
+        run()
+    (tmp_path / "still_hints.py").write_text(code.format(0.0))
+    assert "other code" not in capsys.readouterr().err
+    (protocol,) = (tmp_path / "out").rglob("protocol.json")
+    protocol.write_text(re.sub('"code_sha256": "[0-9a-f]*"', '"code_sha256": "0"', protocol.read_text()))
+    run()
+    assert "were made by other code of this package, and are kept" in capsys.readouterr().err
 
 
 # ---- methods ----

@@ -161,6 +161,13 @@ def test_no_crop_is_larger_than_its_clip(tmp_path):
     assert means[64].min() < -0.9 and means[64].max() > 0.9 and means[90].min() > 0.9
 
 
+def test_folders_inside_are_not_trained_on(clips, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(clips, folder)
+    shutil.copytree(clips, folder / "held_out")
+    assert FrameBank(str(folder), CPU, 40).count == FrameBank(str(clips), CPU, 40).count
+
+
 def test_crops_are_compressed_as_far_as_asked_for(clips, tmp_path):
     cut = FrameBank(str(clips), CPU, 56).triplets(1, 56, (1.0,), 0.0, 1, generator())
     frames = torch.cat([cut[name] for name in ("frame_prev", "frame_mid", "frame_next")])

@@ -223,6 +223,42 @@ def test_discriminators_take_part_from_their_first_step_on(trained):
         assert adversarial == [False] * 4 + [True] * 16
 
 
+def test_a_discriminator_s_learning_rate_falls_until_the_run_ends(clips, tmp_path):
+    flags = ["--disc_start", "2", "--max_train_steps", "4", "--lr_scheduler", "cosine", "--lr_warmup_steps", "0"]
+    succeed(command("i2e", clips, tmp_path, *flags))
+    (saved,) = (tmp_path / "i2e" / "checkpoints").glob("step_00000004")
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        (group,) = torch.load(saved / name, weights_only=True)["param_groups"]
+        assert group["lr"] == pytest.approx(0, abs=1e-9) and group["initial_lr"] > 0, name
+
+
+def test_a_codebook_that_was_trained_stays_where_training_goes_on(clips, trained, tmp_path):
+    runs = link("vqvae", trained, tmp_path / "runs")
+    flags = ["--revive_every", "5", "--max_train_steps", "2", "--log_steps", "1"]
+    for name, more, revived in (("new", [], True), ("on", ["--init", str(trained / "vqvae" / "vqvae")], False)):
+        succeed(command("vqvae", clips, runs, *flags, *more, "--output_dir", str(tmp_path / name)))
+        assert (float(rows(tmp_path / name)[1]["codes_revived"]) > 0) == revived
+
+
+def test_a_step_after_a_resume_has_as_many_passes_as_are_asked_for_then(clips, tmp_path):
+    script = (
+        "import sys; from training import train_i2e, trainer\n"
+        "backward = trainer.Trainer.backward\n"
+        "def told(self, loss):\n"
+        "    print('pass of step', self.progress.step, flush=True)\n"
+        "    backward(self, loss)\n"
+        "trainer.Trainer.backward = told\n"
+        "train_i2e.main(sys.argv[1:])\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    flags = ["--max_train_steps", "5", "--disc_start", "9"]
+    arguments = [sys.executable, str(tmp_path / "script.py"), *command("i2e", clips, tmp_path, *flags)[3:]]
+    path = {"PYTHONPATH": str(REPOSITORY)}
+    assert succeed([*arguments, "--stop_step", "3"], **path).count("pass of step 2") == 1
+    printed = succeed([*arguments, "--gradient_accumulation_steps", "2"], **path)
+    assert [printed.count(f"pass of step {step}") for step in (2, 3, 4)] == [0, 2, 2]
+
+
 @pytest.mark.parametrize("stage", ["i2e", pytest.param("vqvae", marks=SLOW), pytest.param("unet", marks=SLOW)])
 def test_loss_falls_on_one_fixed_batch(stage, trained, tmp_path):
     # One clip of three frames as large as the crop: every sample is the same picture, turned or mirrored.

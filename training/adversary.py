@@ -50,7 +50,7 @@ class Adversary:
         optimizer = torch.optim.Adam(
             self.bare.parameters(), lr=trainer.options.learning_rate, betas=(betas[0], betas[1])
         )
-        self.schedule = trainer.schedule(optimizer)
+        self.schedule = trainer.schedule(optimizer, first_step=start)
         self.network, self.optimizer = trainer.accelerator.prepare(self.bare, optimizer)
         self.bare = trainer.accelerator.unwrap_model(self.network)
 

@@ -15,10 +15,11 @@ class CodeUsage:
     Args:
         every: steps of a period.
         revives: whether codes that no process used are moved to latents of the step.
+        begun: whether the codebook was trained before. Of one that was not, the first step moves what it does not use, which is nearly all.
     """
 
-    def __init__(self, trainer: Trainer, model: VQMAGANModel, every: int, revives: bool):
-        self.trainer, self.every, self.revives = trainer, every, revives
+    def __init__(self, trainer: Trainer, model: VQMAGANModel, every: int, revives: bool, begun: bool):
+        self.trainer, self.every, self.revives, self.begun = trainer, every, revives, begun
         self.codebook = model.quantize.embedding.weight
         self.used = torch.zeros(len(self.codebook), dtype=torch.bool, device=trainer.accelerator.device)
         # Of the last period: share of the codes that were in use, and number of those that were revived at its end.
@@ -37,10 +38,12 @@ class CodeUsage:
 
     @torch.no_grad()
     def note(self, indices: torch.Tensor, latents: torch.Tensor) -> None:
-        """Take down the codes of a pass. A period ends with every step whose number is a multiple of `every`."""
+        """Take down the codes of a pass. A period ends with every step whose number is a multiple of `every`; with the first step, 0, only
+        where the codebook begins."""
         self.share, self.revived = self._next  # the same in all passes of a step
         self.used[indices] = True
-        if self.trainer.progress.step % self.every:
+        step = self.trainer.progress.step
+        if step % self.every or step == 0 and self.begun:
             return
         self.latents.append(rearrange(latents.detach().float(), "b c h w -> (b h w) c"))
         if self.trainer.sync_gradients:

@@ -40,7 +40,8 @@ class FrameBank:
     """
 
     def __init__(self, folder: str, device: torch.device, least: int):
-        paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        # As in the other stages, folders inside are others': held-out clips may lie there.
+        paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
         clips, left_out = [], []
         with ThreadPoolExecutor() as pool:
             for path, clip in zip(paths, pool.map(_decode, paths)):

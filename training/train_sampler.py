@@ -531,7 +531,9 @@ def main(argv: list[str] | None = None) -> None:
             pipeline.save_pretrained(folder)
 
     revives = options.revive_every > 0 and bare.vqvae.quantize.embedding.weight.requires_grad
-    codes = CodeUsage(trainer, bare.vqvae, options.revive_every or options.log_steps, revives=revives)
+    codes = CodeUsage(
+        trainer, bare.vqvae, options.revive_every or options.log_steps, revives=revives, begun=bool(options.init)
+    )
     trainer.register(codes)
     trainer.set_export(export)
     if options.validation:

@@ -190,7 +190,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.disc_weight > 0:
         channels = bare_model.config.out_channels
         adversary = Adversary(trainer, channels, options.disc_channels, options.adam_betas, options.disc_start)
-    codes = CodeUsage(trainer, bare_model, options.revive_every or options.log_steps, revives=options.revive_every > 0)
+    codes = CodeUsage(
+        trainer,
+        bare_model,
+        options.revive_every or options.log_steps,
+        revives=options.revive_every > 0,
+        begun=bool(options.init),
+    )
     trainer.register(codes)
 
     # 2. data, validation, export

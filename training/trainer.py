@@ -158,13 +158,13 @@ class Trainer:
             self.register(self.ema)
         return self._model, optimizer
 
-    def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The learning-rate schedule of an optimiser, saved with every checkpoint."""
+    def schedule(self, optimizer: torch.optim.Optimizer, first_step: int = 0) -> Any:
+        """The learning-rate schedule of an optimiser that begins at a step of the run and ends with it, saved with every checkpoint."""
         schedule = get_scheduler(
             self.options.lr_scheduler,
             optimizer,
             num_warmup_steps=self.options.lr_warmup_steps,
-            num_training_steps=self.options.max_train_steps,
+            num_training_steps=max(1, self.options.max_train_steps - first_step),
         )
         self.register(schedule)
         asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -328,7 +328,8 @@ class Trainer:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
             else:
                 norm = self.accelerator.clip_grad_norm_(model.parameters(), self.options.max_grad_norm)
-                if norm is not None:  # DeepSpeed clips by itself, and may give None
+                if norm is not None:  # DeepSpeed clips by itself, and gives a number or None
+                    norm = torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
                     self._norm = norm if self._norm is None else torch.maximum(self._norm, norm)  # which keeps NaN
                 if self.accelerator.device.type == "cpu":
                     self._check_norm()

@@ -247,6 +247,14 @@ class MADiffMethod:
             "scheduler": type(self.scheduler).__name__,
             "quantised": settings.quantized is not False,  # as results have spelled it since their format 1
         }
+        # Of sources that are not this package's.
+        kinds = [type(part) for _, part in named_parts(config.hint_source, pipeline.hints)]
+        files = [
+            Path(inspect.getfile(kind)) for kind in kinds if not kind.__module__.startswith(__package__.split(".")[0])
+        ]
+        if files:
+            code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+            self.identity["hint_code_sha256"] = code.hexdigest()
         if settings.latents not in (None, *LATENTS):
             raise ValueError(f"`latents` must be one of {', '.join(LATENTS)}, but is {settings.latents!r}.")
         if settings.latents not in (None, "denoised"):

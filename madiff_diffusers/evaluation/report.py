@@ -173,6 +173,16 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"Step ratio: the largest over the smallest displacement between consecutive frames of a pan of {PAN_STEP} pixels a frame, with "
             f"frames made at thirds and at fifths; 1 is even motion."
         )
+    if len({row["protocol"].get("triplets_sha256") for row in rows}) > 1:
+        told = [f"{row['label']} {row['protocol']['triplets']}" for row in rows]
+        lines.append(f"Not all rows are of the same triplets, and such cannot be compared: {', '.join(told)}.")
+    for name in _metrics_of(rows):
+        scored = [row for row in rows if name in row["scores"]]
+        if len({row.get("networks", {}).get(name) for row in scored}) > 1:
+            told = [
+                f"{row['label']} {str(row.get('networks', {}).get(name)).rpartition(':')[2][:8]}" for row in scored
+            ]
+            lines.append(f"{METRICS[name].title} is of different networks, and cannot be compared: {', '.join(told)}.")
     reasons = {(METRICS[name].title, reason) for row in rows for name, reason in row["left_out"].items()}
     lines += [f"{title} is left out: {reason}." for title, reason in sorted(reasons)]
     return lines

@@ -7,10 +7,12 @@ same command goes on where it was stopped, on as many processes as it is given.
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -110,6 +112,13 @@ class BenchmarkRun:
                         f"{identity.get(key)!r} now: give another `output` or `label`."
                     )
         environment = describe_environment(self.state.num_processes)
+        codes = {each.get("code_sha256", environment["code_sha256"]) for each in self.protocol["environments"]}
+        if codes and environment["code_sha256"] not in codes and self.state.is_main_process:
+            print(
+                f"note: frames of {self.label!r} on {benchmark} that {output} holds were made by other code of this package, and are kept: "
+                "another `output` has them made anew",
+                file=sys.stderr,
+            )
         if environment not in self.protocol["environments"]:
             self.protocol["environments"].append(environment)
         self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
@@ -189,7 +198,8 @@ class BenchmarkRun:
                 for group in _by_size_and_time(rows):
                     for (triplet, *_), scores in zip(group, scorer.score([row[1:] for row in group])):
                         frame = self.records[triplet.name].frame
-                        progress.write({"item": triplet.name, "frame": frame, "scores": scores, "networks": networks})
+                        entry = {"item": triplet.name, "frame": frame, "scores": scores, "networks": networks}
+                        progress.write({**entry, "pass": self._passes + 1})
         self.state.wait_for_everyone()
         self.records = self._read_records()
 
@@ -297,13 +307,16 @@ class BenchmarkRun:
                     frames[key] = entry["seconds"]
                 else:
                     scored.setdefault(key, []).append(entry)
+        entries = itertools.chain.from_iterable(scored.values())
+        self._passes = max((entry.get("pass", 0) for entry in entries), default=0)  # of scoring, by now
         records = {}
         for triplet in self.triplets:
             path = self.result_path(triplet)
             key = triplet.name, self._digest(path) if path.is_file() else ""
             if key in frames:
                 record = records[triplet.name] = ItemRecord(key[1], frames[key], {}, {})
-                for entry in scored.get(key, []):
+                # The latest last, whichever process's.
+                for entry in sorted(scored.get(key, []), key=lambda entry: entry.get("pass", 0)):
                     record.scores.update(entry["scores"])
                     record.networks.update(entry["networks"])
         return records
@@ -351,7 +364,7 @@ def mean_and_interval(values: Sequence[float], sequences: Sequence[str]) -> dict
 
 
 def describe_environment(processes: int) -> dict[str, Any]:
-    """Versions of the libraries, and the machine's hardware."""
+    """Versions of the libraries, this package's code, and the machine's hardware."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -366,7 +379,15 @@ def describe_environment(processes: int) -> dict[str, Any]:
     hardware = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "processes": processes}
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
-    return {"python": platform.python_version(), "libraries": versions, "hardware": hardware}
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "python": platform.python_version(),
+        "libraries": versions,
+        "code_sha256": code.hexdigest(),
+        "hardware": hardware,
+    }
 
 
 def folder_name(label: str) -> str:

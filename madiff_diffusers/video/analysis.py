@@ -272,7 +272,7 @@ def _on_grid(starts: array, end: int, unit: Fraction, rate: Fraction | None) -> 
     if not rate or unit * rate > Fraction(1, 4):
         # A rate that is no more than the file's clock is a rate of frames only where most follow each other in it.
         followed = sum(b - a == 1 for a, b in zip(starts, starts[1:]))
-        is_steady = bool(rate) and unit * rate == 1 and 2 * followed >= len(starts) - 1
+        is_steady = rate is not None and unit * rate == 1 and 2 * followed >= len(starts) - 1
         return (starts, end, unit) if is_steady else None
     tick = unit * rate
     numbers = array("q", (round(start * tick) for start in starts))

@@ -458,8 +458,9 @@ def make_video(
         if rank == 0:
             with _naming(job.output):
                 job.prepare(resume, overwrite, preview)
-            for note in job.notes if tell is not None else []:
-                tell(note)
+            if tell is not None:
+                for note in job.notes:
+                    tell(note)
         wait()
         made = 0
         try:
@@ -473,8 +474,9 @@ def make_video(
                 shutil.rmtree(job.folder)
                 raise VideoError(f"{job.analysis.damage[0]}; what is good is in {partial}")
             notes = job.finish() if rank == 0 else []
-            for note in notes if tell is not None else []:
-                tell(note)
+            if tell is not None:
+                for note in notes:
+                    tell(note)
         except BaseException as error:
             if rank == 0 and job.folder.exists():
                 if keep_partial and not isinstance(error, VideoError):

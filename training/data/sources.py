@@ -190,8 +190,11 @@ def decode(path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
 class DatasetClips:
     """Triplets in a Hugging Face dataset on disk, with a column for each frame."""
 
-    def __init__(self, path: str, columns: Sequence[str]):
-        self.table = without_decoding(load_dataset(path, streaming=False), path, columns)
+    def __init__(self, path: str, columns: Sequence[str], split: str = "train"):
+        table = load_dataset(path, streaming=False, split=split)
+        # Of a dataset that was saved by `save_to_disk`, there is none.
+        self.split = None if table.split is None else str(table.split)
+        self.table = without_decoding(table, path, columns)
         self.path, self.columns = path, columns
         self.lengths = np.full(len(self.table), 3)
 
@@ -199,14 +202,17 @@ class DatasetClips:
         return decode_triplet(self.table[number], self.columns, f"row {number} of {self.path}")[list(times)]
 
 
-def load_dataset(path: str, streaming: bool):
+def load_dataset(path: str, streaming: bool, split: str = "train"):
+    """A dataset in a folder; of a `split` that is not for training, its split `test` or `validation` where it has one."""
     import datasets
 
     if (Path(path) / "state.json").is_file():
         table = datasets.load_from_disk(path)
         return table.to_iterable_dataset() if streaming else table
     try:
-        return datasets.load_dataset(path, split="train", streaming=streaming)
+        known = datasets.get_dataset_split_names(path) if split != "train" else ()
+        found = next((each for each in ("test", "validation") if each in known), "train")
+        return datasets.load_dataset(path, split=found, streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         reason = f"it is no dataset with a split `train` ({error})"
         raise _wrong_layout("datasets-stream" if streaming else "datasets", path, reason) from error
@@ -306,7 +312,7 @@ def read_source(name: str, path: str, options: RunOptions, split: str = "train")
     if name == "crops":
         raise ValueError(f"`data`: crops are for train_sampler, and no clips, but `{name}:{path}` is given.")
     if name == "datasets":
-        return DatasetClips(path, options.columns.split(","))
+        return DatasetClips(path, options.columns.split(","), split)
     if not root.is_dir():
         raise _wrong_layout(name, path, "there is no such folder")
     if name == "videos":
