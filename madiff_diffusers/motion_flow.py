@@ -326,7 +326,18 @@ class RIFEFlowModel(CheckpointComponent, ModelMixin, ConfigMixin):
         for number in range(1, len(scales)):
             seen = torch.cat([warp(prev, flow[:, :2]), warp(next_, flow[:, 2:]), instant, mask.to(self.dtype)], dim=1)
             change, mask_change = getattr(self, f"block{number}")(seen, flow, scales[number])
-            if number == 1 and self.config.adaptive and min(change[:, :2].abs().max(), change[:, 2:].abs().max()) > 32:
+            is_wide = [False]
+            if number == 1 and self.config.adaptive:
+                most = change.abs().unflatten(1, (2, 2)).amax(dim=(2, 3, 4))  # [B,2]
+                is_wide = (most.amin(dim=1) > 32).tolist()
+            if len(set(is_wide)) > 1:  # each on its own, so that a pair's flow is what it is without the others
+                alone = [
+                    self.flow_and_mask(frame_prev[i : i + 1], frame_next[i : i + 1], instant[i : i + 1, 0, 0, 0])
+                    for i in range(batch)
+                ]
+                flows, masks = zip(*alone)
+                return torch.cat(flows), torch.cat(masks)
+            if is_wide[0]:
                 scales = [2 * scale for scale in scales]
                 flow, mask = self.block0(torch.cat([prev, next_, instant], dim=1), None, scales[0])
                 seen = torch.cat(

@@ -262,6 +262,10 @@ def export_onnx(
         raise ValueError(
             f"`hint_model` must be a MotionHintModel or None to become a graph, but is a {type(hint_model).__name__}."
         )
+    if hint_model is not None and vqvae.config.hint_channels != 2:
+        raise ValueError(
+            f"`hint_model` must make all hints to become a graph, but `vqvae` takes {vqvae.config.hint_channels} channels of them, and it makes 2."
+        )
     for name, network in (("vqvae", vqvae), ("unet", unet), ("hint_model", hint_model)):
         if network is not None and (network.dtype, network.device.type) != (torch.float32, "cpu"):
             raise ValueError(f"`{name}` must be in float32 on the CPU, but is in {network.dtype} on {network.device}.")

@@ -259,6 +259,34 @@ def test_rife_is_converted_saved_and_used_as_a_hint_model(rife_file, tmp_path, p
     assert frames.shape == (2, 1, 3, 51, 67) and torch.isfinite(frames).all()
 
 
+@torch.no_grad()
+def test_rife_s_scales_are_each_pair_s_own():
+    """A pair whose flow is so large that it is seen smaller, and one whose is not."""
+    torch.manual_seed(0)
+    model = RIFEFlowModel((16, 12, 8, 8)).eval()
+    frames = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    frames[:, 1] = 0.1 * frames[:, 1] - 0.9
+
+    def flows(*pairs: int) -> torch.Tensor:
+        return torch.cat([model.flow_and_mask(frames[0, i : i + 1], frames[1, i : i + 1])[0] for i in pairs])
+
+    # What the second block adds is made 32 pixels between the two.
+    changes = []
+    hook = model.block1.register_forward_hook(lambda module, given, output: changes.append(output[0].abs()))
+    model.register_to_config(adaptive=False)
+    flows(0, 1)
+    hook.remove()
+    first, second = (min(each[:, :2].max().item(), each[:, 2:].max().item()) for each in changes)
+    assert max(first, second) > 1.05 * min(first, second)
+    for parameter in model.block1.lastconv.parameters():
+        parameter.mul_(32 / (first * second) ** 0.5)
+    fixed = flows(0, 1)
+    model.register_to_config(adaptive=True)
+    alone, both = flows(0, 1), model.flow_and_mask(frames[0], frames[1])[0]
+    assert sorted((alone - fixed).abs().amax(dim=(1, 2, 3)) > 1) == [False, True]
+    assert torch.allclose(both, alone, atol=1e-3)
+
+
 def test_convert_rife_is_a_command(rife_file, tmp_path, capsys):
     assert main(["convert-rife", str(rife_file), "-o", str(tmp_path / "rife")]) == 0
     assert RIFEFlowModel.from_pretrained(tmp_path / "rife").config.channels == [192, 128, 96, 64]

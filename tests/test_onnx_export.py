@@ -156,6 +156,9 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         ValueError, match="`hint_model` must be a MotionHintModel or None to become a graph, but is a RIFEFlowModel"
     ):
         export_onnx(tmp_path, vqvae, unet, scheduler, RIFEFlowModel(channels=(8, 8, 8, 8)))
+    with pytest.raises(ValueError, match="`hint_model` must make all hints to become a graph, but `vqvae` takes 20"):
+        tiny = build_pipeline(load_config("tiny"))
+        export_onnx(tmp_path, tiny.vqvae, tiny.unet, tiny.scheduler, hint_model)
     with pytest.raises(ValueError, match="`unet` must be in float32 on the CPU, but is in torch.bfloat16 on cpu"):
         export_onnx(tmp_path, vqvae, unet.bfloat16(), scheduler, hint_model)
     assert not list(tmp_path.iterdir())
