@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from madiff_diffusers import MADiffPipeline
 from madiff_diffusers.commands.common import (
     DEFAULT_CHECKPOINT,
-    DTYPES,
     CommandError,
     checkpoint_folder,
     chosen_dtype,
     load_pipeline,
+    parse_dtype,
 )
 from madiff_diffusers.evaluation.methods import FunctionMethod
 from madiff_diffusers.evaluation.runs import describe_environment
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=parse_count, metavar="N", help="of torch and OpenCV (default: as they choose)"
     )
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, metavar="T", help="as for `madiff evaluate`")
+    parser.add_argument("--dtype", default="float32", type=parse_dtype, metavar="T", help="as for `madiff evaluate`")
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="C", help="as for `madiff interpolate`")
     parser.add_argument("--device", default="cpu", metavar="D", help="as for `madiff interpolate`")
     parser.add_argument("--rounds", type=parse_count, default=5, metavar="N", help="that medians are of (default: 5)")

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -75,10 +76,13 @@ class Work:
 
     Args:
         make: function that does the work; it is called with a function to report progress, which raises [`Stopped`] after `stop`.
+        turn: held while the work is done. One that was stopped may take a while to end, and nobody waits for that but the next.
+        tidy: called once the work has ended and nobody asks for its result any more.
     """
 
-    def __init__(self, make: Callable[[Progress], Any]):
+    def __init__(self, make: Callable[[Progress], Any], turn: threading.Lock, tidy: Callable[[], Any] = lambda: None):
         self.failure: BaseException | None = None
+        self._turn, self._tidy, self._ending, self._ended = turn, tidy, threading.Lock(), False
         self.result: Any = None
         self._make, self._stop, self._begun, self._first = make, threading.Event(), time.monotonic(), 0
         self._told: tuple[str, int, int | None] = ("", 0, None)
@@ -87,9 +91,14 @@ class Work:
 
     def _run(self) -> None:
         try:
-            self.result = self._make(self._tell)
+            with self._turn:
+                self.result = self._make(self._tell)
         except BaseException as error:
             self.failure = error
+        with self._ending:
+            self._ended = True
+            if self._stop.is_set():
+                self._tidy()
 
     def _tell(self, name: str, done: int, total: int | None) -> None:
         if self._stop.is_set():
@@ -99,17 +108,17 @@ class Work:
         self._told = name, done, total
 
     def stop(self) -> None:
-        self._stop.set()
+        """Have the work end where it reports progress next, and what it leaves be tidied up."""
+        with self._ending:
+            self._stop.set()
+            if self._ended:
+                self._tidy()
 
     def updates(self) -> Iterator[str]:
         """Progress as HTML until the work ends; then raises what the work raised, if it did."""
-        try:
-            while self._thread.is_alive():
-                yield self._html()
-                self._thread.join(POLL_SECONDS)
-        finally:  # also of a page that is gone
-            self._stop.set()
-            self._thread.join()
+        while self._thread.is_alive():
+            yield self._html()
+            self._thread.join(POLL_SECONDS)
         if self.failure is not None:
             raise self.failure
 
@@ -138,6 +147,7 @@ class Demo:
         self.pipeline, self.limits, self.name = pipeline, limits, name
         pipeline.set_progress_bar_config(disable=True)
         self._works: dict[str | None, Work] = {}  # by the page that waits for it
+        self._turn = threading.Lock()
 
     def build(self) -> gr.Blocks:
         limits = self.limits
@@ -221,15 +231,18 @@ class Demo:
         if request.session_hash in self._works:
             self._works[request.session_hash].stop()
 
-    def _follow(self, request: gr.Request, make: Callable[[Progress], Any]) -> Iterator[tuple[str | None, Any]]:
+    def _follow(
+        self, request: gr.Request, make: Callable[[Progress], Any], tidy: Callable[[], Any] = lambda: None
+    ) -> Iterator[tuple[str | None, Any]]:
         """Messages for the page, each with None; at the end None with the result."""
-        work = self._works[request.session_hash] = Work(make)
+        work = self._works[request.session_hash] = Work(make, self._turn, tidy)
         try:
             for said in work.updates():
                 yield said, None
             yield None, work.result
-        finally:
+        finally:  # also of a page that is gone, or whose user cancelled: Gradio waits for this, and everybody for Gradio
             self._works.pop(request.session_hash, None)
+            work.stop()
 
     def _make_pair(self, prev: str | None, next_: str | None, count: int, request: gr.Request) -> Iterator[list[Any]]:
         try:
@@ -285,23 +298,23 @@ class Demo:
             source = Path(path)
             rate = Fraction(int(fps)) if fps else None
             self._check_video(source, rate, Fraction(str(slow)))
-            # Gone once the page has its copy, or the work has failed.
-            with tempfile.TemporaryDirectory(prefix="madiff-demo-") as folder:
-                output = Path(folder) / f"{source.stem[:50]}-smooth.mp4"
+            yield [*nothing, f"{UNFINISHED}Beginning …"]
+            # Gone once the page has its copy, or the work has ended without one.
+            folder = Path(tempfile.mkdtemp(prefix="madiff-demo-"))
+            output = folder / f"{source.stem[:50]}-smooth.mp4"
 
-                def make(tell: Progress) -> Any:
-                    return interpolate_video(
-                        self.pipeline, source, output, fps=rate, slow_motion=Fraction(str(slow)), progress=tell
-                    )
+            def make(tell: Progress) -> Any:
+                return interpolate_video(
+                    self.pipeline, source, output, fps=rate, slow_motion=Fraction(str(slow)), progress=tell
+                )
 
-                yield [*nothing, f"{UNFINISHED}Beginning …"]
-                for said, made in self._follow(request, make):
-                    if said is not None:
-                        yield [gr.skip(), gr.skip(), said]
-                        continue
-                    notes = "".join(f"<br>Note: {html.escape(note)}" for note in made.notes)
-                    done = f"{made.frames} frames, {made.made} of them made.{notes}"
-                    yield [str(output), gr.update(value=str(output), interactive=True), done]
+            for said, made in self._follow(request, make, lambda: shutil.rmtree(folder, ignore_errors=True)):
+                if said is not None:
+                    yield [gr.skip(), gr.skip(), said]
+                    continue
+                notes = "".join(f"<br>Note: {html.escape(note)}" for note in made.notes)
+                done = f"{made.frames} frames, {made.made} of them made.{notes}"
+                yield [str(output), gr.update(value=str(output), interactive=True), done]
         except Exception as error:
             yield [*nothing, message_of(error, path)]
 

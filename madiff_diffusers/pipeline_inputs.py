@@ -48,6 +48,11 @@ def check_scheduler(scheduler: Any) -> None:
             "`scheduler` must be one of Diffusers' with a noise schedule in `alphas_cumprod` and a `prediction_type`, such as DDIMScheduler, "
             f"but is {type(scheduler).__name__}; flow matching needs a network trained for it."
         )
+    if scheduler.config.prediction_type == "flow_prediction" or scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"`scheduler` must not be of flow matching, which needs a network trained for it, but is {type(scheduler).__name__} with "
+            f"`prediction_type` {scheduler.config.prediction_type!r} and `use_flow_sigmas` {scheduler.config.get('use_flow_sigmas')!r}."
+        )
 
 
 def check_settings(

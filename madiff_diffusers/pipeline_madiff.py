@@ -507,14 +507,17 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         return clean, coder.decode(prev, next_, clean, hints, instants) if with_frames else None
 
 
+_HOOKED = apply_forward_hook(lambda network: None).__code__  # of every method that it wraps
+
+
 def _compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`torch.compile` of a method, which `compiled_from` of the result names. With CUDA graphs, what it gives is copied: the next replay
     writes into the same memory, and features of a frame are read by more than one pair."""
-    function: Any = getattr(method, "__func__", method)
     owner: Any = getattr(method, "__self__", None)
-    is_hooked = function.__code__ is apply_forward_hook(_copied).__code__
-    # What is compiled anew for other shapes is counted by function, and all that are wrapped so would be one and the same.
-    compiled = torch.compile(types.MethodType(function.__wrapped__, owner) if is_hooked else method, **options)
+    # What is compiled anew for other shapes is counted by function, and all that `apply_forward_hook` wraps would be one and the same.
+    is_hooked = inspect.ismethod(method) and method.__func__.__code__ is _HOOKED
+    inner = types.MethodType(inspect.unwrap(method.__func__), owner) if is_hooked else method  # type: ignore[attr-defined]
+    compiled = torch.compile(inner, **options)
     replays = options.get("mode") in ("reduce-overhead", "max-autotune")
 
     @functools.wraps(method)

@@ -171,3 +171,16 @@ def test_a_compiled_pipeline_takes_many_sizes_and_pairs():
         frames = torch.rand(2, count, 3, height, width)
         made = pipeline(*frames, num_inference_steps=2, num_frames=3, frames_per_batch=count, output_type="pt").frames
         assert made.shape == (count, 3, 3, height, width)
+
+
+def test_an_offloaded_pipeline_is_compiled(pair):
+    pipeline = build_pipeline(load_config("tiny"))
+    pipeline.enable_model_cpu_offload(device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        *pair, num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).frames
+    torch._dynamo.reset()
+    pipeline.compile(backend="eager")
+    found = pipeline(*pair, num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+    assert torch.allclose(found, expected, atol=1e-3)

@@ -316,6 +316,14 @@ def test_schedulers_that_do_not_fit_are_named(pipeline, pair):
             MADiffPipeline(**pipeline.components, hint_source=pipeline.config.hint_source)
 
 
+def test_a_scheduler_of_flow_matching_by_its_settings_is_refused(pipeline):
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    with pytest.raises(ValueError, match="`scheduler` must not be of flow matching"):
+        MADiffPipeline(**{**pipeline.components, "scheduler": scheduler}, hint_source=pipeline.config.hint_source)
+
+
 @pytest.mark.parametrize(
     "name, value",
     [("default_num_inference_steps", 0), ("default_hint_interval", 1.5), ("default_hint_policy", "magic")],

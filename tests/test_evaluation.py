@@ -375,6 +375,38 @@ def test_of_scores_by_other_processes_the_latest_count(root, tmp_path, scored_by
     assert summary["scores"]["lpips"] == expected["scores"]["lpips"] and summary["networks"] == second.networks
 
 
+def test_a_run_that_was_stopped_while_it_was_scored_ends_with_fewer_metrics(root, tmp_path):
+    lpips = Scorer(["psnr", "lpips"], lpips_backbone=random_backbone_file(tmp_path / "1.safetensors", 1))
+    evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], lpips, gallery=0)
+    (progress,) = (tmp_path / "out").rglob("progress-0.jsonl")
+    lines = progress.read_text().splitlines(keepends=True)
+    progress.write_text(
+        "".join([line for line in lines if "seconds" in line] + [line for line in lines if "lpips" in line][:1])
+    )
+    (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], scorer(), gallery=2)
+    assert set(summary["scores"]) == {"psnr", "ssim"} and list((tmp_path / "out" / "gallery").rglob("index.html"))
+
+
+def test_what_a_whole_run_cannot_have_is_refused_or_left_out_before(pipeline, root, tmp_path):
+    metrics = Scorer(["fid"])  # whose network may not be there
+    message = (
+        "fid needs at least 2 triplets, but there is 1" if metrics.names else "none that can be computed here: fid: "
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], metrics, limit=1)
+    assert not (tmp_path / "out").exists()
+    method = MADiffMethod(pipeline, "tiny", "0123", Settings(hint_policy="true", steps=1))
+    (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [method], Scorer(["psnr", "step_ratio"]), gallery=0)
+    assert set(summary["scores"]) == {"psnr"}
+
+
+def test_hidden_files_and_folders_are_no_part_of_a_benchmark(root, tmp_path):
+    before = [triplet.name for triplet in find_triplets("ucf101", str(root))]
+    (root / ".ipynb_checkpoints").mkdir()
+    (next(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".") / "._0.png").write_bytes(b"mac")
+    assert [triplet.name for triplet in find_triplets("ucf101", str(root))] == before
+
+
 def test_rows_that_cannot_be_compared_are_told(root, tmp_path):
     shutil.copytree(root, tmp_path / "other")
     changed = next((tmp_path / "other").rglob("*.png"))

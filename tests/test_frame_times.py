@@ -90,6 +90,12 @@ def test_nothing_is_made_where_frames_are_held_and_across_dropped_ones_more_is()
     ]
 
 
+def test_the_first_frame_behind_a_cut_is_shown_where_its_time_was_rounded_up():
+    times = [round(1000 * number / 24) for number in range(12)]
+    timeline = Timeline(times, 500, Fraction(1, 1000), rate=Fraction(24), held={0, 3, 6})
+    assert [(frame.index, frame.position) for frame in shown(timeline)] == [(number, 0) for number in range(12)]
+
+
 def test_a_file_of_one_frame_is_shown_as_it_is():
     assert [(frame.index, frame.position) for frame in shown(Timeline([0], 1, FILM, rate=Fraction(60)))] == [
         (0, 0)

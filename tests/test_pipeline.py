@@ -413,6 +413,28 @@ def test_latents_that_a_callback_changes_after_the_last_step_are_decoded(pipelin
     assert torch.allclose(run(pipeline, pair, **settings), expected + 1, atol=1e-4)
 
 
+def test_a_stream_takes_what_the_pipeline_takes(pipeline):
+    frames = [torch.rand(3, 32, 48, requires_grad=True) for _ in range(2)]
+    made = list(interpolate_frames(pipeline, frames, factor=np.int64(2), steps=1, output_type="pt"))
+    assert len(made) == 4 and torch.allclose(made[0], frames[0].detach(), atol=1e-5)
+    for wrong, message in (
+        ({"factor": 0}, "`factor` must be a positive integer, but is 0"),
+        ({"steps": 0}, "`steps` must be a positive integer, but is 0"),
+        ({"cut_threshold": float("nan")}, "`cut_threshold` must be at least 0, but is nan"),
+        ({"cut_ratio": 0.5}, "`cut_ratio` must be at least 1, but is 0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(interpolate_frames(pipeline, frames[:1], **wrong))
+
+
+def test_a_stream_has_no_bar_for_each_pair(pipeline, capfd):
+    pipeline.set_progress_bar_config(desc="mine")
+    list(interpolate_frames(pipeline, [moving_picture(time) for time in range(3)], steps=1))
+    assert capfd.readouterr().err == ""
+    pipeline(moving_picture(0), moving_picture(1), num_inference_steps=1)
+    assert "mine" in capfd.readouterr().err, "the caller's own settings are as they were"
+
+
 def test_callback_that_returns_nothing_new_changes_nothing(pipeline, pair):
     frames = run(
         pipeline,

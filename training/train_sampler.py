@@ -322,7 +322,9 @@ class Teacher:
             .requires_grad_(False)
             .eval()
         )
-        self.network.register_to_config(adaptive=False)  # the choice is one for a whole batch
+        self.network.register_to_config(
+            adaptive=False
+        )  # which would wait for the first flow, and may go through the batch in two parts
         if compiled:
             self.network.compile(dynamic=False)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> list[
         ValueError: if the data has no clip that is long enough, or holds still pictures or recorded events.
     """
     drawn = parse_sources(options.data) if options.data else []
-    trained = {path for name, path, _ in drawn if name.startswith("datasets")}
+    trained = {Path(path).resolve() for name, path, _ in drawn if name.startswith("datasets")}
     # Videos are read where a window lies, not whole.
     options = dataclasses.replace(options, data=options.validation, cache_gib=0.0)
     windows: list[np.ndarray] = []
@@ -33,7 +34,7 @@ def validation_windows(options: RunOptions, frames: int, multiple: int) -> list[
         if name in ("stills", "mvsec", "datasets-stream"):
             raise ValueError(f"`validation` must be clips that are there to be read, but has the format {name}.")
         clips = read_source(name, path, options, split="test")
-        if name == "datasets" and path in trained and clips.split in (None, "train"):
+        if name == "datasets" and Path(path).resolve() in trained and clips.split in (None, "train"):
             raise ValueError(f"`validation`: {path!r} has no split `test` or `validation`, and `data` is all of it.")
         long_enough = np.flatnonzero(clips.lengths >= frames)
         if not len(long_enough):

@@ -67,6 +67,7 @@ def _terminable() -> Iterator[None]:
     """Let SIGTERM, by which services, containers and queues stop a command, end it as Ctrl-C does: what it must tidy up, it does."""
 
     def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would cut that short
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
@@ -76,7 +77,7 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None for one that was not set by Python
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -153,13 +153,16 @@ def _folders(folder: Path) -> list[Path]:
     """The subfolders of a folder, in natural order."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_order(path.name))
+    return sorted(
+        (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
+        key=lambda path: natural_order(path.name),
+    )
 
 
 def _images(folder: Path) -> list[Path]:
     """The image files of a folder, in natural order."""
     return sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS),
+        (path for path in folder.iterdir() if path.suffix.lower() in WRITABLE_FORMATS and path.name[0] != "."),
         key=lambda path: natural_order(path.name),
     )
 

@@ -136,6 +136,11 @@ def evaluate(
         [path for triplet in triplets for path in triplet.files],
         ", but from no evaluation: give another `output`",
     )
+    if not scorer.names:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in scorer.left_out.items())
+        raise ValueError(f"`metrics` has none that can be computed here: {reasons}.")
+    if "fid" in scorer.names and len(triplets) < 2:
+        raise ValueError(f"`metrics`: fid needs at least 2 triplets, but there is {len(triplets)}.")
     if "step_ratio" in scorer.names or any(triplet.time != MIDDLE for triplet in triplets):
         for method, name in zip(methods, labels):
             if not method.any_time:

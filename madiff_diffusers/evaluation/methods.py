@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -247,14 +248,9 @@ class MADiffMethod:
             "scheduler": type(self.scheduler).__name__,
             "quantised": settings.quantized is not False,  # as results have spelled it since their format 1
         }
-        # Of sources that are not this package's.
-        kinds = [type(part) for _, part in named_parts(config.hint_source, pipeline.hints)]
-        files = [
-            Path(inspect.getfile(kind)) for kind in kinds if not kind.__module__.startswith(__package__.split(".")[0])
-        ]
-        if files:
-            code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-            self.identity["hint_code_sha256"] = code.hexdigest()
+        code = _code_of(getattr(pipeline.hints, "sources", [pipeline.hints]))
+        if code is not None:
+            self.identity["hint_code_sha256"] = code
         if settings.latents not in (None, *LATENTS):
             raise ValueError(f"`latents` must be one of {', '.join(LATENTS)}, but is {settings.latents!r}.")
         if settings.latents not in (None, "denoised"):
@@ -406,6 +402,18 @@ class MADiffMethod:
             ).frames
         finally:
             pipeline.scheduler, pipeline._hints = before
+
+
+def _code_of(sources: Sequence[HintSource]) -> str | None:
+    """SHA-256 of the files of hint sources that are not this package's; None where there are none, or they are in no file."""
+    digest, is_known = hashlib.sha256(), False
+    for kind in map(type, sources):
+        if kind.__module__.partition(".")[0] == __package__.partition(".")[0]:
+            continue
+        with suppress(OSError, TypeError):  # classes of a session
+            digest.update(Path(inspect.getfile(kind)).read_bytes())
+            is_known = True
+    return digest.hexdigest() if is_known else None
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -270,7 +270,8 @@ def chart(summaries: Sequence[dict[str, Any]], path: Path) -> None:
 def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], output: Path, count: int) -> None:
     """A page of the `count` worst items of a run, by LPIPS, or by the first metric that there is of single items."""
     items = {item["name"]: item for item in summary["items"]}
-    order = next((name for name in ("lpips", *METRICS) if name in summary["items"][0]), None)
+    # A run that was stopped while it was scored has metrics of some items alone.
+    order = next((name for name in ("lpips", *METRICS) if all(name in item for item in summary["items"])), None)
     worst = run.triplets
     if order is not None:
         sign = -1 if METRICS[order].higher_is_better else 1

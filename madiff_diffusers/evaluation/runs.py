@@ -112,8 +112,8 @@ class BenchmarkRun:
                         f"{identity.get(key)!r} now: give another `output` or `label`."
                     )
         environment = describe_environment(self.state.num_processes)
-        codes = {each.get("code_sha256", environment["code_sha256"]) for each in self.protocol["environments"]}
-        if codes and environment["code_sha256"] not in codes and self.state.is_main_process:
+        codes = {each.get("code_sha256") for each in self.protocol["environments"]}
+        if codes - {environment["code_sha256"]} and self.state.is_main_process:
             print(
                 f"note: frames of {self.label!r} on {benchmark} that {output} holds were made by other code of this package, and are kept: "
                 "another `output` has them made anew",
@@ -226,7 +226,9 @@ class BenchmarkRun:
             scores["fid"], networks["fid"] = previous["scores"]["fid"], previous["networks"]["fid"]
         if "step_ratio" in previous.get("scores", {}):
             scores["step_ratio"] = previous["scores"]["step_ratio"]
-        elif "step_ratio" in scorer.names:
+        elif "step_ratio" in scorer.names and not getattr(
+            self.method, "needs_truth", False
+        ):  # of a pan, nobody has it
             scores["step_ratio"] = {"mean": step_ratio(self.method)}
         seconds = [record.seconds for record in records]
         summary = {

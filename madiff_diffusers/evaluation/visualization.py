@@ -33,12 +33,13 @@ def hints_images(hints: torch.Tensor, hint_source: str, source: HintSource) -> l
     """
     images = []
     parts = named_parts(hint_source, source)
+    flows = [name for name, _ in parts if name in ("flow", "fine_flow", "search")]
     channels = hints.split([part.hint_channels for _, part in parts])
     for (name, _), each in zip(parts, channels):
         if name == "events":
             images.append((name, events_image(each)))
         elif len(each) == 2:
-            images.append(("flow" if name in ("fine_flow", "search") else name, offsets_image(each)))
+            images.append(("flow" if flows == [name] else name, offsets_image(each)))
         else:
             mean = each.float().mean(0).cpu().numpy()
             levels = (255 * (mean - mean.min()) / max(float(np.ptp(mean)), 1e-6)).astype(np.uint8)

@@ -53,6 +53,21 @@ def check_preview(preview: Path) -> None:
         raise VideoError(f"there is no folder {preview.parent} for `preview`")
 
 
+def check_folder(folder: Path) -> None:
+    """
+    Refuse a folder that cannot be replaced as a whole by one of frames.
+
+    Raises:
+        VideoError: if it is a link or a mounted disk, or holds anything but frames.
+    """
+    if folder.is_symlink() or os.path.ismount(folder):
+        raise VideoError(
+            f"{folder} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it"
+        )
+    if folder.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in folder.iterdir()):
+        raise VideoError(f"{folder} holds other files than frames that were written before")
+
+
 def check_output(output: Path, options: CheckedOptions, keep_partial: bool = False) -> None:
     """
     Refuse an output that is known to fail whatever the source is.
@@ -71,12 +86,7 @@ def check_output(output: Path, options: CheckedOptions, keep_partial: bool = Fal
     if output.exists() and output.is_dir() != is_folder:
         raise VideoError(f"{output} is {'a folder' if output.is_dir() else 'a file'} already")
     for folder in [output, *([partial_path(output)] if keep_partial else [])] if is_folder else []:
-        if folder.is_symlink() or os.path.ismount(folder):
-            raise VideoError(
-                f"{folder} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it"
-            )
-        if folder.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in folder.iterdir()):
-            raise VideoError(f"{folder} holds other files than frames that were written before")
+        check_folder(folder)
     usual = usual_codecs(container_of(output))
     check_encoding(output, options.codec, options.crf, options.preset, options.fps, usual)
 

@@ -104,11 +104,14 @@ class Timeline:
             index = self.kept[place]
             following = self.kept[place + 1] if place + 1 < len(self.kept) else None
             times = list(self._times(index, len(self._boundaries) - 1 if following is None else following))
-            if following is None or index in self._held:
+            if following is None:
                 yield [ShownFrame(time, index, Fraction(0)) for time in times]
                 continue
             start, end = self._at(index), self._at(following)
             rounding = self._rounding / self.time_base
+            if index in self._held:
+                yield [ShownFrame(time, index if end - time > rounding else following, Fraction(0)) for time in times]
+                continue
             frames = []
             for time in times:
                 if time - start <= rounding:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import NamedTuple, cast
 
@@ -20,6 +21,17 @@ class Pair(NamedTuple):
     prev: "SourceFrame"
     next: "SourceFrame"
     times: Sequence[Fraction]
+
+
+@contextmanager
+def without_bar(pipeline: MADiffPipeline) -> Iterator[None]:
+    """Without the pipeline's own progress bar, of which there would be one for each pair of frames."""
+    before = getattr(pipeline, "_progress_bar_config", None)
+    pipeline.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**(before or {}))
 
 
 class FrameInterpolator:
@@ -74,17 +86,18 @@ class FrameInterpolator:
         height, width = (side // vqvae.downsample_factor for side in prev.frames.shape[-2:])
         generators = [torch.Generator().manual_seed(self._seed) for _ in pairs]
         noise = [torch.randn(1, 1, channels, height, width, generator=generator) for generator in generators]
-        made = self._pipeline(
-            prev,
-            next_,
-            times=times,
-            frames_per_batch=max(1, self._at_once // len(pairs)),
-            recursive=recursive,
-            num_inference_steps=self._steps,
-            generator=generators,
-            latents=torch.cat(noise).expand(-1, len(times), -1, -1, -1),
-            output_type="np",
-        )
+        with without_bar(self._pipeline):
+            made = self._pipeline(
+                prev,
+                next_,
+                times=times,
+                frames_per_batch=max(1, self._at_once // len(pairs)),
+                recursive=recursive,
+                num_inference_steps=self._steps,
+                generator=generators,
+                latents=torch.cat(noise).expand(-1, len(times), -1, -1, -1),
+                output_type="np",
+            )
         return cast(np.ndarray, cast(MADiffPipelineOutput, made).frames)
 
 

@@ -18,7 +18,7 @@ from ..pipeline_madiff import MADiffPipeline
 from .analysis import analyse
 from .colour import ColourPath, ColourTags
 from .decoding import Source
-from .destinations import check_output, check_places, partial_path, parts_folder
+from .destinations import check_folder, check_output, check_places, partial_path, parts_folder
 from .encoding import choose_encoding, told_tags
 from .errors import VideoError
 from .formats import container_of
@@ -113,7 +113,7 @@ class VideoJob:
         self.written_colour = ColourPath(self.encoding.tags, self.analysis.size[0])
         self.parts = plan_parts(self.timeline)
         self.folder = parts_folder(self.output)
-        # What is known before the work.
+        # What is not as in the source, as far as it is known before the work.
         self.notes = [
             *notes_on_source(self.source, self.analysis),
             *notes_on_pictures(self.source, self.analysis, self.found, self.encoding, self.options, self.timeline),
@@ -319,7 +319,7 @@ class VideoJob:
         if not output.exists() or output.is_dir() and not any(output.iterdir()):
             return
         if output.is_dir():
-            check_output(output, self.options)
+            check_folder(output)
         if not (self._overwrite or output in self._known and output != self.output):
             raise VideoError(
                 f"{output} came to be during the work; what is done is in {self.folder}, and `resume` goes on with it once {output} is moved away"
@@ -458,12 +458,12 @@ def make_video(
         if rank == 0:
             with _naming(job.output):
                 job.prepare(resume, overwrite, preview)
-            if tell is not None:
-                for note in job.notes:
-                    tell(note)
         wait()
         made = 0
         try:
+            if tell is not None and rank == 0:
+                for note in job.notes:
+                    tell(note)
             mine = job.parts[rank::count]
             finished = sum(part.count for part in mine if is_complete(job.path(part)))
             with progress_bar(show, job.output.name, sum(part.count for part in mine), finished) as bar:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..pipeline_madiff import MADiffPipeline
 from ..tiling import TILE_PIXELS
+from .interpolation import without_bar
 
 
 PROBE = 256  # Height and width of the frame that memory is measured on.
@@ -78,7 +79,7 @@ def memory_errors() -> Iterator[None]:
 def bytes_per_pixel(pipeline: MADiffPipeline, steps: int | None = None) -> float:
     """Measure, on a small frame, the bytes for each pixel that the interpolation of a frame takes."""
     frame = torch.zeros(1, 3, PROBE, PROBE)
-    with _LiveBytes() as tensors:
+    with _LiveBytes() as tensors, without_bar(pipeline):
         pipeline(frame, frame, num_inference_steps=steps, output_type="pt", generator=torch.Generator().manual_seed(0))
     return tensors.most * BESIDE_TENSORS / PROBE**2
 

@@ -81,7 +81,8 @@ def assemble(
     if encoding.codec == "gif" or source.images is not None:
         write_pictures(output, encoding, parts, end, loops_of(source))
         return []
-    for kinds, anew in _attempts(output, source, encoding):
+    copies = audio == "keep" and slow_motion == 1
+    for kinds, anew in _attempts(output, source, encoding, copies):
         with suppress(*(_REFUSALS if kinds else ())), source.open() as container, _open(output, encoding) as file:
             muxer = Muxer(file, container, encoding, slow_motion, audio, anew)
             try:
@@ -96,14 +97,16 @@ def assemble(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _attempts(output: Path, source: Source, encoding: Encoding) -> Iterator[tuple[tuple[str, ...], Collection[int]]]:
+def _attempts(
+    output: Path, source: Source, encoding: Encoding, copies: bool
+) -> Iterator[tuple[tuple[str, ...], Collection[int]]]:
     """Kinds of streams to carry over, and the numbers of the streams of sound that are encoded anew, from most that may be kept to least: some
     streams are refused only when the header is written, or at the end, mostly sound of some flavour of a codec."""
     everything = ("audio", "subtitle", "attachment", "video")
     yield everything, ()
     with source.open() as container:
         sounds = [stream.index for stream in container.streams.audio]
-    refused = [index for index in sounds if not _takes(output, source, index, encoding)]
+    refused = [index for index in sounds if copies and not _takes(output, source, index, encoding)]
     if refused:
         yield everything, refused
     yield ("audio", "subtitle"), ()
@@ -113,7 +116,7 @@ def _attempts(output: Path, source: Source, encoding: Encoding) -> Iterator[tupl
 
 
 def _takes(output: Path, source: Source, index: int, encoding: Encoding) -> bool:
-    """Whether a file takes the beginning of a stream of sound as it is: one is written beside the output."""
+    """Whether a file takes the beginning of a stream of sound as it is, or has it encoded anew in any case: one is written beside the output."""
     tried = output.with_name(f"tried{output.suffix}")
     try:
         with source.open() as container, _open(tried, encoding) as file:
@@ -127,8 +130,10 @@ def _takes(output: Path, source: Source, index: int, encoding: Encoding) -> bool
             )
             for packet in itertools.islice(container.demux(stream), TRIED_PACKETS):
                 file.mux(copy(packet))
-    except (*_REFUSALS, ValueError):
+    except _REFUSALS:
         return False
+    except ValueError:  # PyAV's own, for a codec that this kind of file does not hold
+        return True
     finally:
         tried.unlink(missing_ok=True)
     return True

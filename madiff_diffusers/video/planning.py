@@ -8,6 +8,7 @@ from math import ceil
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from diffusers import ModelMixin
 
 from .. import __version__
@@ -137,7 +138,10 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
         """Take in a network, with its weights, or settings."""
         if isinstance(value, ModelMixin):
             add(name, dict(value.config))
-            for key, tensor in sorted(value.state_dict().items()):
+            weights = value.state_dict()
+            if any(tensor.is_meta for tensor in weights.values()):  # offloaded one by one: they lie beside the network
+                weights = get_state_dict_offloaded_model(value)
+            for key, tensor in sorted(weights.items()):
                 digest.update(f"{name}.{key}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         else:

@@ -9,6 +9,7 @@ import PIL.Image
 import torch
 
 from ..image_processor import OUTPUT_TYPES
+from ..pipeline_inputs import check_count
 from ..pipeline_madiff import MADiffPipeline
 from ..scene_cuts import LEAST_CHANGE, LOOK_AHEAD, RATIO, REACH, change, changes_around, cuts_of_changes, thumbnail
 from .interpolation import FrameInterpolator, Pair, SourceFrame
@@ -44,11 +45,16 @@ def interpolate_frames(
     Raises:
         ValueError, TypeError: if an argument is out of its range, or a frame has another size; as soon as frames are asked for.
     """
-    if not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"`factor` must be a positive integer, but is {factor!r}.")
+    check_count(factor, "factor")
+    if steps is not None:
+        check_count(steps, "steps")
+    for name, value, least in (("cut_threshold", cut_threshold, 0), ("cut_ratio", cut_ratio, 1)):
+        if not value >= least:
+            raise ValueError(f"`{name}` must be at least {least}, but is {value!r}.")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
     processor, interpolator = pipeline.frame_processor, FrameInterpolator(pipeline, steps, seed)
+    factor = int(factor)
     times = [Fraction(number, factor) for number in range(1, factor)]
 
     def given(frame: np.ndarray) -> PIL.Image.Image | np.ndarray | torch.Tensor:
@@ -80,7 +86,7 @@ def _neighbours(pipeline: MADiffPipeline, frames: Iterable) -> Iterator[SourceFr
                 f"`frames` must give single frames of one size, but gives {tuple(tensor.shape)} after {size and tuple(size)}."
             )
         size = tensor.shape[-2:]
-        yield SourceFrame((tensor[0].permute(1, 2, 0).contiguous() / 2 + 0.5).clamp(0, 1).numpy())
+        yield SourceFrame((tensor[0].permute(1, 2, 0).contiguous() / 2 + 0.5).clamp(0, 1).detach().cpu().numpy())
 
 
 def _with_cuts(

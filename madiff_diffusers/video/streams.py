@@ -137,7 +137,7 @@ class AudioTranscoder:
                 self._graph, self._due = self._tempo(frame), time
                 self._position = round(time * self._slow_motion * self.stream.codec_context.sample_rate)
             if LEAST_SILENCE < self._due - time < MOST_SILENCE:
-                continue  # Sound that was told to be longer than it is, bit by bit, would be late by ever more.
+                continue  # Sound whose times are closer together than it lasts would be late by ever more.
             if LEAST_SILENCE < time - self._due < MOST_SILENCE:
                 self._graph.push(_silence(frame, round((time - self._due) * frame.sample_rate)))
                 self._due = time

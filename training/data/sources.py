@@ -192,8 +192,8 @@ class DatasetClips:
 
     def __init__(self, path: str, columns: Sequence[str], split: str = "train"):
         table = load_dataset(path, streaming=False, split=split)
-        # Of a dataset that was saved by `save_to_disk`, there is none.
-        self.split = None if table.split is None else str(table.split)
+        # One that was saved by `save_to_disk` is a whole of its own, whatever split it came from.
+        self.split = None if (Path(path) / "state.json").is_file() else str(table.split)
         self.table = without_decoding(table, path, columns)
         self.path, self.columns = path, columns
         self.lengths = np.full(len(self.table), 3)
