@@ -34,7 +34,7 @@ def add_checkpoint_option(command: argparse.ArgumentParser) -> None:
         default=DEFAULT_CHECKPOINT,
         metavar="C",
         help="a saved pipeline's folder, a repository of the Hub (USER/NAME), or what comes with the package: madiff-fast, or "
-        f"madiff-compact, which is slower and has more PSNR (default: {DEFAULT_CHECKPOINT})",
+        f"madiff-compact, which is slower and has more PSNR on Middlebury and DAVIS (default: {DEFAULT_CHECKPOINT})",
     )
 
 
