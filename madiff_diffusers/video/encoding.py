@@ -152,7 +152,8 @@ def _usual_codec(container: Container, source: av.VideoFormat, has_hdr10: bool) 
 def usual_codecs(container: Container) -> list[str]:
     """The codecs of a kind of file that are chosen for one source or another where none is asked for."""
     sources = [av.VideoFormat(name) for name in ("yuv420p", "yuv420p10le", "gray16le", "rgb48le")]
-    return sorted({_usual_codec(container, source, has_hdr10) for source in sources for has_hdr10 in (False, True)})
+    chosen = {_usual_codec(container, source, has_hdr10) for source in sources for has_hdr10 in (False, True)}
+    return [name for name in container.codecs if name in chosen]
 
 
 def choose_encoding(
