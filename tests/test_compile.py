@@ -167,10 +167,10 @@ def test_a_compiled_pipeline_takes_many_sizes_and_pairs():
     pipeline.set_progress_bar_config(disable=True)
     torch._dynamo.reset()
     pipeline.compile(backend="eager", fullgraph=True)  # which raises where there would be one too many
-    for count, height, width in ((1, 64, 96), (1, 96, 64), (2, 64, 96), (1, 128, 160)):
+    for count, height, width in ((1, 32, 48), (1, 48, 32), (2, 32, 48)):
         frames = torch.rand(2, count, 3, height, width)
-        made = pipeline(*frames, num_inference_steps=2, num_frames=3, frames_per_batch=count, output_type="pt").frames
-        assert made.shape == (count, 3, 3, height, width)
+        made = pipeline(*frames, num_inference_steps=1, output_type="pt").frames
+        assert made.shape == (count, 1, 3, height, width)
 
 
 def test_an_offloaded_pipeline_is_compiled(pair):
