@@ -235,7 +235,8 @@ def test_a_discriminator_s_learning_rate_falls_until_the_run_ends(clips, tmp_pat
 def test_a_codebook_that_was_trained_stays_where_training_goes_on(clips, trained, tmp_path):
     runs = link("vqvae", trained, tmp_path / "runs")
     flags = ["--revive_every", "5", "--max_train_steps", "2", "--log_steps", "1"]
-    for name, more, revived in (("new", [], True), ("on", ["--init", str(trained / "vqvae" / "vqvae")], False)):
+    init = ["--init", str(trained / "vqvae" / "vqvae")]
+    for name, more, revived in (("new", [], True), ("on", init, False), ("anew", [*init, "--begin_codes"], True)):
         succeed(command("vqvae", clips, runs, *flags, *more, "--output_dir", str(tmp_path / name)))
         assert (float(rows(tmp_path / name)[1]["codes_revived"]) > 0) == revived
 

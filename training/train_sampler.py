@@ -123,6 +123,9 @@ class SamplerOptions(RunOptions):
     revive_every: int = option(
         50, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0
     )
+    begin_codes: bool = option(
+        False, "whether the first step moves what it does not use of a codebook of `init`, too, as of a new one"
+    )
     trained: str = option(
         "",
         "how the names of the parameters begin that are trained, such as vqvae.decoder.head, with commas between several; the others stay as "
@@ -534,7 +537,11 @@ def main(argv: list[str] | None = None) -> None:
 
     revives = options.revive_every > 0 and bare.vqvae.quantize.embedding.weight.requires_grad
     codes = CodeUsage(
-        trainer, bare.vqvae, options.revive_every or options.log_steps, revives=revives, begun=bool(options.init)
+        trainer,
+        bare.vqvae,
+        options.revive_every or options.log_steps,
+        revives=revives,
+        begun=bool(options.init) and not options.begin_codes,
     )
     trainer.register(codes)
     trainer.set_export(export)

@@ -60,6 +60,9 @@ class VQMAGANOptions(RunOptions):
     revive_every: int = option(
         0, "steps after which codes that nothing used are moved to latents of the batch; 0: never", least=0
     )
+    begin_codes: bool = option(
+        False, "whether the first step moves what it does not use of a codebook of `init`, too, as of a new one"
+    )
     disc_start: int = option(10000, "step at which the discriminator starts", least=0)
     disc_weight: float = option(0.8, "weight of the balanced adversarial loss; 0: none", least=0)
     disc_channels: int = option(64, "channels of the discriminator's first layer", least=1)
@@ -195,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         bare_model,
         options.revive_every or options.log_steps,
         revives=options.revive_every > 0,
-        begun=bool(options.init),
+        begun=bool(options.init) and not options.begin_codes,
     )
     trainer.register(codes)
 

@@ -37,7 +37,8 @@ stage control --config "$recipe/both.yaml" --i2e "$out/untrained"
 stage events --config "$recipe/events.yaml" --i2e "$i2e"
 
 # Events alone on true hints that are never dropped, then on some from guesses, by two processes.
-only=(--config "$recipe/events.yaml" --i2e "$i2e" --learning_rate 8e-4 --flow_weight 1 --flow_weight_end 0.3 --lpips_start 0)
+only=(--config "$recipe/events.yaml" --i2e "$i2e" --learning_rate 8e-4 --flow_weight 1 --flow_weight_end 0.3 --lpips_start 0
+    --begin_codes true)
 stage events_true "${only[@]}" --init "$out/events/vqvae" --seed 4 --max_train_steps 700 --hint_probability 1 --guess_share 0 --lpips_weight 0.3
 launch="torchrun --nproc_per_node 2 -m"
 stage events_guess "${only[@]}" --init "$out/events_true/vqvae" --seed 5 --max_train_steps 520 --hint_probability 0.9 --guess_share 0.3 --lpips_weight 0.5 \
@@ -50,4 +51,4 @@ $launch training.train_denoiser --output_dir "$out/unet" --data "$clips" --seed 
 
 # Its autoencoder with start hints from the neighbours.
 launch="torchrun --nproc_per_node 2 -m"
-stage between --config "$recipe/madiff-events-between.yaml" --i2e "$i2e" --seed 10 --init "$recipe/madiff-events/vqvae"
+stage between --config "$recipe/madiff-events-between.yaml" --i2e "$i2e" --seed 10 --init "$recipe/madiff-events/vqvae" --begin_codes true

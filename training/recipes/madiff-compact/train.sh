@@ -26,7 +26,7 @@ stage vqvae_base/checkpoints/step_00007536 training.train_vq_magan --config "$re
 
 # 3. The same on finer flow, with a last warp that sees both sides; broken off in the same way.
 fine=(--i2e "$out/i2e/i2e" --lpips_backbone "$features" --train_batch_size 6 --resolution 160 --lpips_start 0 --hint_probability 0.7 --guess_share 1.0
-    --guess_rounds 2 --flow_weight 0 --flow_weight_end 0 --ema_decay 0.999 --revive_every 200 --checkpointing_steps 50 --log_steps 10)
+    --guess_rounds 2 --flow_weight 0 --flow_weight_end 0 --ema_decay 0.999 --revive_every 200 --begin_codes true --checkpointing_steps 50 --log_steps 10)
 two vqvae_fine/checkpoints/step_00000432 training.train_vq_magan --config "$recipe/fine.yaml" "${fine[@]}" --seed 1 \
     --init "$out/vqvae_base/checkpoints/step_00007536/vqvae" --max_train_steps 1100 --stop_step 432 --learning_rate 2.5e-4 --lr_warmup_steps 100 \
     --lpips_weight 0.3

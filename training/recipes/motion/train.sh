@@ -24,4 +24,4 @@ esac
 features=$(realpath "$2") teacher=$(realpath "$3") out=$(realpath -m "$4")
 cd "$recipe/../../.."
 exec python -m training.train_sampler --config motion --data "$data" --output_dir "$out" --init "$recipe/start" \
-    --teacher "$teacher" --lpips_backbone "$features" --lpips_from 0 --denoised_from 0 --two_steps_from 0 "${@:5}"
+    --teacher "$teacher" --lpips_backbone "$features" --lpips_from 0 --denoised_from 0 --two_steps_from 0 --begin_codes true "${@:5}"
