@@ -326,25 +326,24 @@ class RIFEFlowModel(CheckpointComponent, ModelMixin, ConfigMixin):
         for number in range(1, len(scales)):
             seen = torch.cat([warp(prev, flow[:, :2]), warp(next_, flow[:, 2:]), instant, mask.to(self.dtype)], dim=1)
             change, mask_change = getattr(self, f"block{number}")(seen, flow, scales[number])
-            wide = torch.zeros(batch, dtype=torch.bool)
             if number == 1 and self.config.adaptive:
                 most = change.abs().unflatten(1, (2, 2)).amax(dim=(2, 3, 4))  # [B,2]
                 wide = (most.amin(dim=1) > 32).cpu()
-            if wide.any() and not wide.all():  # apart, so that a pair's flow is what it is without the others
-                order = torch.cat([wide.nonzero(), (~wide).nonzero()])[:, 0]
-                groups = [
-                    self.flow_and_mask(frame_prev[rows], frame_next[rows], instant[rows, 0, 0, 0])
-                    for rows in order.split([int(wide.sum()), int((~wide).sum())])
-                ]
-                flow, mask = (torch.cat(each)[order.argsort()] for each in zip(*groups))
-                return flow, mask
-            if wide.all():
-                scales = [2 * scale for scale in scales]
-                flow, mask = self.block0(torch.cat([prev, next_, instant], dim=1), None, scales[0])
-                seen = torch.cat(
-                    [warp(prev, flow[:, :2]), warp(next_, flow[:, 2:]), instant, mask.to(self.dtype)], dim=1
-                )
-                change, mask_change = self.block1(seen, flow, scales[1])
+                if wide.any() and not wide.all():  # apart, so that a pair's flow is what it is without the others
+                    order = torch.cat([wide.nonzero(), (~wide).nonzero()])[:, 0]
+                    groups = [
+                        self.flow_and_mask(frame_prev[rows], frame_next[rows], instant[rows, 0, 0, 0])
+                        for rows in order.split([int(wide.sum()), int((~wide).sum())])
+                    ]
+                    flow, mask = (torch.cat(each)[order.argsort()] for each in zip(*groups))
+                    return flow, mask
+                if wide.all():
+                    scales = [2 * scale for scale in scales]
+                    flow, mask = self.block0(torch.cat([prev, next_, instant], dim=1), None, scales[0])
+                    seen = torch.cat(
+                        [warp(prev, flow[:, :2]), warp(next_, flow[:, 2:]), instant, mask.to(self.dtype)], dim=1
+                    )
+                    change, mask_change = self.block1(seen, flow, scales[1])
             flow, mask = flow + change, mask + mask_change
         return flow[..., :height, :width], mask[..., :height, :width]
 

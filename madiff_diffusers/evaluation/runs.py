@@ -92,6 +92,7 @@ class BenchmarkRun:
     ):
         self.benchmark, self.triplets, self.method = benchmark, list(triplets), method
         self.label, self.state = label, state
+        self._needs_truth = getattr(method, "needs_truth", False)
         self.folder = output / "runs" / folder_name(self.label) / benchmark
         self.frames = output / "frames" / folder_name(self.label) / benchmark
         identity = {
@@ -149,11 +150,7 @@ class BenchmarkRun:
             for batch in self._share(batch_size, lambda triplet: triplet.name not in self.records, "frames"):
                 for group in _by_size_and_time([(triplet, *triplet.read()) for triplet in batch]):
                     pairs = [(prev, next_) for _, prev, _, next_ in group]
-                    truths = (
-                        {"truths": [truth for _, _, truth, _ in group]}
-                        if getattr(self.method, "needs_truth", False)
-                        else {}
-                    )
+                    truths = {"truths": [truth for _, _, truth, _ in group]} if self._needs_truth else {}
                     shape, instant = (len(pairs), *pairs[0][0].shape), group[0][0].time
                     try:
                         if shape not in warm:
@@ -226,9 +223,7 @@ class BenchmarkRun:
             scores["fid"], networks["fid"] = previous["scores"]["fid"], previous["networks"]["fid"]
         if "step_ratio" in previous.get("scores", {}):
             scores["step_ratio"] = previous["scores"]["step_ratio"]
-        elif "step_ratio" in scorer.names and not getattr(
-            self.method, "needs_truth", False
-        ):  # of a pan, nobody has it
+        elif "step_ratio" in scorer.names and not self._needs_truth:  # of a pan, there is none
             scores["step_ratio"] = {"mean": step_ratio(self.method)}
         seconds = [record.seconds for record in records]
         summary = {

@@ -43,7 +43,9 @@ class StreamRemuxer:
             kind,
             format_name,
         )
+        # The time of the last packet in the result, and in the source's own units.
         self._last: int | None = None
+        self._before: int | None = None
 
     def __call__(self, packet: "av.Packet[Stream]") -> list[av.Packet]:
         """The packets to write for one of the source: one, or none."""
@@ -67,13 +69,13 @@ class StreamRemuxer:
         # Cover pictures have no time.
         dts = moved(packet.dts if packet.dts is not None else packet.pts)
         pts = moved(packet.pts if packet.pts is not None else packet.dts)
-        if self._last is not None and dts <= self._last and not (dts == self._last and self._kind == "subtitle"):
-            # Packets that are shorter than a tick of the clock, as TrueHD's in Matroska, may have the time of the one before. Others of
-            # damaged and glued files are not later than the one before; no file takes them.
-            if dts < self._last or packet.time_base < COARSE_CLOCK or (packet.duration or 0) > 1:
-                return []
-            dts += self._format_name not in ("matroska", "webm")
-        self._last = dts
+        is_short = self._kind == "audio" and packet.time_base >= COARSE_CLOCK and (packet.duration or 0) <= 1
+        if is_short and self._last is not None and packet.dts == self._before:
+            # Packets that are shorter than a tick of the clock, as TrueHD's in Matroska, have the time of the one before.
+            dts = self._last + (self._format_name not in ("matroska", "webm"))
+        elif self._last is not None and (dts < self._last or (dts == self._last and self._kind != "subtitle")):
+            return []  # Damaged and glued files have packets that are not later than the one before; no file takes them.
+        self._last, self._before = dts, packet.dts
         duration = round((packet.duration or 0) * packet.time_base * self._slow_motion / unit)
         packet.time_base, packet.stream = unit, self.stream
         packet.pts, packet.dts, packet.duration = max(dts, pts), dts, duration
