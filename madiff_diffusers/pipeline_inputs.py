@@ -77,6 +77,24 @@ def check_settings(
         )
 
 
+def check_instants(num_frames: Any, times: Any) -> None:
+    """Refuse numbers of frames and instants that are none, and both together.
+
+    Raises:
+        ValueError: if they are.
+    """
+    check_count(num_frames, "num_frames")
+    if times is None:
+        return
+    if num_frames != 1:
+        raise ValueError(f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}.")
+    given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
+    if not given or not all(isinstance(time, Real) and time < 1 and not time <= 0 for time in given):  # NaN fails, too
+        raise ValueError(f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}.")
+    if len(set(map(float, given))) < len(given):
+        raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
+
+
 def check_inputs(
     sampling: Sampling, num_frames: Any, times: Any, frames_per_batch: Any, output_type: str, batch_size: int
 ) -> None:
@@ -84,22 +102,10 @@ def check_inputs(
     for name, value in (
         ("num_inference_steps", sampling.num_inference_steps),
         ("hint_interval", sampling.hint_interval),
-        ("num_frames", num_frames),
         ("frames_per_batch", frames_per_batch),
     ):
         check_count(value, name)
-    if times is not None:
-        if num_frames != 1:
-            raise ValueError(
-                f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}."
-            )
-        given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
-        if not given or not all(
-            isinstance(time, Real) and time < 1 and not time <= 0 for time in given
-        ):  # NaN fails, too
-            raise ValueError(f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}.")
-        if len(set(map(float, given))) < len(given):
-            raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
+    check_instants(num_frames, times)
     if sampling.hint_policy not in HINT_POLICIES:
         raise ValueError(f"`hint_policy` must be one of {', '.join(HINT_POLICIES)}, but is {sampling.hint_policy!r}.")
     if output_type not in (*OUTPUT_TYPES, "latent"):

@@ -104,6 +104,13 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, frames, tmp_path, cap
         ((prev, next_, "-o", out, *known, "--num-frames", 0), "--num-frames must be a positive integer, but is 0"),
         ((prev, next_, "-o", out, *known, "--times", "1/4", 1), "--times must be a list of numbers between 0 and 1"),
         ((prev, next_, "-o", out, *known, "--steps", 0), "--steps must be a positive integer, but is 0"),
+        # Before the checkpoint is looked for.
+        (
+            (prev, next_, "-o", out, "--checkpoint", "madiff-giant", "--num-frames", -2),
+            "--num-frames must be a positive",
+        ),
+        ((prev, next_, "-o", out, "--checkpoint", "madiff-giant", "--times", 0), "--times must be a list of numbers"),
+        ((prev, next_, "-o", out, "--checkpoint", "madiff-giant", "--steps", 0), "--steps must be a positive integer"),
         ((prev, next_, "-o", out, *known, "--device", "warp9"), "--device 'warp9'"),
         ((prev, next_, "-o", out, *known, "--device", "meta"), "--device 'meta' cannot be used"),
         (

@@ -76,6 +76,7 @@ class InterpolateCommand(BaseCommand):
         from ..files import check_outputs
         from ..image_io import image_format, open_image, write_image
         from ..image_processor import rgb_of_image
+        from ..pipeline_inputs import check_count, check_instants
         from ..properties import lost
         from ..terminal import bar_size
         from ..video.memory import USUAL_MEMORY, USUAL_PIXELS, memory_errors, tile_pixels_for, tiled
@@ -83,7 +84,7 @@ class InterpolateCommand(BaseCommand):
 
         args = self.args
 
-        # What can be wrong with the files is found before a model is loaded.
+        # What can be wrong with files and numbers is found before a model is loaded.
         output = Path(args.output)
         try:
             prev, next_ = open_image(args.prev), open_image(args.next)
@@ -98,6 +99,9 @@ class InterpolateCommand(BaseCommand):
         if not 0 <= args.seed < 2**63:
             raise CommandError(f"--seed must be in [0, 2^63), but is {args.seed}")
         try:
+            check_instants(args.num_frames, args.times)
+            if args.steps is not None:
+                check_count(args.steps, "num_inference_steps")
             max_memory = VideoOptions(max_memory=args.max_memory).checked().max_memory or USUAL_MEMORY
         except ValueError as error:
             raise CommandError(error) from error
