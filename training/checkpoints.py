@@ -61,9 +61,8 @@ class Checkpoints:
             raise ValueError(
                 f"`output_dir`: the newest checkpoint, {found[-1]}, cannot be loaded{older}. {type(error).__name__}: {error}"
             ) from error
-        self.accelerator.step = (
-            0  # checkpoints lie between steps: passes of the next are counted anew, of however many it consists now
-        )
+        # Checkpoints lie between steps: passes of the next are counted anew, of however many it consists now.
+        self.accelerator.step = 0
         self.accelerator.print(f"resumed at step {self.progress.step} from {found[-1]}")
         if self.accelerator.is_main_process:
             self._rotate()  # in case the last start was killed before it did

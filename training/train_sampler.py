@@ -325,9 +325,8 @@ class Teacher:
             .requires_grad_(False)
             .eval()
         )
-        self.network.register_to_config(
-            adaptive=False
-        )  # which would wait for the first flow, and may go through the batch in two parts
+        # Which would wait for the first flow, and may go through the batch in two parts.
+        self.network.register_to_config(adaptive=False)
         if compiled:
             self.network.compile(dynamic=False)
 

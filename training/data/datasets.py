@@ -199,9 +199,11 @@ def build_dataset(
         ValueError: if a source is not what its format says, or a stream is mixed with others.
     """
     sources = parse_sources(options.data)
-    if options.any_time and getattr(options, "window", 3) == 3 and not any(name == "stills" for name, *_ in sources):
+    composes = options.random_motion_share > 0 or any(name == "stills" for name, *_ in sources)
+    if options.any_time and options.window == 3 and not composes:
         raise ValueError(
-            f"`any_time` needs a `window` of more than 3 frames, or stills in `data`, since 3 have but one instant between them; it is {options.any_time}."
+            "`any_time` needs a `window` of more than 3 frames, which have but one instant between them, or composed scenes (stills in `data`, "
+            f"`random_motion_share`), but is {options.any_time}."
         )
     streams = [path for name, path, _ in sources if name == "datasets-stream"]
     recordings = [path for name, path, _ in sources if name == "mvsec"]
