@@ -202,7 +202,7 @@ def build_dataset(
     composes = options.random_motion_share > 0 or any(name == "stills" for name, *_ in sources)
     if options.any_time and options.window == 3 and not composes:
         raise ValueError(
-            "`any_time` needs a `window` of more than 3 frames, which have but one instant between them, or composed scenes (stills in `data`, "
+            "`any_time` needs a `window` of more than 3 frames, since 3 have one instant between them, or composed scenes (stills in `data`, "
             f"`random_motion_share`), but is {options.any_time}."
         )
     streams = [path for name, path, _ in sources if name == "datasets-stream"]
