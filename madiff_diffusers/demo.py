@@ -241,7 +241,8 @@ class Demo:
                 yield said, None
             yield None, work.result
         finally:  # also of a page that is gone, or whose user cancelled: Gradio waits for this, and everybody for Gradio
-            self._works.pop(request.session_hash, None)
+            if self._works.get(request.session_hash) is work:
+                del self._works[request.session_hash]
             work.stop()
 
     def _make_pair(self, prev: str | None, next_: str | None, count: int, request: gr.Request) -> Iterator[list[Any]]:

@@ -388,16 +388,20 @@ def test_a_run_that_was_stopped_while_it_was_scored_ends_with_fewer_metrics(root
 
 
 def test_what_a_whole_run_cannot_have_is_refused_or_left_out_before(pipeline, root, tmp_path):
-    metrics = Scorer(["fid"])  # whose network may not be there
-    message = (
-        "fid needs at least 2 triplets, but there is 1" if metrics.names else "none that can be computed here: fid: "
-    )
-    with pytest.raises(ValueError, match=message):
-        evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], metrics, limit=1)
+    metrics = scorer()
+    for names, left_out, message in (
+        (["fid"], {}, "fid needs at least 2 triplets, but there is 1"),
+        ([], {"fid": "its network is not there"}, "none that can be computed here: fid: its network is not there"),
+    ):
+        metrics.names, metrics.left_out = names, left_out
+        with pytest.raises(ValueError, match=message):
+            evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], metrics, limit=1)
     assert not (tmp_path / "out").exists()
     method = MADiffMethod(pipeline, "tiny", "0123", Settings(hint_policy="true", steps=1))
     (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [method], Scorer(["psnr", "step_ratio"]), gallery=0)
-    assert set(summary["scores"]) == {"psnr"}
+    assert set(summary["scores"]) == {"psnr"} and "step_ratio" in summary["left_out"]
+    with pytest.raises(ValueError, match="must not be step_ratio alone for tiny"):
+        evaluate("ucf101", str(root), tmp_path / "new", [method], Scorer(["step_ratio"]), gallery=0)
 
 
 def test_hidden_files_and_folders_are_no_part_of_a_benchmark(root, tmp_path):

@@ -408,6 +408,12 @@ def test_a_network_that_is_offloaded_layer_by_layer_makes_videos(pipeline, film,
     digest_before = pipeline_digest(pipeline)
     cpu_offload(pipeline.unet, execution_device="cpu")
     assert pipeline_digest(pipeline) == digest_before
+    fast = MADiffPipeline.from_pretrained("madiff-fast")  # with a buffer of the whole network
+    digest_before = pipeline_digest(fast)
+    cpu_offload(fast.vqvae, execution_device="cpu")
+    assert pipeline_digest(fast) == digest_before
+    fast.vqvae.news_rms.mul_(3)
+    assert pipeline_digest(fast) != digest_before
     assert interpolate_video(pipeline, film, tmp_path / "out.mkv", steps=1, progress=False).frames == 48
 
 

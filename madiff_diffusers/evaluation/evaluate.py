@@ -136,6 +136,11 @@ def evaluate(
         [path for triplet in triplets for path in triplet.files],
         ", but from no evaluation: give another `output`",
     )
+    of_truth = [name for method, name in zip(methods, labels) if getattr(method, "needs_truth", False)]
+    if scorer.names == ["step_ratio"] and of_truth:
+        raise ValueError(
+            f"`metrics` must not be step_ratio alone for {', '.join(of_truth)}, which needs the true frame: of the pan that it is measured on there is none."
+        )
     if not scorer.names:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in scorer.left_out.items())
         raise ValueError(f"`metrics` has none that can be computed here: {reasons}.")

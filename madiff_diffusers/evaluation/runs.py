@@ -112,19 +112,20 @@ class BenchmarkRun:
                         f"`output` {str(output)!r} holds {self.label!r} on {benchmark} with {key} {before.get(key)!r}, but it is "
                         f"{identity.get(key)!r} now: give another `output` or `label`."
                     )
+        self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
+        self.records = self._read_records()
+        self.was_complete = len(self.records) == len(self.triplets)
         environment = describe_environment(self.state.num_processes)
-        codes = {each.get("code_sha256") for each in self.protocol["environments"]}
-        if codes - {environment["code_sha256"]} and self.state.is_main_process:
+        # Of what the frames that are there were made by, as far as it is known.
+        codes = {each["code_sha256"] for each in self.protocol["environments"] if "code_sha256" in each}
+        if self.records and codes - {environment["code_sha256"]} and self.state.is_main_process:
             print(
                 f"note: frames of {self.label!r} on {benchmark} that {output} holds were made by other code of this package, and are kept: "
                 "another `output` has them made anew",
                 file=sys.stderr,
             )
-        if environment not in self.protocol["environments"]:
+        if not self.was_complete and environment not in self.protocol["environments"]:
             self.protocol["environments"].append(environment)
-        self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
-        self.records = self._read_records()
-        self.was_complete = len(self.records) == len(self.triplets)
         if self.state.is_main_process:
             for abandoned in self.frames.rglob(".*.tmp"):
                 abandoned.unlink()
@@ -215,7 +216,7 @@ class BenchmarkRun:
         by_instant = {
             str(instant): self._scores_at(instant, list(scores)) for instant in instants if len(instants) > 1
         }
-        previous = _read_json(self.folder / "summary.json")
+        previous, left_out = _read_json(self.folder / "summary.json"), dict(scorer.left_out)
         if "fid" in scorer.names:
             value = scorer.fid(map(self.read_result, self.triplets), (triplet.read()[1] for triplet in self.triplets))
             scores["fid"], networks["fid"] = {"mean": value}, scorer.networks["fid"]
@@ -223,7 +224,9 @@ class BenchmarkRun:
             scores["fid"], networks["fid"] = previous["scores"]["fid"], previous["networks"]["fid"]
         if "step_ratio" in previous.get("scores", {}):
             scores["step_ratio"] = previous["scores"]["step_ratio"]
-        elif "step_ratio" in scorer.names and not self._needs_truth:  # of a pan, there is none
+        elif "step_ratio" in scorer.names and self._needs_truth:
+            left_out["step_ratio"] = "of the pan that it is measured on there is no true frame"
+        elif "step_ratio" in scorer.names:
             scores["step_ratio"] = {"mean": step_ratio(self.method)}
         seconds = [record.seconds for record in records]
         summary = {
@@ -234,7 +237,7 @@ class BenchmarkRun:
             "scores": scores,
             "instants": by_instant,
             "networks": {name: network for name, network in networks.items() if network},
-            "left_out": {name: reason for name, reason in scorer.left_out.items() if name not in scores},
+            "left_out": {name: reason for name, reason in left_out.items() if name not in scores},
             "seconds_per_frame": {"median": float(np.median(seconds)), "mean": float(np.mean(seconds))},
             "environments": self.protocol["environments"],
             "items": [

@@ -140,7 +140,7 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
             add(name, dict(value.config))
             weights = value.state_dict()
             if any(tensor.is_meta for tensor in weights.values()):  # offloaded one by one: they lie beside the network
-                weights = get_state_dict_offloaded_model(value)
+                weights |= get_state_dict_offloaded_model(value)  # which leaves out those of the network as a whole
             for key, tensor in sorted(weights.items()):
                 digest.update(f"{name}.{key}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

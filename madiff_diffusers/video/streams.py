@@ -67,15 +67,16 @@ class StreamRemuxer:
             return 0 if time is None else round((time * packet.time_base - self._begin) * self._slow_motion / unit)
 
         # Cover pictures have no time.
-        dts = moved(packet.dts if packet.dts is not None else packet.pts)
+        time = packet.dts if packet.dts is not None else packet.pts
+        dts = moved(time)
         pts = moved(packet.pts if packet.pts is not None else packet.dts)
         is_short = self._kind == "audio" and packet.time_base >= COARSE_CLOCK and (packet.duration or 0) <= 1
-        if is_short and self._last is not None and packet.dts == self._before:
+        if is_short and self._last is not None and time is not None and time == self._before:
             # Packets that are shorter than a tick of the clock, as TrueHD's in Matroska, have the time of the one before.
             dts = self._last + (self._format_name not in ("matroska", "webm"))
         elif self._last is not None and (dts < self._last or (dts == self._last and self._kind != "subtitle")):
             return []  # Damaged and glued files have packets that are not later than the one before; no file takes them.
-        self._last, self._before = dts, packet.dts
+        self._last, self._before = dts, time
         duration = round((packet.duration or 0) * packet.time_base * self._slow_motion / unit)
         packet.time_base, packet.stream = unit, self.stream
         packet.pts, packet.dts, packet.duration = max(dts, pts), dts, duration

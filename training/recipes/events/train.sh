@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the four autoencoders by which events are judged, goes on with the one on events alone, then trains madiff-events, whose pipeline is
-# OUTPUT/unet/pipeline, and goes on with its autoencoder from other start hints (training/EXPERIMENTS.md, "Events, beside flow and alone" and what follows it):
+# OUTPUT/unet/pipeline, and goes on with the autoencoder that ships from other start hints, without the changes of its schedule (training/EXPERIMENTS.md, "Events, beside flow and alone" and what follows it):
 #     training/recipes/events/train.sh CLIPS ALEXNET_FEATURES OUTPUT
 # CLIPS is a folder of video files; ALEXNET_FEATURES a safetensors file with torchvision's ImageNet AlexNet. The first four take one CPU core each, the
 # others two; all go on where they were stopped. The tables beside this file are the summary.csv that each left in OUTPUT. The image-to-event generator
@@ -49,6 +49,5 @@ stage vqvae --config "$recipe/madiff-events.yaml" --i2e "$i2e" --seed 6
 $launch training.train_denoiser --output_dir "$out/unet" --data "$clips" --seed 9 --dataloader_num_workers 0 --config "$recipe/madiff-events.yaml" \
     --i2e "$i2e" --vqvae "$out/vqvae/vqvae"
 
-# Its autoencoder with start hints from the neighbours.
-launch="torchrun --nproc_per_node 2 -m"
+# The autoencoder that ships, with start hints from the neighbours.
 stage between --config "$recipe/madiff-events-between.yaml" --i2e "$i2e" --seed 10 --init "$recipe/madiff-events/vqvae" --begin_codes true
