@@ -359,9 +359,8 @@ def test_scores_of_another_network_are_not_kept(root, tmp_path):
     assert means[0] != means[1] == means[2]
 
 
-@pytest.mark.parametrize("scored_by_two_with", [1, 2])
-def test_of_scores_by_other_processes_the_latest_count(root, tmp_path, scored_by_two_with):
-    """Two processes scored with a network, and one does so with another: whichever file its lines are in."""
+def test_of_scores_by_other_processes_the_latest_count(root, tmp_path):
+    """Two processes scored with a network, and one does so with another."""
     first = Scorer(["lpips"], lpips_backbone=random_backbone_file(tmp_path / "1.safetensors", 1))
     second = Scorer(["lpips"], lpips_backbone=random_backbone_file(tmp_path / "2.safetensors", 2))
     expected = evaluate("ucf101", str(root), tmp_path / "second", [Baseline("average")], second, gallery=0)[0]

@@ -127,11 +127,11 @@ def container_of(output: Path) -> Container:
 
 def check_encoding(
     output: Path,
-    codec: str | None = None,
-    crf: int | None = None,
-    preset: str | None = None,
-    fps: Fraction | None = None,
-    usual: Sequence[str] = (),
+    codec: str | None,
+    crf: int | None,
+    preset: str | None,
+    fps: Fraction | None,
+    usual: Sequence[str],
 ) -> None:
     """
     Refuse settings that are wrong whatever the source is.
@@ -153,7 +153,7 @@ def check_encoding(
                 f"`codec` for {output.suffix or 'a folder'} must be one of {', '.join(built)}, but is {codec!r}"
             )
         _check_encoder(codec)
-    names = [codec] if codec is not None else usual or container.codecs
+    names = [codec] if codec is not None else usual
     refusals = [refusal for name in names if (refusal := refusal_of(name, crf, preset)) is not None]
     if len(refusals) == len(names):
         raise VideoError(refusals[0])

@@ -118,9 +118,8 @@ class VideoJob:
             *notes_on_source(self.source, self.analysis),
             *notes_on_pictures(self.source, self.analysis, self.found, self.encoding, self.options, self.timeline),
         ]
-        # Whatever is there may be replaced, or only what was there when the job was prepared.
-        self._overwrite = False
-        self._known: set[Path] = set()
+        # Whether what is there may be replaced, as a part of this video that was written before may be.
+        self._overwrite = self._has_partial = False
 
     def path(self, part: Part) -> Path:
         """The file or folder of a part."""
@@ -143,7 +142,7 @@ class VideoJob:
         if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
         self._overwrite = overwrite
-        self._known = {path for path in (self.output, partial_path(self.output)) if path.exists()}
+        self._has_partial = partial_path(self.output).exists()
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise VideoError(f"{self.folder} is needed for parts, but is no folder")
         plan = self.folder / "job.json"
@@ -320,7 +319,7 @@ class VideoJob:
             return
         if output.is_dir():
             check_folder(output)
-        if not (self._overwrite or output in self._known and output != self.output):
+        if not (self._overwrite or self._has_partial and output != self.output):
             raise VideoError(
                 f"{output} came to be during the work; what is done is in {self.folder}, and `resume` goes on with it once {output} is moved away"
             )
