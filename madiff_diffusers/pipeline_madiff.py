@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MA-Sampling: latent diffusion that re-reads the motion from its own guess at every step (MADiff, arXiv 2404.13534)."""
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -220,7 +221,7 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
         for network, names in parts:
             for name in names if network is not None else ():
                 method = getattr(network, name)
-                setattr(network, name, _compiled(getattr(method, "compiled_from", method), **options))
+                setattr(network, name, _Compiled(getattr(method, "compiled_from", method), options))
 
     @property
     def num_timesteps(self) -> int:
@@ -510,26 +511,31 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
 _HOOKED = apply_forward_hook(lambda network: None).__code__  # of every method that it wraps
 
 
-def _compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`torch.compile` of a method, which `compiled_from` of the result names. With CUDA graphs, what it gives is copied: the next replay
+class _Compiled:
+    """`torch.compile` of a method, `compiled_from`, in its network's place of it. With CUDA graphs, what it gives is copied: the next replay
     writes into the same memory, and features of a frame are read by more than one pair."""
-    owner: Any = getattr(method, "__self__", None)
-    # What is compiled anew for other shapes is counted by function, and all that `apply_forward_hook` wraps would be one and the same.
-    is_hooked = inspect.ismethod(method) and method.__func__.__code__ is _HOOKED
-    inner = types.MethodType(inspect.unwrap(method.__func__), owner) if is_hooked else method  # type: ignore[attr-defined]
-    compiled = torch.compile(inner, **options)
-    replays = options.get("mode") in ("reduce-overhead", "max-autotune")
 
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        hook: Any = getattr(owner, "_hf_hook", None)
-        if is_hooked and hasattr(hook, "pre_forward"):
-            hook.pre_forward(owner)
-        result = compiled(*args, **kwargs)
-        return _copied(result) if replays else result
+    def __init__(self, method: Callable[..., Any], options: dict[str, Any]):
+        functools.update_wrapper(self, method)
+        self.compiled_from, self._options = method, options
+        self._owner: Any = getattr(method, "__self__", None)
+        # What is compiled anew for other shapes is counted by function, and all that `apply_forward_hook` wraps would be one and the same.
+        self._is_hooked = inspect.ismethod(method) and method.__func__.__code__ is _HOOKED
+        if self._is_hooked:
+            method = types.MethodType(inspect.unwrap(method.__func__), self._owner)  # type: ignore[attr-defined]
+        self._call = torch.compile(method, **options)
+        self._replays = options.get("mode") in ("reduce-overhead", "max-autotune")
 
-    call.compiled_from = method  # type: ignore[attr-defined]
-    return call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hook: Any = getattr(self._owner, "_hf_hook", None)
+        if self._is_hooked and hasattr(hook, "pre_forward"):
+            hook.pre_forward(self._owner)
+        result = self._call(*args, **kwargs)
+        return _copied(result) if self._replays else result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Compiled":
+        # A network's copy computes with weights of its own.
+        return _Compiled(copy.deepcopy(self.compiled_from, memo), self._options)
 
 
 def _copied(value: Any) -> Any:

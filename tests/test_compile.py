@@ -1,5 +1,7 @@
 """`torch.compile` takes the networks whole, and once for all frame sizes."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo
@@ -184,3 +186,21 @@ def test_an_offloaded_pipeline_is_compiled(pair):
     pipeline.compile(backend="eager")
     found = pipeline(*pair, num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").frames
     assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_the_copy_of_a_compiled_pipeline_has_weights_of_its_own(pair):
+    pipeline = build_pipeline(load_config("tiny"))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def made(by: MADiffPipeline) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return by(*pair, num_inference_steps=1, generator=generator, output_type="pt").frames
+
+    torch._dynamo.reset()
+    pipeline.compile(backend="eager")
+    before, copied = made(pipeline), copy.deepcopy(pipeline)
+    assert torch.allclose(made(copied), before, atol=1e-3)
+    for parameter in copied.vqvae.decoder.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    assert (made(copied) - before).abs().max() > 0.01
+    assert torch.equal(made(pipeline), before)

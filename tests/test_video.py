@@ -164,7 +164,7 @@ def test_motion_goes_on_across_drawings_that_are_shown_several_times(pipeline, t
     assert plain.made == 6 * each - 1 and smooth.made == 5 * (2 * each - 1)
 
 
-@pytest.mark.parametrize("matrix", [1, 6, 9, 2])
+@pytest.mark.parametrize("matrix", [1, 6, 9, 2, 8])
 @pytest.mark.parametrize("colour_range", [1, 2])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p10le", "yuv444p", "yuv411p", "yuv420p12le", "gray"])
 @pytest.mark.parametrize("size", [(48, 64), (51, 75)])
@@ -182,8 +182,8 @@ def test_the_way_to_rgb_and_back_loses_nothing(matrix, colour_range, pixel_forma
         :, : size[1]
     ] / 2 ** (bits - 8)
     assert (luma.min() >= 16 and luma.max() <= 235) == (colour_range == 1)
-    # FFmpeg's own conversion, which rounds, tells whether matrix and range are the right ones.
-    if pixel_format == "yuv444p":
+    # FFmpeg's own conversion, which rounds, tells whether matrix and range are the right ones; it knows no YCgCo.
+    if pixel_format == "yuv444p" and matrix != 8:
         theirs = picture.to_ndarray(
             format="rgb24",
             src_colorspace={1: 1, 6: 5, 9: 9}.get(matrix, 5),
@@ -191,6 +191,22 @@ def test_the_way_to_rgb_and_back_loses_nothing(matrix, colour_range, pixel_forma
             dst_color_range=2,
         )
         assert np.abs(theirs / 255 - rgb).max() < 0.02
+
+
+@pytest.mark.parametrize("colour_range, expected", [(1, (59, 85, 214)), (2, (50, 78, 228))])
+def test_ycgco_is_that_of_the_standard(colour_range, expected):
+    """ITU-T H.273, equations 49 to 51, of red 200."""
+    path = ColourPath(ColourTags(colour_range, 8, 1, 1), 480)
+    red = path.from_rgb(np.full((16, 16, 3), [200 / 255, 0, 0], np.float32), "yuv444p")
+    assert tuple(np.frombuffer(plane, np.uint8)[0] for plane in red.planes) == expected
+
+
+@pytest.mark.parametrize("matrix, known", [(8, True), (14, False)])
+def test_colours_of_an_unknown_matrix_are_told(pipeline, tmp_path, matrix, known):
+    source = film_clip(tmp_path / "in.mkv", 3, colours=(1, matrix, 1, 1), pixel_format="yuv444p", codec="ffv1")
+    result = run(pipeline, source, tmp_path / "out.mkv", **LOSSLESS)
+    assert any(f"number {matrix} of ITU-T H.273" in note for note in result.notes) != known
+    assert read(tmp_path / "out.mkv").colours == (1, matrix, 1, 1)
 
 
 def planes(path: Path) -> list:

@@ -19,6 +19,9 @@ _LUMA = {
     9: (0.2627, 0.0593),
     10: (0.2627, 0.0593),
 }
+_YCGCO = 8
+# Matrices whose pixels are converted as their tags say. 2 is not told: BT.601's or BT.709's by the height.
+KNOWN_MATRICES = frozenset({2, _YCGCO, *_LUMA})
 
 # Formats by how many pixels across and down share one colour.
 PLANAR = {
@@ -62,7 +65,8 @@ class ColourPath:
 
     Args:
         tags: the tags of the pixels.
-        height: the height of frames. Where the matrix is not told, it is BT.601's for fewer than 720 rows, else BT.709's.
+        height: the height of frames. Where the matrix is not told or is none of `KNOWN_MATRICES`, it is BT.601's for fewer than 720 rows, else
+            BT.709's.
     """
 
     def __init__(self, tags: ColourTags, height: int):
@@ -138,15 +142,22 @@ class ColourPath:
 
     def _to_yuv(self, bits: int) -> np.ndarray:
         """The matrix `(3, 4)` from RGB in [0, 1] to luma and chroma of some number of bits (ITU-T H.273, 8.3)."""
-        red, blue = self._luma
-        luma = np.array([red, 1 - red - blue, blue])
-        weights = np.stack(
-            [luma, (np.array([0, 0, 1]) - luma) / (2 - 2 * blue), (np.array([1, 0, 0]) - luma) / (2 - 2 * red)]
-        )
+        if self.tags.matrix == _YCGCO:
+            # Its chroma has the steps of red, green and blue, of which it is made without multiplications.
+            weights, chroma_steps = np.array([[0.25, 0.5, 0.25], [-0.25, 0.5, -0.25], [0.5, 0, -0.5]]), 219
+        else:
+            red, blue = self._luma
+            luma = np.array([red, 1 - red - blue, blue])
+            weights = np.stack(
+                [luma, (np.array([0, 0, 1]) - luma) / (2 - 2 * blue), (np.array([1, 0, 0]) - luma) / (2 - 2 * red)]
+            )
+            chroma_steps = 224
         if self.tags.range == 2:
             scales, offsets = [2**bits - 1] * 3, [0, 2 ** (bits - 1), 2 ** (bits - 1)]
         else:
-            scales, offsets = (np.array(values) * 2 ** (bits - 8) for values in ([219, 224, 224], [16, 128, 128]))
+            scales, offsets = (
+                np.array(values) * 2 ** (bits - 8) for values in ([219, chroma_steps, chroma_steps], [16, 128, 128])
+            )
         return np.column_stack([weights * np.reshape(scales, (3, 1)), offsets])
 
 

@@ -6,7 +6,7 @@ import av
 
 from ..properties import lost
 from .analysis import Analysis
-from .colour import chroma_of, is_rgb
+from .colour import KNOWN_MATRICES, chroma_of, is_rgb
 from .decoding import Source
 from .encoding import Encoding
 from .frame_times import Timeline
@@ -45,6 +45,11 @@ def notes_on_pictures(
     coded, own = av.VideoFormat(encoding.pixel_format), av.VideoFormat(analysis.pixel_format)
     if analysis.interlaced:
         notes.append(f"{source.path} is interlaced: frames are made of both fields at once; deinterlace it first")
+    if not is_rgb(own) and len(own.components) >= 3 and analysis.tags.matrix not in KNOWN_MATRICES:
+        notes.append(
+            f"{source.path} has colours of a matrix that is not known here (number {analysis.tags.matrix} of ITU-T H.273): frames are made as if of "
+            f"BT.{709 if analysis.size[0] >= 720 else 601}'s"
+        )
     if max(part.bits for part in own.components) > max(part.bits for part in coded.components):
         notes.append(
             f"{encoding.codec} keeps {coded.components[0].bits} bits of the source's {own.components[0].bits} ({coded.name})"
