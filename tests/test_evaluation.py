@@ -32,7 +32,7 @@ from madiff_diffusers.evaluation.methods import (
     checkpoint_digest,
 )
 from madiff_diffusers.evaluation.metrics import Scorer, psnr
-from madiff_diffusers.evaluation.report import differences
+from madiff_diffusers.evaluation.report import differences, markdown
 from madiff_diffusers.evaluation.runs import mean_and_interval
 from madiff_diffusers.evaluation.smoothness import pan, step_ratio, steps
 from madiff_diffusers.evaluation.visualization import offsets_image
@@ -329,6 +329,9 @@ def test_batches_give_the_same_table(pipeline, root, tmp_path):
             gallery=0,
         )
         tables.append([(item["name"], round(item["psnr"], 1)) for item in summary["items"]])
+        told = re.findall(r"made at once.*: (.+)\.", markdown([summary]))
+        assert told == ([] if size == 1 else [f"{summary['label']} {' or '.join(map(str, summary['batches']))}"])
+        assert summary["batches"] == ([1] if size == 1 else [2]), "two of each size"
     assert tables[0] == tables[1]
 
 

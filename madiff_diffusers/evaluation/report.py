@@ -168,6 +168,13 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         f"Means of 8-bit frames with 95 % bootstrap intervals over {unit}; s/frame is the median, without the first call of each "
         f"size, on {' and '.join(sorted(machines))}."
     ]
+    at_once = [
+        f"{row['label']} {' or '.join(map(str, sizes))}"
+        for row in rows
+        if max(sizes := row.get("batches", []), default=1) > 1
+    ]
+    if at_once:
+        lines.append(f"Several frames were made at once, whose time is shared evenly among them: {', '.join(at_once)}.")
     if any("step_ratio" in row["scores"] for row in rows):
         lines.append(
             f"Step ratio: the largest over the smallest displacement between consecutive frames of a pan of {PAN_STEP} pixels a frame, with "

@@ -57,12 +57,14 @@ class ItemRecord(NamedTuple):
     Args:
         frame: SHA-256 of its file.
         seconds: time that it took.
+        batch: how many were made at once; 0 where a former version did not say.
         scores: scores of this file, by metric.
         networks: networks that gave scores, by metric.
     """
 
     frame: str
     seconds: float
+    batch: int
     scores: dict[str, float]
     networks: dict[str, str]
 
@@ -169,7 +171,8 @@ class BenchmarkRun:
                         path = self.result_path(triplet)
                         path.parent.mkdir(parents=True, exist_ok=True)
                         write_image(Image.fromarray(result), path)
-                        progress.write({"item": triplet.name, "frame": self._digest(path), "seconds": seconds})
+                        made = {"item": triplet.name, "frame": self._digest(path)}
+                        progress.write({**made, "seconds": seconds, "batch": len(pairs)})
         self.state.wait_for_everyone()
         self.records = self._read_records()
         self.state.wait_for_everyone()
@@ -239,6 +242,7 @@ class BenchmarkRun:
             "networks": {name: network for name, network in networks.items() if network},
             "left_out": {name: reason for name, reason in left_out.items() if name not in scores},
             "seconds_per_frame": {"median": float(np.median(seconds)), "mean": float(np.mean(seconds))},
+            "batches": sorted({record.batch for record in records if record.batch}),
             "environments": self.protocol["environments"],
             "items": [
                 {
@@ -294,7 +298,7 @@ class BenchmarkRun:
 
     def _read_records(self) -> dict[str, ItemRecord]:
         """The records of all processes for frames that are still as they were written."""
-        frames: dict[tuple[str, str], float] = {}
+        frames: dict[tuple[str, str], tuple[float, int]] = {}
         scored: dict[tuple[str, str], list[dict]] = {}
         for path in sorted(self.folder.glob("progress-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -304,7 +308,7 @@ class BenchmarkRun:
                     continue  # cut off when its process was killed
                 key = entry["item"], entry["frame"]
                 if "seconds" in entry:
-                    frames[key] = entry["seconds"]
+                    frames[key] = entry["seconds"], entry.get("batch", 0)
                 else:
                     scored.setdefault(key, []).append(entry)
         entries = itertools.chain.from_iterable(scored.values())
@@ -314,7 +318,7 @@ class BenchmarkRun:
             path = self.result_path(triplet)
             key = triplet.name, self._digest(path) if path.is_file() else ""
             if key in frames:
-                record = records[triplet.name] = ItemRecord(key[1], frames[key], {}, {})
+                record = records[triplet.name] = ItemRecord(key[1], *frames[key], {}, {})
                 # The latest last, whichever process's.
                 for entry in sorted(scored.get(key, []), key=lambda entry: entry.get("pass", 0)):
                     record.scores.update(entry["scores"])
