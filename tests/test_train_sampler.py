@@ -453,15 +453,16 @@ def test_all_processes_have_one_codebook(config, clips, tmp_path):
 
 def test_a_time_limit_ends_it_with_its_schedule(config, clips, tmp_path):
     limits = ["--max_train_steps", "100000", "--time_limit", "0.05", "--lr_warmup_steps", "0"]
-    summaries = []
-    for _ in range(2):  # the second time, it has come to its end
-        done = train(config, clips, tmp_path / "run", *limits)
+    summaries, recorded = [], []
+    for rate in ("1e-3", "1e-4"):  # the second time, it has come to its end
+        done = train(config, clips, tmp_path / "run", *limits, "--learning_rate", rate)
         assert done.returncode == 0, done.stderr
+        recorded.append((tmp_path / "run" / "args.yaml").read_text())
         with (tmp_path / "run" / "summary.csv").open() as file:
             summaries.append([*csv.DictReader(file)])
     rates = [float(row["learning_rate"]) for row in summaries[0]]
     assert 1 < len(rates) < 2000 and rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0]
-    assert summaries[0] == summaries[1]
+    assert summaries[0] == summaries[1] and recorded[0] == recorded[1], "what trained stays on record"
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 

@@ -126,12 +126,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
-            saved = self.checkpoints.saved()
-            if saved:
+            if self.checkpoints.saved():
                 self.log.recorded_options()  # refuses old ones
-            if not saved or int(saved[-1].name[len("step_") :]) < options.max_train_steps:
-                self.log.record_start(goes_on=bool(saved))
-            # Else what is on record is what trained, not what sends the result.
         if options.report_to != "none" and not self.accelerator.log_with:
             raise ValueError(
                 f"`report_to` {options.report_to!r} needs its package; install it, or use `report_to` none."
@@ -236,7 +232,7 @@ class Trainer:
             return
         if 0 < self.options.stop_step <= self.progress.step:
             self._stop_early()
-        self.log.start()
+        self._begin()
         for batch in load_batches(dataset, self.options, self.accelerator, self.progress):
             self.progress.unreadable += int(batch.pop("unreadable").sum())
             self.micro_batches.append(batch)
@@ -262,10 +258,10 @@ class Trainer:
             )
         if 0 < self.options.stop_step <= self.progress.step < self.options.max_train_steps:
             self._stop_early()
-        self.log.start()
         limit, total, before, is_first = 60 * time_limit, self.options.max_train_steps, None, True
-        if limit and self.progress.seconds >= limit:  # it came to its end before
+        if self.progress.step >= total or (limit and self.progress.seconds >= limit):  # it came to its end before
             return
+        self._begin()
         while self.progress.step < self.options.max_train_steps:
             if before is not None:
                 self.progress.seconds += time.perf_counter() - before
@@ -282,6 +278,12 @@ class Trainer:
                 self._schedule.last_epoch = min(max(self.progress.step, int(passed * total)), total - 1)
             self.micro_batches.append({})
             yield passed
+
+    def _begin(self) -> None:
+        """Put on record what trains from here on, and start the log. A start that only sends the result leaves what trained it on record."""
+        if self.accelerator.is_main_process:
+            self.log.record_start(goes_on=bool(self.checkpoints.saved()))
+        self.log.start()
 
     def _stop_early(self) -> None:
         self.accelerator.print(

@@ -174,7 +174,9 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         if max(sizes := row.get("batches", []), default=1) > 1
     ]
     if at_once:
-        lines.append(f"Several frames were made at once, whose time is shared evenly among them: {', '.join(at_once)}.")
+        lines.append(
+            f"Several frames were made at once, whose time is shared evenly among them: {', '.join(at_once)}."
+        )
     if any("step_ratio" in row["scores"] for row in rows):
         lines.append(
             f"Step ratio: the largest over the smallest displacement between consecutive frames of a pan of {PAN_STEP} pixels a frame, with "
