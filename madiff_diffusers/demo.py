@@ -224,6 +224,7 @@ class Demo:
                 (cancel_video, video_status, video_work),
             ):
                 cancel.click(stopped, status, status, queue=False, cancels=[work], show_progress="hidden")
+                work.failure(failed, status, status, queue=False, show_progress="hidden")
             page.unload(self._stop)
         return page.queue(max_size=limits.waiting)
 
@@ -364,6 +365,13 @@ def picture_file(**settings: Any) -> gr.Image:
 def stopped(status: str | None) -> Any:
     """What a status becomes where the work is cancelled; one of work that is done stays."""
     return "Stopped." if UNFINISHED in (status or "") else gr.skip()
+
+
+def failed(status: str | None) -> Any:
+    """What a status becomes where Gradio took no work, or the work failed by what its user cannot mend; one that tells of an error stays."""
+    if status == WAITING:
+        return message_of(ValueError("Not taken: too many wait already. Try again in a minute."))
+    return message_of(ValueError("This failed on the server.")) if UNFINISHED in (status or "") else gr.skip()
 
 
 def show_instant(frames: list[Image.Image], instant: float) -> tuple[Any, Any]:

@@ -150,6 +150,8 @@ def page(checkpoint, tmp_path):
         "4",
         "--max-pixels",
         "300000",
+        "--max-waiting",
+        "1",
     ]
     process = serving(command, port, env={**os.environ, "TMPDIR": str(files), "GRADIO_ANALYTICS_ENABLED": "False"})
     with sync_playwright() as play:
@@ -292,6 +294,11 @@ def test_a_video_in_the_browser(page, tmp_path):
     upload(other, "#video-in", source)
     other.click("#make-video")
     says(other, "#video-status", "Waiting")
+    third = other.context.new_page()
+    third.goto(page.url)
+    third.wait_for_selector("#prev input[type=file]", state="attached")
+    third.click("#make-pair")
+    says(third, "#pair-status", "Not taken: too many wait already.")
     other.click("#cancel-video")
     says(other, "#video-status", "Stopped.")
     page.get_by_role("tab", name="Two frames").click()
