@@ -37,10 +37,11 @@ def bundled_checkpoints() -> list[str]:
 
 def local_checkpoint(name: str | os.PathLike) -> Path | None:
     """The folder of a checkpoint on this machine: the folder of that name if there is one, else the checkpoint of that name that comes
-    with the package; None for what can only be a repository of the Hub."""
-    if Path(name).is_dir():
+    with the package, also where that folder is no checkpoint; None for what can only be a repository of the Hub."""
+    bundled = CHECKPOINT_FOLDER / name if isinstance(name, str) and name in bundled_checkpoints() else None
+    if Path(name).is_dir() and (bundled is None or (Path(name) / "model_index.json").is_file()):
         return Path(name)
-    return CHECKPOINT_FOLDER / name if isinstance(name, str) and name in bundled_checkpoints() else None
+    return bundled
 
 
 def weights_kind(name: str) -> tuple[str, str | None] | None:

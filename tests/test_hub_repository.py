@@ -327,6 +327,8 @@ def test_a_folder_goes_before_the_checkpoint_of_its_name(tiny_folder, tmp_path, 
         assert (
             MADiffPipeline.from_pretrained(name).unet.config.block_out_channels == tiny.unet.config.block_out_channels
         )
+    (tmp_path / "madiff-fast").mkdir()  # as of an output; no checkpoint
+    assert MADiffPipeline.from_pretrained("madiff-fast").vqvae.config.news_latents
     assert main(["export", "out", "--checkpoint", "./madiff-compact"]) == 0
     assert MADiffPipeline.from_pretrained("out").unet.config.block_out_channels == tiny.unet.config.block_out_channels
     assert bundled.unet.config.block_out_channels != tiny.unet.config.block_out_channels

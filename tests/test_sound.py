@@ -90,3 +90,32 @@ def test_channels_that_are_lost_are_told(pipeline, tmp_path):
     source = with_sound(tmp_path / "in.mkv", "flac", "7.1")
     result = interpolate_video(pipeline, source, tmp_path / "out.mp4", slow_motion=2, factor=1, progress=False)
     assert any("has 8 channels, of which 2 are made" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("hole", [500, 700])
+@pytest.mark.parametrize("name, slow_motion", [("out.webm", 1), ("out.mkv", 2)])
+def test_sound_behind_a_long_silence_stays_in_its_place(pipeline, tmp_path, hole, name, slow_motion):
+    with av.open(str(tmp_path / "in.mkv"), "w") as file:
+        video, sound = file.add_stream("mpeg4", rate=1), file.add_stream("aac", rate=8000)
+        video.width, video.height, video.pix_fmt, sound.layout = 32, 32, "yuv420p", "mono"
+        for second in range(0, 801, 100):
+            frame = av.VideoFrame.from_ndarray(drifting(1, 32, 32)[0], format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = second, Fraction(1)
+            file.mux(video.encode(frame))
+        file.mux(video.encode(None))
+        for begin in (0, hole):
+            for number in range(8):
+                wave = (8000 * np.sin(0.5 * np.arange(1024))).astype(np.int16)
+                frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+                frame.sample_rate, frame.pts, frame.time_base = 8000, 8000 * begin + 1024 * number, Fraction(1, 8000)
+                file.mux(sound.encode(frame))
+        file.mux(sound.encode(None))
+    interpolate_video(
+        pipeline, tmp_path / "in.mkv", tmp_path / name, factor=1, slow_motion=slow_motion, progress=False
+    )
+    with av.open(str(tmp_path / name)) as file:
+        heard = [
+            float(frame.pts * frame.time_base) for frame in file.decode(audio=0) if np.abs(frame.to_ndarray()).max() > 0.05
+        ]
+    begins = [time for before, time in zip([-10, *heard], heard) if time - before > 5]
+    assert begins == pytest.approx([0, slow_motion * hole], abs=0.3)

@@ -501,6 +501,7 @@ def test_bad_input_says_what_is_allowed(pipeline, tmp_path):
         ({"crf": 70}, "`crf` for h264 must be from 0"),
         ({"preset": "quick"}, "`preset` for h264 must be one of ultrafast"),
         ({"slow_motion": Fraction(1, 2)}, "`slow_motion` must be"),
+        ({"slow_motion": 1.0001}, "`slow_motion` must be 1, or from 1001/1000 to 64, but is 1.0001"),
         ({"slow_motion": Fraction(2), "audio": "keep"}, "`audio` must be stretch or drop in slow motion, but is keep"),
         ({"audio": "stretch"}, "`audio` must be keep or drop, but is stretch"),
         ({"image_fps": Fraction(25)}, "which has a rate of its own"),
@@ -532,6 +533,8 @@ def test_options_have_their_defaults_filled_in():
         ("fps", np.int64(60), "60", Fraction(60)),
         ("image_fps", 29.97, "29.97", Fraction(30000, 1001)),
         ("slow_motion", 2.2, "2.2", Fraction(11, 5)),
+        ("slow_motion", Fraction(1001, 1000), "1001/1000", Fraction(1001, 1000)),
+        ("slow_motion", Fraction(1001, 960), "1001/960", Fraction(1001, 960)),
         ("max_gap", 0.3, "0.3", Fraction(3, 10)),
         ("max_memory", 2**31, "2GiB", 2**31),
         ("factor", np.int64(3), "3", 3),
@@ -933,3 +936,62 @@ def test_grey_that_does_not_tell_its_range_is_full(pipeline, tmp_path):
     run(pipeline, source, tmp_path / "made")
     shown = np.array(Image.open(tmp_path / "made" / "00000000.png")).astype(int)
     assert abs(int(shown.min()) - int(decode(source)[0].min())) <= 1 and np.abs(shown - decode(source)[0]).max() <= 2
+
+
+@pytest.mark.parametrize("options", [{"slow_motion": "1001/1000", "factor": 3}, {"slow_motion": 3.01, "factor": 8}])
+def test_times_of_a_clock_that_is_too_fine_are_rounded(pipeline, tmp_path, options):
+    ticks = [0, 400001, 900007, 1200003, 1700009]  # of 100 nanoseconds
+    source = write_video(tmp_path / "fine.mp4", drifting(5), ticks, Fraction(1, 10**7))
+    for suffix in (".mp4", ".mkv"):
+        result = run(pipeline, source, tmp_path / f"out{suffix}", **options)
+        shown = read(tmp_path / f"out{suffix}").times
+        assert result.frames == len(shown) == 5 * options["factor"]
+        for tick, time in zip(ticks, shown[:: options["factor"]]):
+            expected = float(Fraction(options["slow_motion"])) * tick / 10**7
+            assert float(time) == pytest.approx(expected, abs=4e-5 if suffix == ".mp4" else 6e-4)
+
+
+@pytest.mark.parametrize("name, codec", [("out.mov", "prores"), ("out.mkv", "prores"), ("out.mkv", "libx264")])
+def test_colours_of_full_range_stay_in_codecs_that_have_limited_range(pipeline, tmp_path, name, codec):
+    grey = [np.full((64, 96, 3), value, np.uint8) for value in (10, 10, 240, 240)]
+    source = write_video(
+        tmp_path / "full.mkv",
+        grey,
+        range(4),
+        Fraction(1, 25),
+        codec="ffv1",
+        pixel_format="yuv422p",
+        colours=(2, 1, 1, 1),
+    )
+    run(pipeline, source, tmp_path / name, codec=codec.replace("libx264", "h264"), factor=1)
+    for before, after in zip(decode(source), decode(tmp_path / name)):
+        assert abs(float(before.mean()) - float(after.mean())) < 3
+
+
+@pytest.mark.parametrize("name", ["out.y4m", "out.mp4", "out.mkv", "out.avi"])
+def test_colours_of_images_are_what_readers_of_the_video_see(pipeline, tmp_path, name):
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        Image.fromarray(np.full((64, 96, 3), (220, 30, 40), np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    run(pipeline, tmp_path / "images", tmp_path / name, factor=1)
+    run(pipeline, tmp_path / name, tmp_path / "back", factor=1)
+    back = np.array(Image.open(tmp_path / "back" / "00000000.png"))
+    assert np.abs(back[30, 40] - np.array([220, 30, 40])).max() < 4
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_images_of_openexr_with_opacity(pipeline, tmp_path, alpha):
+    """Their pixels are multiplied by it already."""
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        encoder = av.CodecContext.create("exr", "w")
+        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 96, 64, "gbrapf32le", Fraction(1)
+        frame = av.VideoFrame(96, 64, "gbrapf32le")
+        for plane, value in zip(frame.planes, (0.2, 0.4, 0.6, alpha)):  # green, blue, red
+            plane.update(np.full((64, plane.line_size // 4), value, np.float32).tobytes())
+        packets = [*encoder.encode(frame), *encoder.encode(None)]
+        (tmp_path / "images" / f"{number}.exr").write_bytes(b"".join(map(bytes, packets)))
+    run(pipeline, tmp_path / "images", tmp_path / "out", factor=1)
+    made = np.array(Image.open(tmp_path / "out" / "00000000.png").convert("RGB"))[30, 40]
+    seen = np.array([0.6, 0.2, 0.4]) * (255 if made.max() < 256 else 65535)
+    assert np.abs(made - seen).max() < 2

@@ -233,7 +233,9 @@ def test_a_folder_of_videos(checkpoint, tmp_path, capsys):
     assert len(read(tmp_path / "out" / "b.mkv").times) == 8
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     (tmp_path / "in" / "broken.mp4").unlink()
-    assert main([*arguments, "--resume"]) == 0 and capsys.readouterr().out == "", "what is made is not made again"
+    assert main([*arguments, "--resume", "--factor", "4"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "" and "a.mp4 is there already, and stays" in printed.err, "what is made is not made again"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == made
 
 
@@ -685,3 +687,35 @@ def test_real_clips(shared_data, tmp_path):
         )
         # x264 does not write that a range is limited where it writes nothing else of colours: it is what players take for granted.
         assert (after.colours[0] or 1, *after.colours[1:]) == before.colours
+
+
+def test_parts_that_another_job_has_and_this_one_has_not_are_kept(pipeline, film, tmp_path):
+    """As where one of several processes had not finished its own."""
+    job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions(factor=1, steps=1))
+    job.prepare(False, False)
+    job.make_parts(job.parts[1:2])
+    kept = sorted(path.name for path in job.folder.iterdir())
+    for resume in (False, True):
+        with pytest.raises(VideoError, match="holds unfinished work of another job"):
+            interpolate_video(
+                pipeline, film, tmp_path / "out.mp4", factor=3, steps=1, resume=resume, progress=False
+            )
+    assert sorted(path.name for path in job.folder.iterdir()) == kept
+
+
+def test_file_names_of_any_bytes(pipeline, checkpoint, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(2):
+        path = os.path.join(os.fsencode(images), b"\xe9%d.png" % number)
+        Image.fromarray(moving_picture(number)).save(tmp_path / "image.png")
+        os.rename(tmp_path / "image.png", path)
+    output = os.path.join(os.fsencode(tmp_path), b"o\xe9.mp4")
+    done = subprocess.run(
+        [*command(images, Path(os.fsdecode(output)), checkpoint, "--device", "cpu")],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == output and os.path.isfile(output)

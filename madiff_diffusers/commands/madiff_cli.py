@@ -1,6 +1,7 @@
 """The `madiff` command."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -86,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files of any bytes are printed as they are
     try:
         with _terminable():
             args.command_class(args).run()

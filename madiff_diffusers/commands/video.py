@@ -213,6 +213,7 @@ class VideoCommand(BaseCommand):
         # Of a single video, each process makes some parts; of several, each makes some of the videos.
         for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
             if is_folder and args.resume and output.exists() and not args.overwrite:
+                print(f"madiff: note: {output} is there already, and stays, whatever options made it", file=sys.stderr)
                 continue
             try:
                 with memory_errors():

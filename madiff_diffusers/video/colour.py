@@ -81,7 +81,8 @@ class ColourPath:
         RGB does not have.
         """
         alpha, rgb = opacity(frame), self._opaque_to_rgb(frame)
-        return rgb if alpha is None else rgb * alpha[..., None]
+        # OpenEXR's pixels, the only ones in floating point that have opacity, are multiplied by it already.
+        return rgb if alpha is None or planar_format(frame.format) == _FLOAT_RGB else rgb * alpha[..., None]
 
     def _opaque_to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         planar = planar_format(frame.format)
@@ -95,7 +96,7 @@ class ColourPath:
                 frame, format=planar, interpolation=Interpolation.BICUBIC, threads=threads, **same
             )
         if planar == _FLOAT_RGB:
-            return frame.to_ndarray()
+            return frame.to_ndarray()[..., :3]
         if is_rgb(frame.format):
             green, blue, red = (_samples(plane, frame.format) for plane in frame.planes[:3])
             return np.multiply(

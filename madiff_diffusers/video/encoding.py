@@ -203,11 +203,15 @@ def choose_encoding(
     height, width = analysis.size[::-1] if rotation in (90, 270) else analysis.size
     tags = told_tags(analysis.tags, analysis.pixel_format)
     if is_rgb(source) and not is_rgb(av.VideoFormat(pixel_format)):
-        # Players take limited range and BT.709 for granted. Primaries and transfer are the source's, if it tells them.
+        # Players take limited range and BT.709 for granted; what Y4M cannot tell is taken by the height. Primaries and transfer are the
+        # source's, if it tells them.
         primaries, transfer = (1 if told == 2 else told for told in (tags.primaries, tags.transfer))
-        tags = ColourTags(1, 1, primaries, transfer)
+        told = 1 if container.format != "yuv4mpegpipe" or analysis.size[0] >= 720 else 6
+        tags = ColourTags(1, told, primaries, transfer)
     elif is_rgb(av.VideoFormat(pixel_format)):
         tags = tags._replace(range=2, matrix=0)
+    elif name == "prores":  # which has limited range alone, whatever is told of it
+        tags = tags._replace(range=1)
     if (kind.standard or name) in ("h264", "hevc"):  # Their 4:2:0 and 4:2:2 have no odd sizes.
         across, down = chroma_of(av.VideoFormat(pixel_format))
         width, height = width + -width % across, height + -height % down

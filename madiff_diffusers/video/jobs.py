@@ -152,7 +152,10 @@ class VideoJob:
         if plan.is_file() and (resume or not overwrite):
             before = json.loads(plan.read_text(encoding="utf-8"))
             others = [name for name, value in identity.items() if before.get(name) != value]
-            if others and self.done() and not overwrite:
+            kept_parts = any(
+                map(is_complete, self.folder.glob("part-" + 8 * "[0-9]"))
+            )  # also such as this job has not
+            if others and kept_parts and not overwrite:
                 raise VideoError(
                     f"{self.folder} holds unfinished work of another job ({', '.join(others)} differ); `overwrite` or delete it"
                 )

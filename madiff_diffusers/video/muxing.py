@@ -84,14 +84,14 @@ def assemble(
     copies = audio == "keep" and slow_motion == 1
     for kinds, anew in _attempts(output, source, encoding, copies):
         with suppress(*(_REFUSALS if kinds else ())), source.open() as container, _open(output, encoding) as file:
-            muxer = Muxer(file, container, encoding, slow_motion, audio, anew)
+            muxer = Muxer(file, container, encoding, analysis, slow_motion, audio, anew)
             try:
                 muxer.add_streams(kinds, main_stream(container, source.path))
             except (av.FFmpegError, ValueError):
                 if not kinds:
                     raise
                 continue
-            muxer.write(parts, end, analysis, is_partial)
+            muxer.write(parts, end, is_partial)
             file.close()  # what the file is refused for at its end, it is refused for here
             return muxer.notes
     raise AssertionError("the last attempt returns or raises")
@@ -179,6 +179,7 @@ class Muxer:
         file: the file to be written.
         container: the source.
         encoding: how the parts are encoded.
+        analysis: the source's.
         slow_motion, audio: see `assemble`.
         anew: numbers of the streams of sound that are encoded anew.
     """
@@ -188,15 +189,17 @@ class Muxer:
         file: av.container.OutputContainer,
         container: av.container.InputContainer,
         encoding: Encoding,
+        analysis: Analysis,
         slow_motion: Fraction,
         audio: str,
         anew: Collection[int],
     ):
         self.notes: list[str] = []
-        self._file, self._container, self._encoding = file, container, encoding
+        self._file, self._container, self._encoding, self._analysis = file, container, encoding, analysis
         self._slow_motion, self._audio, self._anew = slow_motion, audio, anew
         # Time 0 of the result is where the source's first stream begins.
         self._begin = Fraction(container.start_time or 0, av.time_base)
+        self._length = analysis.origin + analysis.end * analysis.unit - self._begin  # until its pictures end
         # By the numbers of streams in the source.
         self._carried: dict[int, StreamRemuxer | AudioTranscoder] = {}
 
@@ -275,7 +278,7 @@ class Muxer:
             if not isinstance(stream, AudioStream):
                 self.notes.append(f"{name} cannot be kept in {format_name}")
                 return
-            carried = AudioTranscoder(file, stream, self._begin, self._slow_motion)
+            carried = AudioTranscoder(file, stream, self._begin, self._slow_motion, self._length)
             if not slowed:
                 self.notes.append(
                     f"{name} is encoded anew as {carried.stream.codec_context.name}, because {format_name} does not hold it"
@@ -293,10 +296,12 @@ class Muxer:
                 f"AVI cannot tell that {name} begins {float(apart):.2f} s apart from the pictures: choose another kind of file"
             )
 
-    def write(self, parts: Sequence[Path], end: int, analysis: Analysis, is_partial: bool) -> None:
+    def write(self, parts: Sequence[Path], end: int, is_partial: bool) -> None:
         """Write all packets in the order of their times; see `assemble`."""
         offset = (
-            Fraction(0) if self._encoding.container.steady else (analysis.origin - self._begin) * self._slow_motion
+            Fraction(0)
+            if self._encoding.container.steady
+            else (self._analysis.origin - self._begin) * self._slow_motion
         )
         until = offset + end * self._encoding.time_base if is_partial else None
         pictures = _video_packets(self._video, self._encoding, parts, end, offset)

@@ -16,7 +16,7 @@ Number = int | float | Fraction | str
 LONGEST_PAUSE = 600  # Seconds that a frame is shown at most, so that a damaged file does not make millions of frames.
 
 # Fields that are fractions, with the largest denominators that files and clocks can hold.
-_EXACT = {"fps": 10**5, "image_fps": 10**5, "slow_motion": 100, "max_gap": 1000}
+_EXACT = {"fps": 10**5, "image_fps": 10**5, "slow_motion": 1000, "max_gap": 1000}
 _RATES = ("fps", "image_fps")
 _INTEGERS = ("factor", "crf", "dedup_run", "steps", "seed", "batch")
 _FLOATS = ("cut_threshold", "cut_ratio", "dedup_threshold")
@@ -95,7 +95,8 @@ class VideoOptions:
         need("fps", fps is None or Fraction(1, 10) <= fps <= 1000, "from 0.1 to 1000")
         if factor is not None and fps is not None:
             raise VideoError(f"either `factor` or `fps` can be given, but both are: {self.factor} and {self.fps}")
-        need("slow_motion", 1 <= slow_motion <= 64, "from 1 to 64")
+        is_one = slow_motion == 1 and read_number(self.slow_motion) != 1
+        need("slow_motion", 1 <= slow_motion <= 64 and not is_one, "1, or from 1001/1000 to 64")
         need(
             "audio",
             options.audio in (usual, "drop"),

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
+from array import array
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import accumulate
 from math import ceil
 from typing import Any
 
@@ -25,6 +28,9 @@ from .options import CheckedOptions
 
 # A part holds about this many seconds of the result. This is what is lost when the work is killed, and the distance of key frames.
 PART_SECONDS = 2
+
+# Ticks of a second that files can count at most. Times of a finer clock are rounded, to some 30 microseconds or finer.
+FINEST_CLOCK = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,18 @@ def plan_timeline(options: CheckedOptions, source: Source, analysis: Analysis, c
         else:  # The last frame's length, of which files are often wrong, makes room for its copies.
             needed = Fraction(options.factor or 1, MOST_GIF_RATE) / (analysis.unit * options.slow_motion)
             end = max(end, times[-1] + ceil(needed))
+    starts, unit = analysis.starts, analysis.unit
+    factor = None if rate is not None else options.factor or 1
+    if factor is not None and (unit * options.slow_motion / factor).denominator > FINEST_CLOCK:
+        ticks = FINEST_CLOCK // (options.slow_motion.denominator * factor)
+        rounded = (round(start * unit * ticks) for start in (*starts, end))
+        starts = array("q", accumulate(rounded, lambda before, own: max(before + 1, own)))
+        starts, end, unit = starts[:-1], starts[-1], Fraction(1, ticks)
     return Timeline(
-        analysis.starts,
+        starts,
         end,
-        analysis.unit,
-        factor=options.factor if rate is None else None,
+        unit,
+        factor=factor,
         rate=rate,
         slow_motion=options.slow_motion,
         dropped=dropped,
@@ -123,7 +136,7 @@ def source_digest(source: Source) -> str:
     for path in source.images or [source.path]:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            digest.update(f"{path.name if source.images else ''} {size}".encode())
+            digest.update(os.fsencode(f"{path.name if source.images else ''} {size}"))  # of names of any bytes
             digest.update(file.read(2**20))
             file.seek(max(0, size - 2**20))
             digest.update(file.read())

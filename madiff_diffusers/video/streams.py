@@ -14,8 +14,10 @@ _AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "vorbis": "libvorbis", "mp3"
 # What files refuse, though FFmpeg names it among what they hold.
 _REFUSED = {("mov", "libopus")}
 
-# Seconds of holes in the sound that are filled. Shorter ones come from rounding, and longer ones from faulty times.
+# Seconds of holes in the sound that are filled. Shorter ones come from rounding, and longer ones, behind the end of the pictures, from faulty
+# times.
 LEAST_SILENCE, MOST_SILENCE = Fraction(1, 20), 600
+SILENT_PIECE = 10  # seconds of silence in memory at once
 
 COARSE_CLOCK = Fraction(1, 1000)  # Matroska's, in seconds: packets of sound may be shorter.
 
@@ -92,6 +94,7 @@ class AudioTranscoder:
         source: the stream.
         begin: the time in the source, in seconds, that becomes 0.
         slow_motion: how many times as long as the source the result lasts.
+        length: seconds from `begin` to the end of the source's pictures.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class AudioTranscoder:
         source: AudioStream,
         begin: Fraction,
         slow_motion: Fraction,
+        length: Fraction,
     ):
         encoder = _AUDIO_ENCODERS.get(
             source.codec_context.name, _AUDIO_ENCODERS.get(file.default_audio_codec, file.default_audio_codec)
@@ -116,7 +120,7 @@ class AudioTranscoder:
         # Every encoder takes these layouts. 5.1 has two names, by where its back speakers are.
         self.stream.layout = {1: "mono", 6: "5.1"}.get(source.codec_context.layout.nb_channels, "stereo")
         self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, rate)
-        self._begin, self._slow_motion = begin, slow_motion
+        self._begin, self._slow_motion, self._length = begin, slow_motion, length
         self._graph: av.filter.Graph | None = None
         # Sound may change on its way; what follows is made what its beginning is.
         self._first: tuple[str, str, int] | None = None
@@ -141,9 +145,12 @@ class AudioTranscoder:
                 self._position = round(time * self._slow_motion * self.stream.codec_context.sample_rate)
             if LEAST_SILENCE < self._due - time < MOST_SILENCE:
                 continue  # Sound whose times are closer together than it lasts would be late by ever more.
-            if LEAST_SILENCE < time - self._due < MOST_SILENCE:
-                self._graph.push(_silence(frame, round((time - self._due) * frame.sample_rate)))
-                self._due = time
+            is_right = time - self._due < MOST_SILENCE or time < self._length
+            while LEAST_SILENCE < time - self._due and is_right:
+                samples = min(round((time - self._due) * frame.sample_rate), SILENT_PIECE * frame.sample_rate)
+                self._graph.push(_silence(frame, samples))
+                self._due += Fraction(samples, frame.sample_rate)
+                encoded += self._encode_ready(self._graph)
             self._graph.push(frame)
             self._due += Fraction(frame.samples, frame.sample_rate)
             encoded += self._encode_ready(self._graph)
