@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 def standalone_code(path: Path) -> str:
@@ -50,6 +52,19 @@ else:
 ComponentT = TypeVar("ComponentT", bound="CheckpointComponent")
 
 
+def check_repository_name(name: str) -> None:
+    """
+    Raises:
+        OSError: for the path of a folder that is not there, which cannot be a repository's name.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise OSError(
+            f"{name!r} is neither a folder that is there nor the name of a repository (USER/NAME)."
+        ) from None
+
+
 class CheckpointComponent(_Base):
     """Mixin for a [`~diffusers.ModelMixin`], before it in the order of bases. A class's file may import from files beside it that
     import nothing of this package themselves."""
@@ -74,6 +89,7 @@ class CheckpointComponent(_Base):
         check_safetensors(kwargs.pop("use_safetensors", None))
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
+            check_repository_name(str(pretrained_model_name_or_path))
             names = ("cache_dir", "local_files_only", "revision", "token")
             hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns="*.index*.json", **hub))

@@ -129,5 +129,25 @@ class EventGANModel(CheckpointComponent, ModelMixin, ConfigMixin):
 
     def _run(self, block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, hidden_states)
+            return self._gradient_checkpointing_func(_CountedOnce(block), hidden_states)
         return block(hidden_states)
+
+
+class _CountedOnce:
+    """A block that is run again in the backward pass, when its batch norms have counted the batch already."""
+
+    def __init__(self, block: nn.Module):
+        self.block, self.again = block, False
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        norms = [each for each in self.block.modules() if isinstance(each, nn.BatchNorm2d)] if self.again else []
+        momenta, self.again = [each.momentum for each in norms], True
+        for each in norms:
+            each.momentum = 0.0
+        try:
+            return self.block(hidden_states)
+        finally:
+            for each, momentum in zip(norms, momenta):
+                each.momentum = momentum
+                if each.training and each.num_batches_tracked is not None:
+                    each.num_batches_tracked -= 1

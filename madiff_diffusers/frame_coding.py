@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbours in MA-Sampling: encoded once, and shown to the denoiser and the decoder beside motion hints."""
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class EncodedFrames:
             the autoencoder's latents are news, which a frame alone has not.
         features ([`FrameFeatures`], *optional*): see [`VQMAGANEncoderOutput`].
         coarse ([`EncodedFrames`], *optional*): the same frames at the size of guesses, where that is another.
+        encoder (*optional*): a weak reference to the model that encoded them, and its dtype then.
     """
 
     frames: torch.Tensor
@@ -37,6 +39,10 @@ class EncodedFrames:
     latents: torch.Tensor | None = None
     features: FrameFeatures | None = None
     coarse: Optional["EncodedFrames"] = None
+    encoder: tuple["weakref.ref[ModelMixin]", torch.dtype] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "encoder": None}  # which other processes have not
 
     @classmethod
     def together(cls, parts: Sequence["EncodedFrames"]) -> "EncodedFrames":
@@ -47,7 +53,11 @@ class EncodedFrames:
         features = [each.features for each in parts if each.features is not None]
         frames, *pyramid = (torch.cat(each) for each in zip(*((each.frame, *each.pyramid) for each in features)))
         return cls(
-            frames, parts[0].size, torch.cat(latents) if latents else None, FrameFeatures(frames, tuple(pyramid))
+            frames,
+            parts[0].size,
+            torch.cat(latents) if latents else None,
+            FrameFeatures(frames, tuple(pyramid)),
+            encoder=parts[0].encoder,
         )
 
     def one_by_one(self) -> list["EncodedFrames"]:
@@ -55,7 +65,22 @@ class EncodedFrames:
         assert self.features is not None, "encoded"
         features = [self.features.map(lambda each: each[number : number + 1]) for number in range(len(self.frames))]
         latents = [None] * len(self.frames) if self.latents is None else list(self.latents.split(1))
-        return [EncodedFrames(own.frame, self.size, code, own) for own, code in zip(features, latents)]
+        return [
+            EncodedFrames(own.frame, self.size, code, own, encoder=self.encoder)
+            for own, code in zip(features, latents)
+        ]
+
+    def misfit(self, vqvae: ModelMixin, multiple: int, device: torch.device) -> str | None:
+        """Why a pipeline of this model, which pads frames to that multiple on that device, cannot use them; None if it can."""
+        if self.encoder is not None and self.encoder[0]() is not vqvae:
+            return "was encoded by another autoencoder"
+        if self.encoder is not None and self.encoder[1] != vqvae.dtype:
+            return f"was encoded in {str(self.encoder[1]).removeprefix('torch.')}"
+        own = self.frames.device
+        if own.type != device.type or device.index not in (None, own.index):
+            return f"is on {own}"
+        height, width = self.frames.shape[-2:]
+        return f"is padded to {height}x{width}" if height % multiple or width % multiple else None
 
 
 class FrameCoder:
@@ -97,6 +122,7 @@ class FrameCoder:
                 each.latents = own
         for each, pyramid in zip(left, zip(*(feature.chunk(len(left)) for feature in made))):
             each.features = FrameFeatures(each.frames, pyramid)
+            each.encoder = weakref.ref(self.vqvae), self.vqvae.dtype
 
     def _by_tiles(
         self, function: Callable[..., list[torch.Tensor]], images: Sequence[torch.Tensor], height: int, width: int
@@ -110,7 +136,7 @@ class FrameCoder:
         """The same frames, `scale` times smaller; made once."""
         if scale == 1:
             return each
-        if each.coarse is None:
+        if each.coarse is None or each.coarse.frames.shape[-1] * scale != each.frames.shape[-1]:
             each.coarse = EncodedFrames(
                 F.avg_pool2d(each.frames, scale), (each.size[0] // scale, each.size[1] // scale)
             )

@@ -65,7 +65,7 @@ class FrameProcessor:
                 raise ValueError(f"`{name}` must be uint8 or floating point, but is {frame.dtype}.")
             # Torch knows neither numbers of the other byte order nor long ones.
             known = frame if frame.dtype == np.uint8 else frame.astype(np.float32, copy=False)
-            tensor = rearrange(torch.from_numpy(np.ascontiguousarray(known)), "... h w c -> ... c h w")
+            tensor = rearrange(torch.from_numpy(np.require(known, requirements=["C", "W"])), "... h w c -> ... c h w")
         elif isinstance(frame, torch.Tensor):
             if frame.ndim not in (3, 4) or frame.shape[-3] != 3:
                 raise ValueError(
@@ -87,7 +87,7 @@ class FrameProcessor:
         tensor = tensor.float()
         low, high = tensor.min().item(), tensor.max().item()
         if not (low >= 0 and high <= 1):  # also catches NaN
-            raise ValueError(f"`{name}` as floating point must lie in [0, 1], but lies in [{low:.3g}, {high:.3g}].")
+            raise ValueError(f"`{name}` as floating point must lie in [0, 1], but lies in [{low:.9g}, {high:.9g}].")
         return tensor * 2 - 1
 
     def pad(self, frames: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from threading import Lock
 import numpy as np
 
 
+LEAST_SIDE = 16  # pixels: of smaller frames, OpenCV reads outside of its buffers
+
 # The number of OpenCV's threads is one for the process: the first to enter sets it, the last to leave sets it back.
 _lock = Lock()
 _opencv = {"users": 0, "threads": 0}
@@ -56,9 +58,17 @@ def dis_flow(
         dis.setFinestScale(finest_scale)
     if patch_stride is not None:
         dis.setPatchStride(patch_stride)
+    height, width = frame_from.shape
+    missing = max(LEAST_SIDE - height, 0), max(LEAST_SIDE - width, 0)
+    if any(missing):
+        frame_from, frame_to = (
+            cv2.copyMakeBorder(frame, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
+            for frame in (frame_from, frame_to)
+        )
     with single_threaded_opencv():
         # None, which OpenCV's types leave out: a flow in its place would be where the search begins.
-        return dis.calc(frame_from, frame_to, None)  # type: ignore[call-overload]
+        flow = dis.calc(frame_from, frame_to, None)  # type: ignore[call-overload]
+    return flow[:height, :width]
 
 
 def seen_from_the_end(flow: np.ndarray, rounds: int = 3) -> np.ndarray:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
-from .components import check_safetensors
+from .components import check_repository_name, check_safetensors
 from .hint_registry import describe_hint_source, hint_parts, load_hint_code, parts_of_checkpoints
 from .hub_repository import download_repository, local_checkpoint, replaced_weights, upload_repository
 from .model_cards import PLACEHOLDER, model_card
@@ -64,11 +64,10 @@ class CheckpointPipeline(_Base):
         for name in ("torch_dtype", "dtype"):
             if kwargs.get(name) == "auto":
                 kwargs[name] = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
-        if kwargs.get("i2e", False) is None:
-            logger.warning("`i2e` is None: event hints are zeros.")
         name, repository = str(pretrained_model_name_or_path), None
         folder = local_checkpoint(pretrained_model_name_or_path)
         if folder is None:
+            check_repository_name(name)
             folder, repository = Path(cls.download(name, **kwargs)), name
         elif folder != Path(name) and kwargs.get("variant") == "fp16":
             del kwargs["variant"]  # a checkpoint that comes with the package has one set of weights, which is that
@@ -80,6 +79,8 @@ class CheckpointPipeline(_Base):
                 cls._take_hint_code(folder, repository, **kwargs)
         check_safetensors(None, folder.glob("*/*.index*.json"))
         pipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        if kwargs.get("i2e", False) is None and "events" in pipeline.config.hint_source.split("+"):
+            logger.warning("`i2e` is None: event hints are zeros.")
         pipeline._source = folder.resolve(), repository
         pipeline.register_to_config(_name_or_path=name)
         return pipeline
@@ -114,6 +115,8 @@ class CheckpointPipeline(_Base):
         made = super().from_pipe(pipeline, **{**parts, **kwargs})
         if not {"hint_source", "hint_settings", "i2e", "hint_model"} & set(kwargs):  # of which other hints are made
             made._hints = getattr(pipeline, "_hints", None)
+        if getattr(pipeline, "tiling", None) is not None:
+            made.enable_tiling(pipeline.tiling.pixels)
         return made
 
     @classmethod

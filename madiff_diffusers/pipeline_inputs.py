@@ -16,6 +16,8 @@ from .motion_hints import SCALES
 
 HINT_POLICIES = ("sampling", "damped", "start")
 
+LEAST_TIME = 1e-30  # of an instant
+
 # Tensors that a callback can be handed.
 CALLBACK_TENSORS = ("latents", "hints_prev", "hints_next")
 
@@ -64,7 +66,7 @@ def check_settings(
 ) -> None:
     """See the pipeline's constructor."""
     for name, scale in (("guess_scale", guess_scale), ("event_scale", event_scale)):
-        if scale not in SCALES:
+        if not isinstance(scale, int) or scale not in SCALES:
             raise ValueError(f"`{name}` must be 1, 2, 4 or 8, but is {scale!r}.")
     for name, value in (
         ("default_num_inference_steps", default_num_inference_steps),
@@ -89,8 +91,15 @@ def check_instants(num_frames: Any, times: Any) -> None:
     if num_frames != 1:
         raise ValueError(f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}.")
     given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
-    if not given or not all(isinstance(time, Real) and time < 1 and not time <= 0 for time in given):  # NaN fails, too
-        raise ValueError(f"`times` must be a list of numbers between 0 and 1, both excluded, but is {times!r}.")
+
+    def is_instant(time: Any) -> bool:
+        # The networks are told it in float32, and the odds of it, which must be finite; NaN fails, too.
+        return isinstance(time, Real) and bool(LEAST_TIME <= np.float32(float(time)) < 1)
+
+    if not given or not all(map(is_instant, given)):
+        raise ValueError(
+            f"`times` must be a list of numbers between 0 and 1, both excluded also once they are rounded to float32, but is {times!r}."
+        )
     if len(set(map(float, given))) < len(given):
         raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")
 
@@ -119,6 +128,8 @@ def check_inputs(
     for each in generators:
         if not isinstance(each, torch.Generator):
             raise TypeError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+    if sampling.callback is not None and not callable(sampling.callback):
+        raise TypeError(f"`callback_on_step_end` must be a function, but is {sampling.callback!r}.")
     if isinstance(sampling.callback_inputs, str) or not isinstance(sampling.callback_inputs, Sequence):
         raise TypeError(
             f"`callback_on_step_end_tensor_inputs` must be a list of names, but is {sampling.callback_inputs!r}."
@@ -136,6 +147,8 @@ def check_latents(
     """Noise to start from for each of the F frames, `(B, C, h, w)` float32 on the device of the padded frames `(B, 3, H, W)`."""
     if latents is None:
         return [None] * num_frames
+    if not isinstance(latents, torch.Tensor):
+        raise TypeError(f"`latents` must be a tensor, but is a {type(latents).__name__}.")
     channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
     height, width = (side // vqvae.downsample_factor for side in frames.shape[-2:])
     shape = (len(frames), num_frames, channels, height, width)
@@ -143,6 +156,8 @@ def check_latents(
         latents = latents[:, None]
     if tuple(latents.shape) != shape:
         raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+    if not torch.isfinite(latents).all():
+        raise ValueError("`latents` must be finite, but has numbers that are not.")
     return list(latents.to(device=frames.device, dtype=torch.float32).unbind(dim=1))
 
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import itertools
+import math
 import types
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -42,6 +43,7 @@ from .pipeline_inputs import (
     CALLBACK_TENSORS,
     Callback,
     Sampling,
+    check_count,
     check_inputs,
     check_latents,
     check_scheduler,
@@ -146,7 +148,10 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             )
         # The U-Net halves the latents' size between its blocks; frames are padded so that it always can.
         unet_factor = 2 ** (len(unet.config.block_out_channels) - 1)
-        self.frame_processor = FrameProcessor(vqvae.downsample_factor * max(unet_factor, guess_scale))
+        multiple = vqvae.downsample_factor * max(unet_factor, guess_scale)
+        if "events" in hint_source.split("+"):  # of guesses, too, which are as much smaller
+            multiple = math.lcm(multiple, guess_scale * event_scale)
+        self.frame_processor = FrameProcessor(multiple)
 
     @property
     def hints(self) -> HintSource:
@@ -186,11 +191,10 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
             tile_pixels (`int`, defaults to 480,000): most pixels of a tile; larger tiles take longer on a CPU.
 
         Raises:
-            ValueError: if that is not positive.
+            ValueError: if that is no positive integer.
         """
-        if tile_pixels < 1:
-            raise ValueError(f"`tile_pixels` must be positive, but is {tile_pixels}.")
-        self.tiling = Tiling(tile_pixels, self.frame_processor.multiple)
+        check_count(tile_pixels, "tile_pixels")
+        self.tiling = Tiling(int(tile_pixels), self.frame_processor.multiple)
 
     def disable_tiling(self) -> None:
         """Undo `enable_tiling`."""
@@ -394,6 +398,12 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
     def _as_neighbours(self, images: FrameInput | EncodedFrames, name: str, device: torch.device) -> EncodedFrames:
         """Frames, padded and on the device; not encoded unless they were."""
         if isinstance(images, EncodedFrames):
+            misfit = images.misfit(self.vqvae, self.frame_processor.multiple, device)
+            if misfit is not None:
+                raise ValueError(
+                    f"`{name}` {misfit}, which does not fit this pipeline, of {str(self.vqvae.dtype).removeprefix('torch.')} on {device} and "
+                    f"multiples of {self.frame_processor.multiple} pixels: encode it anew by `encode_frames`."
+                )
             return images
         frames = self.frame_processor.to_tensor(images, name)  # [B,3,H,W]
         height, width = frames.shape[-2:]

@@ -16,7 +16,7 @@ Frames = list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
 class MADiffPipelineOutput(BaseOutput):
     """
     Args:
-        frames: the frames between the neighbours, in the order of time. For `output_type="pil"` a list of PIL images
+        frames: the frames between the neighbours, in the order of `times`, or evenly spaced. For `output_type="pil"` a list of PIL images
             for each pair; for `"np"` an array `(B, F, H, W, 3)` and for `"pt"` a tensor `(B, F, 3, H, W)`, float32 in
             [0, 1]; for `"latent"` a tensor `(B, F, C, h, w)`.
     """

@@ -168,7 +168,9 @@ def test_components_can_be_given_instead_of_loaded(pipeline, tmp_path):
 
 
 def test_from_pipe_shares_the_components(pipeline, pair):
+    pipeline.enable_tiling(4096)
     other = MADiffPipeline.from_pipe(pipeline)
+    assert other.tiling.pixels == 4096
     assert other.unet is pipeline.unet and dict(other.config) == dict(pipeline.config)
     assert torch.equal(make(other, pair), make(pipeline, pair))
 
@@ -338,3 +340,22 @@ def test_no_file_is_left_where_saving_failed(pipeline, tmp_path):
     with pytest.raises(OSError):
         pipeline.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious" and list(Path(tmp_path).iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("part", [MADiffPipeline, VQMAGANModel, EventGANModel])
+def test_a_folder_that_is_not_there_is_an_oserror(part, tmp_path):
+    with pytest.raises(OSError, match="is neither a folder that is there nor the name of a repository"):
+        part.from_pretrained(str(tmp_path / "no" / "such"))
+
+
+@pytest.mark.parametrize("name", ["guess_scale", "event_scale"])
+def test_scales_are_whole_numbers(pipeline, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be 1, 2, 4 or 8, but is 2.0"):
+        MADiffPipeline.from_pipe(pipeline, **{name: 2.0})
+
+
+def test_only_a_checkpoint_of_events_is_told_that_they_are_zeros(checkpoint, diffusers_log):
+    MADiffPipeline.from_pretrained("madiff-fast", i2e=None)
+    assert "event hints are zeros" not in diffusers_log.text
+    MADiffPipeline.from_pretrained(checkpoint, i2e=None)
+    assert "event hints are zeros" in diffusers_log.text

@@ -45,13 +45,18 @@ def test_same_gradients_from_less_memory(part, config):
     torch.manual_seed(0)
     model = excite(PARTS[part](**settings)).train()
     loss = loss_of(part, settings)
-    gradients, kept = [], []
+    gradients, kept, counted = [], [], []
+    buffers = {name: each.clone() for name, each in model.named_buffers()}
     for checkpointed in (False, True):
         if checkpointed:
             model.enable_gradient_checkpointing()
         model.zero_grad()
+        for name, each in model.named_buffers():
+            each.copy_(buffers[name])
         kept.append(kept_bytes(lambda: loss(model)))
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        counted.append({name: each.clone() for name, each in model.named_buffers()})
+    assert all(torch.equal(counted[0][name], counted[1][name]) for name in buffers), "batch norms count a batch once"
     assert gradients[0].keys() == gradients[1].keys()
     assert all((gradients[0][name] - gradients[1][name]).abs().max() <= 1e-5 for name in gradients[0])
     print(f"\n{config} {part}: {kept[0] / 2**20:.1f} MiB kept, {kept[1] / 2**20:.1f} with gradient checkpointing")

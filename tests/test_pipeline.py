@@ -1,3 +1,4 @@
+import copy
 from fractions import Fraction
 
 import diffusers
@@ -8,6 +9,7 @@ import torch
 from diffusers.callbacks import PipelineCallback
 
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel, interpolate_frames
+from madiff_diffusers.frame_coding import EncodedFrames
 from tests.conftest import build_pipeline, excite, moving_picture
 
 
@@ -146,6 +148,50 @@ def test_guesses_are_made_at_a_smaller_scale(tiny, pair, scale):
     decoded.clear()
     run(pipeline, pair, num_inference_steps=2, hint_policy="start")
     assert decoded == [result], "what no guess refines is full size all along"
+
+
+@pytest.mark.parametrize("scale, height, width", [(2, 16, 96), (4, 32, 192), (8, 33, 40), (4, 5, 5)])
+def test_guesses_of_small_frames_have_flow(tiny, scale, height, width):
+    """Smaller than 16 pixels, which OpenCV's flow reads outside of."""
+    tiny["pipeline"]["guess_scale"] = scale
+    pipeline = build_pipeline(tiny)
+    assert run(pipeline, torch.rand(2, 1, 3, height, width), generator=None).isfinite().all()
+
+
+def test_events_of_smaller_frames_fit_smaller_guesses(tiny):
+    tiny["vqvae"]["block_out_channels"] = [12]
+    tiny["pipeline"].update(event_scale=8, guess_scale=2)
+    assert run(build_pipeline(tiny), torch.rand(2, 1, 3, 20, 20), generator=None).shape == (1, 1, 3, 20, 20)
+
+
+def test_what_is_encoded_serves_every_scale_of_guesses(pipeline):
+    pair = torch.rand(2, 2, 3, 64, 64)  # of which no scale has to be padded
+    halves, quarters = (MADiffPipeline.from_pipe(pipeline, guess_scale=scale) for scale in (2, 4))
+    encoded = [quarters.encode_frames(frames) for frames in pair]
+    for own in (quarters, halves, quarters):
+        assert (run(own, encoded) - run(own, pair)).abs().max() <= 1e-5
+
+
+def test_what_was_encoded_otherwise_is_refused(pipeline, tiny, pair):
+    encoded = [pipeline.encode_frames(frames) for frames in pair]
+    copied = copy.deepcopy(pipeline)
+    small = [pipeline.encode_frames(frames[..., :48, :48]) for frames in pair]
+    for own, given, message in (
+        (copied, encoded, "`image_prev` was encoded by another autoencoder"),
+        (build_pipeline(tiny), encoded, "`image_prev` was encoded by another autoencoder"),
+        (MADiffPipeline.from_pipe(pipeline, guess_scale=8), small, "`image_prev` is padded to 48x48"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(own, given)
+    expected = run(pipeline, encoded)
+    assert torch.equal(run(pipeline, copy.deepcopy(encoded)), expected), "a copy is taken"
+    parts = [EncodedFrames.together(each.one_by_one()) for each in encoded]
+    assert torch.equal(run(pipeline, parts), expected)
+    pipeline.to(torch.bfloat16)
+    with pytest.raises(
+        ValueError, match="`image_prev` was encoded in float32, which does not fit this pipeline, of bfloat16"
+    ):
+        run(pipeline, encoded)
 
 
 def test_frames_are_encoded_once(pipeline, pair):
@@ -527,10 +573,16 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"hint_interval": 1.5}, r"`hint_interval` must be a positive integer, but is 1.5"),
         ({"num_frames": 0}, r"`num_frames` must be a positive integer, but is 0"),
         ({"frames_per_batch": 0}, r"`frames_per_batch` must be a positive integer, but is 0"),
-        ({"times": []}, r"`times` must be a list of numbers between 0 and 1, both excluded, but is \[\]"),
+        ({"times": []}, r"`times` must be a list of numbers between 0 and 1, both excluded.*, but is \[\]"),
         ({"times": [0]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": [0.5, 1]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": [2]}, r"`times` must be a list of numbers between 0 and 1"),
+        (
+            {"times": [sum([0.1] * 10)]},
+            r"`times` must be a list of numbers between 0 and 1, both excluded also once they are",
+        ),
+        ({"times": [1e-46]}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": [Fraction(1, 10**400)]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": [float("nan")]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": ["0.5"]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": 0.5}, r"`times` must be a list of numbers between 0 and 1"),
@@ -540,6 +592,8 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"output_type": "jpg"}, r"`output_type` must be one of pil, np, pt"),
         ({"generator": generators(0, 1)}, r"one generator per pair \(1\), but holds 2"),
         ({"latents": torch.zeros(1, 3, 9, 9)}, r"`latents` must have shape \(1, 1, 3, 4, 4\)"),
+        ({"latents": torch.full((1, 3, 4, 4), float("nan"))}, r"`latents` must be finite"),
+        ({"image_prev": np.full((32, 32, 3), 1.0000005)}, r"`image_prev` .* lies in \[1.00000048, 1.00000048\]"),
         ({"callback_on_step_end_tensor_inputs": ["truth"]}, r"`callback_on_step_end_tensor_inputs`"),
     ],
 )
@@ -556,6 +610,8 @@ def test_wrong_arguments_are_named(pipeline, arguments, message):
         ({"generator": 0}, "`generator` must be a torch.Generator or a list of them, but is 0"),
         ({"generator": tuple(generators(0))}, "`generator` must be a torch.Generator or a list of them, but is "),
         ({"generator": [None]}, "`generator` must be a torch.Generator or a list of them, but is "),
+        ({"latents": np.zeros((1, 3, 4, 4))}, "`latents` must be a tensor, but is a ndarray"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` must be a function, but is 3"),
         ({"callback_on_step_end_tensor_inputs": None}, "`callback_on_step_end_tensor_inputs` must be .*, but is None"),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "_inputs` must be a list of names, but is 'latents'"),
     ],

@@ -115,7 +115,9 @@ def test_sound_behind_a_long_silence_stays_in_its_place(pipeline, tmp_path, hole
     )
     with av.open(str(tmp_path / name)) as file:
         heard = [
-            float(frame.pts * frame.time_base) for frame in file.decode(audio=0) if np.abs(frame.to_ndarray()).max() > 0.05
+            float(frame.pts * frame.time_base)
+            for frame in file.decode(audio=0)
+            if np.abs(frame.to_ndarray()).max() > 0.05
         ]
     begins = [time for before, time in zip([-10, *heard], heard) if time - before > 5]
     assert begins == pytest.approx([0, slow_motion * hole], abs=0.3)

@@ -104,8 +104,9 @@ def test_tiled_frames_are_what_whole_ones_are(name):
                     assert steps[place - 1] <= 2 * steps.mean() + 0.1
     pipeline.disable_tiling()
     assert np.array_equal(made(), whole)
-    with pytest.raises(ValueError, match="`tile_pixels` must be positive, but is 0"):
-        pipeline.enable_tiling(0)
+    for wrong in (0, 1e4, float("nan"), "1M"):
+        with pytest.raises(ValueError, match="`tile_pixels` must be a positive integer, but is"):
+            pipeline.enable_tiling(wrong)
 
 
 def test_tiles_fit_a_memory(pipeline):

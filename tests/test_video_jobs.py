@@ -697,9 +697,7 @@ def test_parts_that_another_job_has_and_this_one_has_not_are_kept(pipeline, film
     kept = sorted(path.name for path in job.folder.iterdir())
     for resume in (False, True):
         with pytest.raises(VideoError, match="holds unfinished work of another job"):
-            interpolate_video(
-                pipeline, film, tmp_path / "out.mp4", factor=3, steps=1, resume=resume, progress=False
-            )
+            interpolate_video(pipeline, film, tmp_path / "out.mp4", factor=3, steps=1, resume=resume, progress=False)
     assert sorted(path.name for path in job.folder.iterdir()) == kept
 
 

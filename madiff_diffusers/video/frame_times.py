@@ -13,6 +13,10 @@ from math import ceil
 # Seconds. Files that round times (Matroska) round them to this or finer units; times in coarser units are exact.
 LONGEST_TICK = Fraction(1, 1000)
 
+# A frame that is due nearer to a source frame than the way to the next one over this is that frame itself: networks, which are told instants in
+# single precision, could not tell it apart.
+NEAREST = 1_000_000
+
 
 @dataclass(frozen=True)
 class ShownFrame:
@@ -112,11 +116,11 @@ class Timeline:
             if index in self._held:
                 yield [ShownFrame(time, index if end - time > rounding else following, Fraction(0)) for time in times]
                 continue
-            frames = []
+            frames, near = [], max(rounding, (end - start) / NEAREST)
             for time in times:
-                if time - start <= rounding:
+                if time - start <= near:
                     frames.append(ShownFrame(time, index, Fraction(0)))
-                elif end - time <= rounding:
+                elif end - time <= near:
                     frames.append(ShownFrame(time, following, Fraction(0)))
                 else:
                     frames.append(ShownFrame(time, index, (time - start) / (end - start)))
