@@ -1,5 +1,6 @@
 """Every format of training data on a real layout made here, and what is drawn from it."""
 
+import dataclasses
 import pickle
 import shutil
 from pathlib import Path
@@ -506,6 +507,9 @@ def test_recorded_events(tmp_path):
     assert gaps == {1, 2}
     with pytest.raises(ValueError, match="train_i2e alone"):
         build_dataset(options, TripletTransform())
+    composing = dataclasses.replace(options, random_motion_share=0.6)
+    with pytest.raises(ValueError, match="`random_motion_share` must be 0 with mvsec, .*, but is 0.6"):
+        build_dataset(composing, EventTransform(5, 2))
 
 
 def test_a_recording_that_lacks_something_is_named(tmp_path):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import moving_picture
+from training.evaluate_i2e import spread_evenly
 from training.event_simulation import LOG_EPS, EventCamera, event_volume, upsample_frames
 
 
@@ -133,3 +135,15 @@ def test_upsampling_adapts_to_the_motion_and_moves_what_lies_between():
     assert moved < 0.5 * np.abs(frames[:2].mean(0)[inner] - truth).mean()
     still, times = upsample_frames(frames[[0, 0]])
     assert len(still) == 2 and len(upsample_frames(frames, most=3)[0]) == 7
+
+
+@pytest.mark.parametrize("num_bins", [2, 9])
+def test_a_constant_rate_gives_the_first_and_the_last_bin_half(num_bins):
+    """Against the volume of as many events, evenly in time."""
+    count, times = 3000, (np.arange(3000) + 0.5) / 3000
+    zeros = np.zeros(count, int)
+    expected = event_volume(zeros, zeros, times, np.ones(count, int), 1, 1, num_bins)
+    grey = torch.tensor([[[-0.5]]]), torch.tensor([[[0.5]]])
+    change = np.log(0.75 + LOG_EPS) - np.log(0.25 + LOG_EPS)
+    spread = spread_evenly(*grey, torch.tensor([change / count, change / count]), num_bins)
+    assert np.allclose(spread.numpy().ravel(), np.asarray(expected).ravel(), rtol=0.01, atol=1.0)

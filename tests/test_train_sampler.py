@@ -539,8 +539,9 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     (tmp_path / "guessing.yaml").write_text(yaml.safe_dump(guessing))
     done = train(tmp_path / "guessing.yaml", crops, tmp_path / "other")
     assert done.returncode == 2 and "`guess_motion` needs crops with begun hints" in done.stderr
-    done = train(config, crops, tmp_path / "other", "--layers", "2")
-    assert done.returncode == 2 and "`layers` is not used with crops" in done.stderr
+    for name, value in (("layers", "2"), ("gaps", "[0, 0, 1]"), ("any_time", "1"), ("candidates", "9")):
+        done = train(config, crops, tmp_path / "other", f"--{name}", value)
+        assert done.returncode == 2 and f"`{name}` is not used with crops" in done.stderr
 
 
 def test_guessed_motion_teaches_the_scales_that_it_comes_from(tiny_news):
@@ -558,6 +559,70 @@ def test_guessed_motion_teaches_the_scales_that_it_comes_from(tiny_news):
     found["motion"].sum().backward()
     coarse, fine = (block.conv_out.weight.grad for block in vqvae.decoder.warps)
     assert coarse.abs().max() > 0 and fine is None
+
+
+def test_a_second_step_takes_its_hints_as_sampling_does(tiny_news):
+    """Of the motion that the decoder makes of the first one's latents, where the pipeline does."""
+    torch.manual_seed(0)
+    vqvae, unet = excite(VQMAGANModel(**tiny_news["vqvae"])), excite(UNet2DModel(**tiny_news["unet"]))
+    scheduler = DDIMScheduler(prediction_type="sample", timestep_spacing="trailing")
+    pipeline = MADiffPipeline(vqvae, unet, scheduler, hint_source="search", guess_motion=True)
+    pipeline.set_progress_bar_config(disable=True)
+    network = SamplerNetwork(None, vqvae, unet, scheduler).eval()
+    prev, mid, next_ = (torch.rand(1, 3, 32, 32) * 2 - 1 for _ in range(3))
+    begun = SearchHints().begin(prev, next_, 0.5)
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append(torch.cat([tensors["hints_prev"], tensors["hints_next"]], dim=1))
+
+    noise = torch.randn(1, 4, 8, 8)
+    pipeline(
+        (prev + 1) / 2,
+        (next_ + 1) / 2,
+        num_inference_steps=2,
+        latents=noise,
+        callback_on_step_end=note,
+        callback_on_step_end_tensor_inputs=["hints_prev", "hints_next"],
+    )
+    batch = {"frame_prev": prev, "frame_mid": mid, "frame_next": next_, "time": torch.full((1,), 0.5)}
+    size = [side // vqvae.motion_stride for side in prev.shape[-2:]]
+    batch["hints"] = torch.cat([vqvae.resize_hints(each, size) for each in begun], dim=1)
+    draws = {"noise": noise, "timesteps": torch.full((1,), 999), "choice": torch.zeros(1, dtype=int)}
+    used = []
+
+    def keep(hints: torch.Tensor) -> torch.Tensor:
+        used.append(hints)
+        return hints
+
+    with torch.no_grad():
+        network(batch, draws, keep, True, hint_source=SearchHints(), guesses=True, moves=True)
+    assert len(used) == 2 and torch.allclose(used[1], seen[0], atol=1e-3), (used[1] - seen[0]).abs().max()
+
+
+def test_options_of_layout_and_compilation_mean_what_they_say(config, clips, tmp_path):
+    """Weights have the layout that is asked for, and what is recorded is what was asked."""
+    script = (
+        "import sys\n"
+        "from training import train_sampler, trainer\n"
+        "train_sampler.SamplerNetwork.compile_parts = lambda self: print('compiled')\n"
+        "step = trainer.Trainer.optimizer_step\n"
+        "def told(self, model, optimizer):\n"
+        "    weight = next(each for each in model.parameters() if each.ndim == 4 and min(each.shape) > 1)\n"
+        "    print('last' if weight.stride(1) == 1 else 'contiguous')\n"
+        "    step(self, model, optimizer)\n"
+        "trainer.Trainer.optimizer_step = told\n"
+        "train_sampler.main(sys.argv[1:])\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    for layout, expected in (("true", "last"), ("false", "contiguous")):
+        flags = ("--max_train_steps", "1", "--channels_last", layout, "--compile", "true")
+        arguments = command(config, clips, tmp_path / layout, *flags)[3:]
+        done = run_python([sys.executable, str(tmp_path / "script.py"), *arguments], cwd=REPOSITORY)
+        assert done.returncode == 0, done.stderr
+        assert "compiled\n" in done.stdout and f"{expected}\n" in done.stdout
+        recorded = yaml.safe_load((tmp_path / layout / "args.yaml").read_text())
+        assert recorded["compile"] is True and recorded["channels_last"] is (layout == "true")
 
 
 def test_it_trains_on_hints_to_finish(config, clips, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from tests.local_hub import local_hub
 from tests.processes import Forked, run_python, run_two_ranks, start_python
 from training.adversary import PatchDiscriminator
 from training.losses import adaptive_weight, discriminator_hinge_loss
+from training.normalisation import StepwiseNormalisation
 from training.options import REMOVED, RENAMED, parse_options, training_scheduler
 from training.run_log import append_row, take_back_rows
 from training.train_denoiser import DenoiserOptions
@@ -989,3 +991,81 @@ def test_every_stage_can_be_told_the_instant(clips, tmp_path):
         for time in (0.2, 0.8)
     )
     assert not np.array_equal(early, late)
+
+
+def test_a_loader_that_fails_ends_the_run(clips, tmp_path):
+    """Loader processes ignore SIGTERM, by which they would otherwise be ended, and waited for without an end."""
+    flags = ("--resolution", "80", "--dataloader_num_workers", "1")
+    process = subprocess.Popen(
+        command("i2e", clips, tmp_path, *flags), cwd=REPOSITORY, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2 and "are smaller than `resolution` 80" in said
+
+
+def test_a_disk_that_is_full_is_one_line(trained, clips, tmp_path):
+    runs = link("unet", trained, tmp_path / "runs")
+    wanted = " ".join(map(shlex.quote, command("unet", clips, runs)))
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 150; exec {wanted}"],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: `output_dir`: the checkpoint of step" in done.stderr and "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("name, value", [("window", "7"), ("any_time", "0.9"), ("lpips_net", "none")])
+def test_options_that_the_event_generator_does_not_read_are_refused(clips, tmp_path, name, value):
+    done = launch(command("i2e", clips, tmp_path, f"--{name}", value))
+    assert done.returncode == 2 and f"`{name}` is not used by this stage" in done.stderr
+
+
+def test_the_denoiser_has_the_layout_that_is_asked_for(trained, clips, tmp_path):
+    script = (
+        "import sys\n"
+        "from training import train_denoiser, trainer\n"
+        "step = trainer.Trainer.optimizer_step\n"
+        "def told(self, model, optimizer):\n"
+        "    weight = next(each for each in model.parameters() if each.ndim == 4 and min(each.shape) > 1)\n"
+        "    print('last' if weight.stride(1) == 1 else 'contiguous')\n"
+        "    step(self, model, optimizer)\n"
+        "trainer.Trainer.optimizer_step = told\n"
+        "train_denoiser.main(sys.argv[1:])\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    for layout, expected in (("true", "last"), ("false", "contiguous")):
+        runs = link("unet", trained, tmp_path / layout)
+        flags = ("--max_train_steps", "1", "--channels_last", layout)
+        printed = succeed([sys.executable, str(tmp_path / "script.py"), *arguments("unet", clips, runs, *flags)[1:]])
+        assert f"{expected}\n" in printed
+
+
+def test_a_generator_of_events_is_exported_as_it_was_trained():
+    torch.manual_seed(0)
+    model = EventGANModel(**load_config("tiny")["i2e"]).train()
+    normalisation = StepwiseNormalisation(model, with_spectral_norm=True)
+    frames = torch.rand(2, 2, 1, 32, 32)
+    normalisation.begin_pass(first=True)
+    model.eval()
+    expected = model(*frames).events
+    model.train()
+    normalisation.fold()
+    assert torch.equal(model.eval()(*frames).events, expected)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--samples", "0"], "`samples` must be 1 or more, but is 0"),
+        (["--frames", "1"], "`frames` must be 2 or more, but is 1"),
+        (["--resolution", "0"], "`resolution` must be 1 or more, but is 0"),
+        (["--seed", "-1"], "`seed` must be 0 or more, but is -1"),
+    ],
+)
+def test_scores_of_events_need_numbers_that_can_be(trained, clips, flags, message):
+    known = ["--data", str(clips), "--i2e", str(trained / "i2e" / "i2e")]
+    done = launch([sys.executable, "-m", "training.evaluate_i2e", *known, *flags])
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

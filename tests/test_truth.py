@@ -106,3 +106,31 @@ def test_a_denoiser_of_news_sees_the_truth_in_its_noisy_latents_alone(tiny_news,
     # whose hints are from the first one's guess.
     scheduler.add_noise = lambda clean, noise, timesteps: noise
     assert all(torch.equal(one, other) for one, other in zip(seen(0.0), seen(5.0), strict=True))
+
+
+@pytest.mark.parametrize("batch, guess_share", [(1, 0.5), (3, 0.5), (8, 0.7)])
+def test_hints_that_are_never_dropped_are_of_each_kind_by_its_share(pipeline, batch, guess_share):
+    class Counting:
+        """Zeros, and how many of the frames that were shown were the true ones."""
+
+        hint_channels = pipeline.vqvae.config.hint_channels
+        shown = true = 0
+
+        def start(self, frame_prev, frame_next, time=0.5):
+            zeros = torch.zeros(len(frame_prev), self.hint_channels, *frame_prev.shape[-2:])
+            return zeros, zeros
+
+        def from_guess(self, frame_prev, frame_mid, frame_next):
+            self.shown += len(frame_mid)
+            self.true += int((frame_mid == 0.25).all(dim=(1, 2, 3)).sum())
+            return self.start(frame_prev, frame_next)
+
+    source, side = Counting(), pipeline.vqvae.downsample_factor
+    sample = {name: torch.full((batch, 3, side, side), 0.25) for name in ("frame_prev", "frame_mid", "frame_next")}
+    sample["time"] = torch.full((batch,), 0.5)
+    generator, draws = torch.Generator().manual_seed(0), 200
+    with torch.no_grad():
+        for _ in range(draws):
+            draw_hints(pipeline.vqvae, source, sample, 1.0, guess_share, 1, 0.0, False, generator)
+    assert source.shown == batch * draws, "refined ones for all"
+    assert source.true / source.shown == pytest.approx(1 - guess_share, abs=0.1)

@@ -13,6 +13,7 @@ from typing import TextIO
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from training.progress import Progress
 from training.run_log import write_text
@@ -74,14 +75,26 @@ class Checkpoints:
         Args:
             part: its subfolder for the part that is trained.
             export: writes the part, given that folder, on every process.
+
+        Raises:
+            ValueError: if it cannot be written.
         """
         temporary = self.folder / f"writing_{self.progress.step:08d}"
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        if export is not None:
-            # Random states were just saved; what building a network for export draws must not show in those to come.
-            with torch.random.fork_rng(devices=[]):
-                export(temporary / part)
+        try:
+            self.accelerator.save_state(str(temporary))
+            if export is not None:
+                # Random states were just saved; what building a network for export draws must not show in those to come.
+                with torch.random.fork_rng(devices=[]):
+                    export(temporary / part)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # as of a full disk, in the words of each of those that write
+            raise ValueError(
+                f"`output_dir`: the checkpoint of step {self.progress.step} cannot be written in {self.folder}: {error}"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             for path in temporary.rglob("*"):  # a rename may reach the disk before the files that it names

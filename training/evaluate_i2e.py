@@ -25,7 +25,11 @@ def spread_evenly(
     change = torch.log((frame_second + 1) / 2 + LOG_EPS) - torch.log((frame_first + 1) / 2 + LOG_EPS)  # [1,H,W]
     decrease, increase = thresholds
     counts = torch.cat([change.clamp(min=0) / increase, (-change).clamp(min=0) / decrease])  # [2,H,W]
-    return (counts / num_bins).repeat_interleave(num_bins, dim=0)
+    # Events are told to the two bins that they are next to, so that the first and the last one get half as many as others.
+    shares = torch.full((num_bins,), 1.0 / max(num_bins - 1, 1))
+    if num_bins > 1:
+        shares[[0, -1]] /= 2
+    return (counts[:, None] * shares[None, :, None, None]).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -41,21 +45,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     check_flags(argv)
     args = parser.parse_args(argv)
+    for name, least in (("samples", 1), ("resolution", 1), ("frames", 2), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"`{name}` must be {least} or more, but is {getattr(args, name)}.")
     model = EventGANModel.from_pretrained(args.i2e).eval()
     num_bins = model.config.num_bins
     options = RunOptions(data=args.data, resolution=args.resolution, gaps=(1.0,), candidates=1, seed=args.seed)
     data = build_dataset(options, EventTransform(num_bins, args.frames))
-    errors = {"model": 0.0, "zeros": 0.0, "spread_evenly": 0.0}
+    errors: dict[str, float] = {}
     for i in range(args.samples):
         sample = data[i]
         first, second, truth = sample["frame_first"], sample["frame_second"], sample["events"]
-        predictions = {
-            "model": model(first[None], second[None]).events[0],
-            "zeros": torch.zeros_like(truth),
-            "spread_evenly": spread_evenly(first, second, sample["thresholds"], num_bins),
-        }
+        predictions = {"model": model(first[None], second[None]).events[0], "zeros": torch.zeros_like(truth)}
+        if sample["thresholds"].isfinite().all():  # of recorded events nobody knows them
+            predictions["spread_evenly"] = spread_evenly(first, second, sample["thresholds"], num_bins)
         for name, prediction in predictions.items():
-            errors[name] += (prediction - truth).abs().mean().item() / args.samples
+            errors[name] = errors.get(name, 0.0) + (prediction - truth).abs().mean().item() / args.samples
     print(json.dumps({name: round(error, 5) for name, error in errors.items()}))
 
 

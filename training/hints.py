@@ -59,7 +59,9 @@ def draw_hints(
     def drawn(share: float) -> int:
         return int(len(mid) * share + torch.rand((), generator=generator).item())
 
-    guessed, true = drawn(probability * guess_share), drawn(probability * (1 - guess_share))
+    found = drawn(probability)
+    guessed = min(drawn(probability * guess_share), found)
+    true = found - guessed
     absent = drawn((1 - probability) * absent_share) if absent_share else 0
     rounds = int(torch.randint(1, guess_rounds + 1, (), generator=generator))
     chosen = order[:guessed]

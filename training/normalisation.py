@@ -71,4 +71,7 @@ class StepwiseNormalisation:
     def fold(self) -> None:
         """Make the spectral norms part of the weights."""
         for module in self.normed:
+            module.parametrizations.weight[
+                0
+            ].eval()  # as it was in training: a look in training mode is a power iteration more
             remove_parametrizations(module, "weight")

@@ -1,7 +1,10 @@
 """Signals that end a run: noted until the step is saved, and followed where a launcher does not pass them on."""
 
+import atexit
 import contextlib
 import ctypes
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -52,6 +55,18 @@ def follow_the_launcher() -> None:
         if any(os.path.basename(each) in LAUNCHERS for each in arguments):
             end_with_parent = 1  # PR_SET_PDEATHSIG
             ctypes.CDLL(None).prctl(end_with_parent, signal.SIGTERM)
+
+
+def end_loaders_at_exit() -> None:
+    """Let loader processes end with this one, whatever ends it: `multiprocessing`, whose own way is a SIGTERM, would wait for ever for such as
+    ignore it."""
+
+    def end() -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    # `multiprocessing` was imported, and its handler registered, before; so this one runs first.
+    atexit.register(end)
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

@@ -99,13 +99,13 @@ def main(argv: list[str] | None = None) -> None:
         betas=options.adam_betas,
         weight_decay=options.adam_weight_decay,
     )
-    unet, optimizer = trainer.prepare(bare_unet.train(), optimizer)
 
     def build_pipeline(network: UNet2DModel) -> MADiffPipeline:
         parts = {"vqvae": vqvae, "unet": network, "i2e": i2e, "scheduler": scheduler}
         return MADiffPipeline(**parts, hint_source=config["hint_source"], **config["pipeline"])
 
     pipeline = build_pipeline(bare_unet)  # what does not fit together shows before training, not after it
+    unet, optimizer = trainer.prepare(bare_unet.train(), optimizer)
 
     # 2. data, validation, export
     data = build_dataset(options, TripletTransform(options.window, options.any_time))

@@ -57,6 +57,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"`ema_decay` must be 0 here, but is {options.ema_decay}: BatchNorm's statistics are not those of averaged weights."
         )
+    for name in ("window", "any_time", "lpips_net", "lpips_backbone"):
+        usual = getattr(RunOptions, name)
+        if getattr(options, name) != usual:
+            raise ValueError(
+                f"`{name}` is not used by this stage and must be {usual!r}, but is {getattr(options, name)!r}."
+            )
     trainer = Trainer(options, "i2e")
     device = trainer.accelerator.device
 

@@ -3,7 +3,8 @@
     accelerate launch -m training.train_sampler --config motion --data CLIPS --output_dir runs/motion --teacher runs/rife
 
 Every sample goes the way that the pipeline goes: hints of the instant from the two neighbours, evidence, a denoising step from pure
-noise, decoding. A share of the batches takes a second step, with hints that were extracted from the first step's guess at half size.
+noise, decoding. A share of the batches takes a second step, with hints that were extracted from the first step's guess at half size, or with
+`guess_motion` from the motion that the decoder makes of its latents.
 The latents that are decoded are the denoised ones, or the true ones, or zeros, in the shares of `latent_shares`.
 
 Loss: Charbonnier + LPIPS (+ Gram matrices of its features, late) of the frame; the latents' squared error; flow of the hints and the decoder's offsets against flow
@@ -206,6 +207,7 @@ class SamplerNetwork(nn.Module):
         hint_source: HintSource | None = None,
         denoises: bool = True,
         guesses: bool = False,
+        moves: bool = False,
     ) -> dict[str, Any]:
         """
         Args:
@@ -216,6 +218,8 @@ class SamplerNetwork(nn.Module):
             hints_only: whether it ends with the hints, of the instant and of the true middle frame; nothing is drawn then.
             hint_source: makes hints from guesses where there is no hint model.
             guesses: whether the batch's hints are begun ones, which are finished from the motion that the decoder guesses.
+            moves: whether further steps take their hints from the motion that the decoder makes of the latents (`guess_motion`), as the batch's do
+                where they are begun.
             denoises: whether the denoiser is run; without it, there is one step and no denoised latents are chosen.
         """
         prev, mid, next_, time = (batch[name] for name in ("frame_prev", "frame_mid", "frame_next", "time"))
@@ -226,14 +230,19 @@ class SamplerNetwork(nn.Module):
         if not hints_only:
             both = vqvae.encode(torch.cat([prev, next_])).features
             of_prev, of_next = (both.map(lambda each: each.chunk(2)[side]) for side in (0, 1))
-        if self.hint_model is None and guesses:
+
+        def finish(hints: torch.Tensor, latents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            """Motion that the decoder makes of hints and latents, and hints that are found from it on; no gradient leads back from these."""
             assert hint_source is not None, "what finishes hints"
             size = [side // vqvae.motion_stride for side in prev.shape[-2:]]
-            begun = (vqvae.resize_hints(each, size) for each in batch["hints"].split(2, dim=1))
-            motion = vqvae.guess_motion(of_prev, of_next, *begun, time=time)
-            found["motion"] = torch.cat(motion, dim=1)
+            known = (vqvae.resize_hints(each, size) for each in hints.split(2, dim=1))
+            motion = vqvae.guess_motion(of_prev, of_next, *known, latents, force_not_quantize=True, time=time)
             finished = hint_source.finish(prev, next_, [each.detach() for each in motion], time)
-            found["estimates"] = [torch.cat(finished, dim=1)]
+            return torch.cat(motion, dim=1), torch.cat(finished, dim=1)
+
+        if self.hint_model is None and guesses:
+            found["motion"], finished = finish(batch["hints"], None)
+            found["estimates"] = [finished]
         elif self.hint_model is None:
             found["estimates"] = [batch["hints"]]
         else:
@@ -274,7 +283,11 @@ class SamplerNetwork(nn.Module):
             clean, found["latent"] = torch.zeros_like(noise), noise.new_zeros(())
         choice = draws["choice"].view(-1, 1, 1, 1)
 
-        if two_steps:
+        if two_steps and moves:
+            with torch.no_grad():
+                hints = finish(hints, self._quantized(clean))[1]
+            found["refined"] = []
+        elif two_steps:
             # The guess at half size, hints from it, and the second step from where the scheduler goes on.
             with torch.no_grad():
                 coarse = vqvae.encode(torch.cat(small[:2])).features
@@ -287,15 +300,17 @@ class SamplerNetwork(nn.Module):
             # As the pipeline does, the change at half size is added: finer detail stays.
             change = found["refined"][-1] - torch.cat(known, dim=1)
             change = 2 * F.interpolate(change, scale_factor=2.0, mode="bilinear", align_corners=False)
-            hints = disturb(hints.detach() + change)
+            hints = hints.detach() + change
+        else:
+            found["refined"] = [] if self.hint_model is None else refine(small[2], hints.detach())
+        if two_steps:
+            hints = disturb(hints)
             news = vqvae.encode_news(mid, of_prev, of_next, *hints.detach().split(2, dim=1), time)
             quantized, more, _ = vqvae.quantize(news.float())
             found["vq"] = (found["vq"] + more) / 2
             half_way = torch.full_like(timesteps, self.scheduler.config.num_train_timesteps // 2 - 1)
             clean = denoise(self.scheduler.add_noise(clean.detach(), noise, half_way), half_way, hints)
             found["latent"] = (found["latent"] + F.mse_loss(clean, news.detach())) / 2
-        else:
-            found["refined"] = [] if self.hint_model is None else refine(small[2], hints.detach())
 
         # 4. the frame
         latents = torch.where(
@@ -379,7 +394,7 @@ def check_data(options: SamplerOptions, config: dict[str, Any]) -> tuple[str, st
     if kind == "crops":
         configured = config.get("train_sampler", {})  # which may be for videos, too
         defaults.update({name: tuple(each) if isinstance(each, list) else each for name, each in configured.items()})
-        refuse(("composed_share", "layers", "scales"), "with crops")
+        refuse(("composed_share", "layers", "scales", "gaps", "any_time", "candidates"), "with crops")
         if options.hints_until:
             raise ValueError(
                 f"`hints_until` must be 0 with crops, which have their hints, but is {options.hints_until}."
@@ -517,18 +532,16 @@ def main(argv: list[str] | None = None) -> None:
         weight_decay=options.adam_weight_decay,
         fused=device.type == "cuda",
     )
-    compiled, options.compile = options.compile, False  # a part at a time
-    network, optimizer = trainer.prepare(bare, optimizer)
-    lpips = lpips_loss(options, device)
-    teacher = Teacher(options.teacher, device, compiled) if options.teacher else None
-    if compiled:
-        bare.compile_parts()
-        if lpips is not None:
-            lpips.compile(dynamic=False)
-
     parts = {"vqvae": bare.vqvae, "unet": bare.unet, "scheduler": scheduler, "hint_model": bare.hint_model}
     pipeline = MADiffPipeline(**parts, hint_source=config["hint_source"], **config["pipeline"])
     pipeline.set_progress_bar_config(disable=True)
+    network, optimizer = trainer.prepare(bare, optimizer, compiles=False)
+    lpips = lpips_loss(options, device)
+    teacher = Teacher(options.teacher, device, options.compile) if options.teacher else None
+    if options.compile:  # a part at a time
+        bare.compile_parts()
+        if lpips is not None:
+            lpips.compile(dynamic=False)
 
     def export(folder: Path) -> None:
         if trainer.accelerator.is_main_process:
@@ -621,6 +634,7 @@ def main(argv: list[str] | None = None) -> None:
             None if cache is None else pipeline.hints,
             denoises,
             cache is not None and cache.begun,
+            cache is not None and pipeline.config.guess_motion,
         )
         with torch.no_grad():
             weight, ours = torch.ones_like(flow[:, :2]), warp_errors(batch, found["estimates"][-1])

@@ -137,13 +137,23 @@ class Trainer:
 
     # ---- what is trained ----
 
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[torch.nn.Module, Any]:
-        """The network and its optimiser for this launch, with a schedule, and a moving average if the options want one."""
+    def prepare(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiles: bool = True
+    ) -> tuple[torch.nn.Module, Any]:
+        """The network and its optimiser for this launch, with a schedule, and a moving average if the options want one.
+
+        Pipelines of the network are built before, for they change the layout of its weights, and sharded ones' cannot be changed.
+
+        Args:
+            model, optimizer: what is trained, and by what.
+            compiles: whether the network is compiled as a whole if the options want that.
+        """
         if self.options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        if self.options.channels_last and self.distribution != DistributedType.FSDP:  # which wants contiguous weights
-            model = model.to(memory_format=torch.channels_last)
-        if self.options.compile:
+        # FSDP wants contiguous weights.
+        is_last = self.options.channels_last and self.distribution != DistributedType.FSDP
+        model = model.to(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+        if self.options.compile and compiles:
             model.compile()  # in place: parameters keep their names
         self._schedule = self.schedule(optimizer)
         self._model, optimizer = self.accelerator.prepare(model, optimizer)

@@ -216,6 +216,10 @@ def build_dataset(
     if recordings:
         if not isinstance(transform, EventTransform):
             raise ValueError("`data` in the format mvsec has events and grey pictures: it is for train_i2e alone.")
+        if options.random_motion_share:
+            raise ValueError(
+                f"`random_motion_share` must be 0 with mvsec, whose events are recorded ones, but is {options.random_motion_share}."
+            )
         recorded = EventRecordings(recordings[0], transform.num_bins, options.resolution, options.gaps)
         return RecordedEventDataset(recorded, options.seed)
     return ClipDataset(

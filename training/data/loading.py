@@ -11,7 +11,7 @@ from training.data.datasets import StreamedDataset
 from training.data.sources import Unreadable
 from training.options import RunOptions
 from training.progress import Progress
-from training.signals import leave_signals_to_the_parent
+from training.signals import end_loaders_at_exit, leave_signals_to_the_parent
 
 
 def load_batches(
@@ -33,6 +33,8 @@ def _load(
     dataset: Dataset, options: RunOptions, accelerator: Accelerator, progress: Progress
 ) -> Iterator[dict[str, torch.Tensor]]:
     world = accelerator.num_processes
+    if options.dataloader_num_workers:
+        end_loaders_at_exit()
 
     def loader(samples: Dataset) -> DataLoader:
         return DataLoader(
