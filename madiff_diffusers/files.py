@@ -83,10 +83,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; its folder is made if it is not there."""
+    """Write a text file, whole or not at all; its folder is made if it is not there. Bytes of file names that are no characters are told as
+    `\\udc80` and so on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

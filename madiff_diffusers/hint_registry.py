@@ -342,7 +342,8 @@ def load_hint_code(folder: Path, part: str) -> None:
         assert spec is not None and spec.loader is not None, "which a file of Python has"
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            # Not by the loader, which writes bytecode beside it, into the checkpoint.
+            exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         except Exception as error:
             del sys.modules[name]
             raise ValueError(

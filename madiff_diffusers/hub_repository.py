@@ -141,7 +141,8 @@ def repository_files(folder: Path) -> list[str]:
             f"it, but is {str(folder)!r}."
         )
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    hidden = [name for name in names if any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))]
+    names = [name for name in names if name not in hidden]
     pickles = [name for name in names if name.lower().endswith(_PICKLES)]
     if pickles:
         raise ValueError(f"`folder` must hold safetensors alone, but has {', '.join(pickles)}.")

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -293,17 +294,17 @@ class CheckpointPipeline(_Base):
 
     def _write_card(self, saved: Path, card: Path, variant: str | None) -> None:
         """Write the card for a folder, in place of what is there if that tells scores of other weights."""
-        # A variant is of the weights beside it.
-        if card.exists() and (variant is not None or not self._tells_scores(card)):
-            return
         source, repository = self._source or (None, None)
+        # A variant is of the weights beside it.
+        if card.exists() and (variant is not None or not (self._tells_scores(card) or self._is_of(source, card))):
+            return
         if source is not None and not ((source / "README.md").is_file() and self._equals(source)):
             source = None
         if card.exists():
             if source is not None:
                 return
             os.replace(card, card.with_name(".README.previous.md"))
-            logger.warning(f"{card} tells scores of other weights; it is {card.with_name('.README.previous.md')} now.")
+            logger.warning(f"{card} tells of other weights; it is {card.with_name('.README.previous.md')} now.")
         if source is not None:
             text = (source / "README.md").read_text(encoding="utf-8")
             text = text.replace(f'from_pretrained("{repository}"', f'from_pretrained("{PLACEHOLDER}"')
@@ -316,6 +317,16 @@ class CheckpointPipeline(_Base):
             model_card(self, variant=alone, base_model=repository).save(saved / "README.md")
 
     @staticmethod
+    def _is_of(source: Path | None, card: Path) -> bool:
+        """Whether a card is that of the checkpoint in a folder, or was copied from it."""
+
+        def text(path: Path) -> str:
+            return re.sub(r'from_pretrained\("[^"]*"', "from_pretrained(", path.read_text(encoding="utf-8"))
+
+        own = None if source is None else source / "README.md"
+        return own is not None and own.is_file() and text(own) == text(card)
+
+    @staticmethod
     def _tells_scores(card: Path) -> bool:
         return "\nmodel-index:" in card.read_text(encoding="utf-8").partition("\n---")[0]
 
@@ -324,7 +335,8 @@ class CheckpointPipeline(_Base):
         if type(self).__module__ != f"madiff_diffusers.{PIPELINE_FILE.stem}" or self._hints is not None:
             return False
         try:
-            other = type(self).from_pretrained(checkpoint)
+            # With its hint source by name, code that came with a checkpoint, which has run here, is not asked for again.
+            other = type(self).from_pretrained(checkpoint, hint_source=self.config.hint_source)
         except Exception:  # of whatever kind: it is not known to be the same
             return False
 

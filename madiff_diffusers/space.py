@@ -21,6 +21,7 @@ REQUIREMENTS = (
     "tqdm>=4.66.3",
 )
 GRADIO = "6.31.0"  # the version that the demo's tests were run with
+PYTHON = "3.11"  # the least that the requirements take; without a line of it, the Hub has an older one
 
 APP = '''"""The page of this Space; locally, `pip install gradio -r requirements.txt && python app.py`."""
 
@@ -45,6 +46,7 @@ colorFrom: indigo
 colorTo: blue
 sdk: gradio
 sdk_version: {gradio}
+python_version: "{python}"
 app_file: app.py
 {license}short_description: Frames between frames, by motion-aware diffusion
 ---
@@ -85,4 +87,5 @@ def write_space(
     )
     (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
     header = f"license: {license_id}\n" if license_id else ""
-    (folder / "README.md").write_text(README.format(gradio=GRADIO, license=header, name=name), encoding="utf-8")
+    card = README.format(gradio=GRADIO, python=PYTHON, license=header, name=name)
+    (folder / "README.md").write_text(card, encoding="utf-8")

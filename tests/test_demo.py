@@ -68,6 +68,7 @@ def test_a_space_holds_all_that_it_needs(checkpoint, pipeline, tmp_path, capsys)
     assert (
         header["sdk"] == "gradio"
         and header["sdk_version"] == GRADIO
+        and f'python_requires=">={header["python_version"]}"' in (REPOSITORY / "setup.py").read_text()
         and header["app_file"] == "app.py"
         and header["license"] == "mit"
     )

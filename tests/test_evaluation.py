@@ -1,6 +1,7 @@
 """From a benchmark's files to tables and pages: real processes, real files, a real browser."""
 
 import csv
+import html
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from urllib.parse import unquote
@@ -868,3 +870,57 @@ def test_pages_open_in_a_browser_with_every_picture(pipeline, root, tmp_path):
         shown[path.parent.parent.name] = int(pictures)
     # Three items: prev, next, truth, result, error; of a checkpoint also events and flow to both sides, and the gate.
     assert sorted(shown.values()) == [1, 3 * 5, 3 * 10]
+
+
+@pytest.mark.parametrize("label", ["a$b^$", "_hidden", "<b>|&"])
+def test_labels_of_any_characters_are_shown(root, tmp_path, label):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], Scorer(["psnr"]), label=label)
+    assert html.escape(label) in (tmp_path / "out" / "index.html").read_text().replace("&#34;", '"')
+    assert results(tmp_path / "out")[0]["label"] == label
+
+
+def test_clips_of_any_names(tmp_path):
+    """Of bytes that are no characters, and behind symbolic links."""
+    for number, folder in enumerate((b"caf\xe9", b"store/a/frames", b"store/b/frames")):
+        path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), folder)))
+        path.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(moving_picture(i + number, 40, 48)).save(path / f"{i}.png")
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "a").symlink_to(tmp_path / "store" / "a" / "frames")
+    (clips / "b").symlink_to(tmp_path / "store" / "b" / "frames")
+    assert {triplet.sequence for triplet in find_triplets("frames", str(clips))} == {"a", "b"}
+    os.rename(os.path.join(os.fsencode(tmp_path), b"caf\xe9"), os.path.join(os.fsencode(clips), b"caf\xe9"))
+    evaluate("frames", str(clips), tmp_path / "out", [Baseline("average")], Scorer(["psnr"]), gallery=2)
+    assert "caf" in (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("metric, least", [("ssim", 11), ("lpips", 31)])
+def test_frames_too_small_for_a_metric_are_told_before_the_work(tmp_path, metric, least):
+    own = Scorer(
+        [metric],
+        lpips_backbone=random_backbone_file(tmp_path / "alexnet.safetensors", 0) if metric == "lpips" else None,
+    )
+    for side in (least, least - 1):
+        folder = tmp_path / str(side) / "clip"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(moving_picture(i, 40, side)).save(folder / f"{i}.png")
+    arguments = (tmp_path / "out", [Baseline("average")], own)
+    evaluate("frames", str(tmp_path / str(least)), *arguments, gallery=0)
+    with pytest.raises(ValueError, match=f"`metrics`: {metric} needs frames of {least} pixels .* have {least - 1}"):
+        evaluate("frames", str(tmp_path / str(least - 1)), tmp_path / "other", *arguments[1:], gallery=0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_takes_no_two_frames_is_refused_before_the_work(root, peer, monkeypatch, capsys):
+    monkeypatch.chdir(peer)
+    (peer / "others.py").write_text("def one(prev):\n    return prev\n")
+    options = ["evaluate", "--benchmark", "ucf101", "--root", str(root), "--metrics", "psnr", "-o", "out"]
+    assert main([*options, "--method", "average", "others:one"]) == 2
+    assert "--method 'others:one' must take (prev, next), or (prev, next, time)" in capsys.readouterr().err
+    assert not (peer / "out").exists()

@@ -242,6 +242,19 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(toy, tmp_path, monke
         MADiffPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
 
 
+def test_a_checkpoint_with_code_of_its_own_stays_as_it_is_and_keeps_its_card(toy, tmp_path, monkeypatch):
+    build_pipeline(config_for(toy, 2)).save_pretrained(tmp_path / "saved")
+    card = tmp_path / "saved" / "README.md"
+    card.write_text(card.read_text() + "\nOf my own.\n")
+    files = sorted(tmp_path.glob("saved/**/*"))
+    monkeypatch.setattr("madiff_diffusers.hint_registry._SOURCES", {"flow": FlowHints})
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    loaded = MADiffPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card.read_text()
+    assert sorted(tmp_path.glob("saved/**/*")) == files, "no bytecode beside the weights"
+
+
 def test_the_next_checkpoints_own_code_is_not_taken_for_the_last_ones(toy, tmp_path, monkeypatch):
     pipeline = build_pipeline(config_for(toy, 2))
     for name, code in (("first", TOY), ("second", TOY.replace("* (b - a)", "* (a - b)"))):

@@ -281,9 +281,28 @@ def test_the_shipped_card_has_the_metadata_that_it_tells(tmp_path):
         assert heading in card.text
 
 
-def test_the_card_of_a_checkpoint_goes_with_it_until_it_is_changed(tmp_path):
-    pipe = MADiffPipeline.from_pretrained("madiff-compact")
-    card = (REPOSITORY / "model_card.md").read_text()
+def test_the_card_of_madiff_fast_has_the_scores_of_its_table():
+    card = ModelCard.load(CHECKPOINT_FOLDER / "madiff-fast" / "README.md")
+    header, row = (
+        next(line for line in card.text.splitlines() if line.startswith(begin)).split("|")
+        for begin in ("| method | Middlebury (12) |", "| madiff-fast |")
+    )
+    told = {}
+    for name, cell in zip(header[2:5], row[2:5]):
+        told[name.split()[0].lower()] = dict(zip(("psnr", "ssim", "lpips"), map(float, cell.split("/"))))
+    vgg = re.search(r"LPIPS of VGG.*?(0\.\d{4}) .*?(0\.\d{4}) .*?(0\.\d{4}) ", card.text)
+    for name, value in zip(("middlebury", "davis", "ucf101"), vgg.groups()):
+        told[name]["lpips_vgg"] = float(value)
+    found = {name: {} for name in told}
+    for each in card.data.eval_results:
+        found[each.dataset_type][each.metric_type] = each.metric_value
+    assert found == told
+
+
+@pytest.mark.parametrize("name", ["madiff-compact", "madiff-fast"])
+def test_the_card_of_a_checkpoint_goes_with_it_until_it_is_changed(name, tmp_path):
+    pipe = MADiffPipeline.from_pretrained(name)
+    card = (CHECKPOINT_FOLDER / name / "README.md").read_text()
 
     def is_modest(folder: Path) -> bool:
         written = ModelCard.load(folder / "README.md")
@@ -291,7 +310,7 @@ def test_the_card_of_a_checkpoint_goes_with_it_until_it_is_changed(tmp_path):
 
     pipe.to(dtype=torch.float16).save_pretrained(tmp_path / "half")
     assert (tmp_path / "half" / "README.md").read_text() == card, "as it is stored"
-    MADiffPipeline.from_pretrained("madiff-compact", dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    MADiffPipeline.from_pretrained(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
     assert is_modest(tmp_path / "rounded")
     with torch.no_grad():
         pipe.vqvae.decoder.conv_in.weight[0, 0, 0, 0] += 1
@@ -797,3 +816,40 @@ def test_a_repository_does_not_write_outside_of_the_cache(tiny_folder, tmp_path)
             MADiffPipeline.from_pretrained("somebody/hostile", cache_dir=cache)
     snapshots = cache / "models--somebody--hostile" / "snapshots"
     assert [path for path in tmp_path.rglob("escaped*") if snapshots not in path.parents] == []
+
+
+def test_a_copied_card_without_scores_does_not_stay_on_changed_weights(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "own")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nThe best weights there are.\n")
+    pipe = MADiffPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "copy")
+    assert "The best weights" in (tmp_path / "copy" / "README.md").read_text()
+    with torch.no_grad():
+        pipe.unet.conv_in.weight += 1
+    for saved in (tmp_path / "copy", folder):
+        pipe.save_pretrained(saved)
+        assert "The best weights" not in (saved / "README.md").read_text()
+        assert "The best weights" in (saved / ".README.previous.md").read_text()
+
+
+def test_a_repository_that_is_exported_is_named_in_its_place(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_folder)
+    with local_hub() as hub:
+        assert main(["push", str(tiny_folder), "somebody/first"]) == 0
+        assert main(["export", str(tmp_path / "again"), "--checkpoint", "somebody/first"]) == 0
+        assert main(["push", str(tmp_path / "again"), "somebody/second"]) == 0
+        card = hub.repositories["somebody/second"]["main"]["README.md"].decode()
+        assert 'from_pretrained("somebody/second"' in card and "somebody/first" not in card
+        for checkpoint, name in (("somebody/first", "somebody/first"), (".", tiny_folder.name)):
+            space = tmp_path / f"space-{name.rpartition('/')[2]}"
+            assert main(["export", "--space", str(space), "--checkpoint", checkpoint]) == 0
+            assert f"Demo(pipe, limits, {name!r})" in (space / "app.py").read_text()
+
+
+def test_bytecode_is_not_uploaded(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "own.cpython-311.pyc").write_bytes(b"/home/somebody")
+    with local_hub() as hub:
+        assert main(["push", str(folder), "somebody/madiff"]) == 0
+        assert not any("pycache" in name for name in hub.repositories["somebody/madiff"]["main"])

@@ -80,6 +80,7 @@ class ExportCommand(BaseCommand):
         import torch
 
         from ..files import check_outputs
+        from ..hub_repository import local_checkpoint
         from ..model_cards import add_to_card
         from ..space import write_space
 
@@ -111,17 +112,22 @@ class ExportCommand(BaseCommand):
             folder = folders.enter_context(new_folder(args.output, "DIR")) if args.output is not None else None
             source = checkpoint_folder(args.checkpoint, args.trust_remote_code)
             pipeline = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
+            is_repository = local_checkpoint(args.checkpoint) is None
+            if is_repository:
+                pipeline._source = source, args.checkpoint  # whose card is told apart by its name
+            metadata = {"license": args.license} if args.license else {}
+            if args.results is not None:
+                metadata.update(checkpoint_results(args.results, source, pipeline))
             if graphs is not None:
                 export_graphs(graphs, pipeline)
             if folder is not None and args.space:
-                write_space(folder, pipeline, source.name, args.license, args.trust_remote_code)
+                name = Path(args.checkpoint).resolve().name if Path(args.checkpoint).is_dir() else args.checkpoint
+                write_space(folder, pipeline, name, args.license, args.trust_remote_code)
             elif folder is not None:
-                metadata = {"license": args.license} if args.license else {}
-                if args.results is not None:
-                    metadata.update(checkpoint_results(args.results, source, pipeline))
                 pipeline.save_pretrained(folder, max_shard_size=size)
                 for variant in args.variant:
                     half = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
+                    half._source = pipeline._source
                     for part in half.components.values():
                         if isinstance(part, torch.nn.Module):
                             # Not by the pipeline's or the model's own method, which warn of running in half precision.

@@ -51,6 +51,13 @@ class Triplet(NamedTuple):
         _check_sizes(self, [(image.shape[1], image.shape[0]) for image in (prev, truth, next_)])
         return prev, truth, next_
 
+    @property
+    def least_side(self) -> int:
+        """The shorter side of its frames, in pixels, without decoding them."""
+        with Image.open(self.truth) as image:
+            side = min(image.size)
+        return side if self.view == "whole" else side // 2 if self.view == "half" else side - 2 * (side // 4)
+
 
 class Benchmark(NamedTuple):
     """
@@ -250,7 +257,7 @@ def _frames(root: Path, skip: int) -> list[Triplet]:
                 f"Each folder of frames must hold at least {skip + 2} images, but {folder} holds {len(images)}."
             )
         for first in range(0, len(images) - skip - 1, skip + 1):
-            found += _between(folder.resolve().name, images[first : first + skip + 2])
+            found += _between(folder.name or folder.resolve().name, images[first : first + skip + 2])
     return found
 
 

@@ -12,7 +12,7 @@ from ..hint_registry import hint_parts
 from ..processes import this_process
 from .benchmarks import benchmark_title, find_triplets
 from .methods import LATENTS, MIDDLE, Method, Settings
-from .metrics import Scorer
+from .metrics import METRICS, Scorer
 from .report import REPORT, write_gallery, write_report
 from .runs import BenchmarkRun
 
@@ -146,6 +146,13 @@ def evaluate(
         raise ValueError(f"`metrics` has none that can be computed here: {reasons}.")
     if "fid" in scorer.names and len(triplets) < 2:
         raise ValueError(f"`metrics`: fid needs at least 2 triplets, but there is {len(triplets)}.")
+    for metric in scorer.names:
+        least = METRICS[metric].least_side
+        small = next((triplet for triplet in triplets if least > 1 and triplet.least_side < least), None)
+        if small is not None:
+            raise ValueError(
+                f"`metrics`: {metric} needs frames of {least} pixels a side at least, but those of {small.name} have {small.least_side}."
+            )
     if "step_ratio" in scorer.names or any(triplet.time != MIDDLE for triplet in triplets):
         for method, name in zip(methods, labels):
             if not method.any_time:

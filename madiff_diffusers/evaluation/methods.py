@@ -112,6 +112,10 @@ class FunctionMethod:
         if not callable(self.function):
             raise ValueError(f"`method` {name!r} must be a function, but is a {type(self.function).__name__}.")
         self.any_time = _takes(self.function, None, None, 0.5)
+        if not self.any_time and not _takes(self.function, None, None):
+            raise ValueError(
+                f"`method` {name!r} must take (prev, next), or (prev, next, time) for any instant, but takes neither."
+            )
         self._always_told = self.any_time and not _takes(self.function, None, None)
         file = getattr(sys.modules[module], "__file__", None)
         code = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -24,14 +24,15 @@ class MetricKind(NamedTuple):
     higher_is_better: bool
     digits: int
     of_items: bool = True  # else of a run alone
+    least_side: int = 1  # pixels that frames must have: a window's, or what a network's strides leave something of
 
 
 METRICS: dict[str, MetricKind] = {
     "psnr": MetricKind("PSNR", True, 2),
-    "ssim": MetricKind("SSIM", True, 4),
-    "lpips": MetricKind("LPIPS", False, 4),
-    "lpips_vgg": MetricKind("LPIPS (VGG)", False, 4),
-    "flolpips": MetricKind("FloLPIPS", False, 4),
+    "ssim": MetricKind("SSIM", True, 4, least_side=11),
+    "lpips": MetricKind("LPIPS", False, 4, least_side=31),
+    "lpips_vgg": MetricKind("LPIPS (VGG)", False, 4, least_side=16),
+    "flolpips": MetricKind("FloLPIPS", False, 4, least_side=31),
     "fid": MetricKind("FID", False, 3, of_items=False),
     "step_ratio": MetricKind("step ratio", False, 2, of_items=False),
 }

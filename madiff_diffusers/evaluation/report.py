@@ -249,7 +249,7 @@ def chart(summaries: Sequence[dict[str, Any]], path: Path) -> None:
             else:
                 row[0].axhline(values[0], linestyle="--", color=colour)
             seconds = [run["seconds_per_frame"]["median"] for run in runs]
-            row[1].plot(seconds, values, marker="o", color=colour, label=json.loads(key)[0])
+            row[1].plot(seconds, values, marker="o", color=colour, label=_in_legend(json.loads(key)[0]))
         for axis, title in zip(row, ("sampling steps", "seconds per frame")):
             axis.set(xscale="log", xlabel=title, ylabel=_heading(name))
             axis.grid(alpha=0.3)
@@ -267,13 +267,21 @@ def chart(summaries: Sequence[dict[str, Any]], path: Path) -> None:
                     if name in scores
                 ]
                 if instants:
-                    row[2].plot(*zip(*instants), marker="o", color=f"C{number % 10}", label=summary["label"])
+                    row[2].plot(
+                        *zip(*instants), marker="o", color=f"C{number % 10}", label=_in_legend(summary["label"])
+                    )
             row[2].set(xlim=(0, 1), xlabel="instant", ylabel=_heading(name))
             row[2].grid(alpha=0.3)
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     text = io.StringIO()
     figure.savefig(text, format="svg")
     write_text(path, text.getvalue())
+
+
+def _in_legend(label: str) -> str:
+    """A label as matplotlib shows it as it is: dollars begin formulas, and what begins with an underscore is left out."""
+    escaped = label.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{escaped}" if escaped.startswith("_") else escaped
 
 
 def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], output: Path, count: int) -> None:
@@ -328,7 +336,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], ou
             error_scale=ERROR_SCALE,
             key=key,
         )
-        (building / "index.html").write_text(text, encoding="utf-8")
+        write_text(building / "index.html", text)
         if target.exists():
             shutil.rmtree(target)
         os.replace(building, target)
