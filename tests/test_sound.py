@@ -121,3 +121,45 @@ def test_sound_behind_a_long_silence_stays_in_its_place(pipeline, tmp_path, hole
         ]
     begins = [time for before, time in zip([-10, *heard], heard) if time - before > 5]
     assert begins == pytest.approx([0, slow_motion * hole], abs=0.3)
+
+
+@pytest.mark.parametrize("codec, slow_motion", [("ac3", 2), ("libopus", 1)])
+def test_six_channels_become_two_where_the_encoder_has_no_six(pipeline, tmp_path, codec, slow_motion):
+    source = with_sound(tmp_path / "in.mkv", codec, "5.1")
+    result = interpolate_video(
+        pipeline, source, tmp_path / "out.avi", factor=1, slow_motion=slow_motion, progress=False
+    )
+    assert any("has 6 channels, of which 2 are made" in note for note in result.notes)
+    _, seconds, loudness, channels = sound_of(tmp_path / "out.avi")
+    assert channels == 2 and seconds == pytest.approx(slow_motion, abs=0.15) and loudness > 0.01
+
+
+def test_sound_that_an_edit_list_cuts_off_does_not_move_the_rest(pipeline, tmp_path):
+    """Decoders need some of it to begin with, which files without times would begin with."""
+    with av.open(str(tmp_path / "in.mp4"), "w") as file:
+        video, sound = file.add_stream("libx264", rate=25), file.add_stream("aac", rate=48000)
+        video.width, video.height, video.pix_fmt, sound.layout = 96, 64, "yuv420p", "mono"
+        for number, picture in enumerate(drifting(40)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number - 10, Fraction(1, 25)
+            file.mux(video.encode(frame))
+        file.mux(video.encode(None))
+        for number in range(75):
+            wave = np.full((1, 1024), 16000 if number % 10 == 0 else 0, np.int16)
+            frame = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, 1024 * number - 19200, Fraction(1, 48000)
+            file.mux(sound.encode(frame))
+        file.mux(sound.encode(None))
+
+    def heard(path: Path) -> float:
+        with av.open(str(path)) as file:
+            begins = float(Fraction(file.streams.video[0].start_time or 0) * file.streams.video[0].time_base)
+            for frame in file.decode(audio=0):
+                loud = np.flatnonzero(np.abs(frame.to_ndarray()[0]) > 0.2)
+                if len(loud):
+                    return float(frame.pts * frame.time_base) + loud[0] / 48000 - begins
+        raise AssertionError("nothing is heard")
+
+    for name in ("out.avi", "out.mkv", "out.mp4"):
+        interpolate_video(pipeline, tmp_path / "in.mp4", tmp_path / name, factor=1, progress=False)
+        assert heard(tmp_path / name) == pytest.approx(heard(tmp_path / "in.mp4"), abs=0.05), name

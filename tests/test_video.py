@@ -995,3 +995,34 @@ def test_images_of_openexr_with_opacity(pipeline, tmp_path, alpha):
     made = np.array(Image.open(tmp_path / "out" / "00000000.png").convert("RGB"))[30, 40]
     seen = np.array([0.6, 0.2, 0.4]) * (255 if made.max() < 256 else 65535)
     assert np.abs(made - seen).max() < 2
+
+
+def test_more_frames_than_a_file_can_count_are_refused_or_told(pipeline, tmp_path):
+    fast = write_video(tmp_path / "fast.mp4", drifting(6), range(6), Fraction(1, 480))
+    for name in ("out.mkv", "out.webm"):
+        with pytest.raises(VideoError, match="`factor` 4 makes frames of 1920 a second"):
+            run(pipeline, fast, tmp_path / name, factor=4)
+    result = run(pipeline, fast, tmp_path / "out.mp4", factor=4)
+    assert len(set(read(tmp_path / "out.mp4").times)) == result.frames == 24 and not result.notes
+    uneven = write_video(tmp_path / "uneven.mp4", drifting(5), [0, 40, 41, 80, 120], Fraction(1, 1000))
+    (note,) = run(pipeline, uneven, tmp_path / "uneven.mkv", factor=2).notes
+    assert "less than a millisecond apart, which matroska cannot tell" in note
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".mp4", ".mkv"])
+def test_a_start_timecode_is_not_kept_and_told(pipeline, tmp_path, suffix):
+    """Its last number counts frames of the source's rate."""
+    source = write_video(
+        tmp_path / "in.mov", drifting(4), range(4), Fraction(1, 24), metadata={"timecode": "01:00:00:12"}
+    )
+    result = run(pipeline, source, tmp_path / f"out{suffix}", factor=2)
+    assert "not kept: timecodes of frames" in result.notes
+    with av.open(str(tmp_path / f"out{suffix}")) as file:
+        assert not any("timecode" in each for tags in (file, *file.streams) for each in tags.metadata)
+        assert [stream.type for stream in file.streams] == ["video"]
+
+
+def test_vp9_takes_times_of_any_clock(pipeline, tmp_path):
+    ticks = [0, 400001, 900007, 1200003]
+    source = write_video(tmp_path / "in.mp4", drifting(4), ticks, Fraction(1, 10**7))
+    assert run(pipeline, source, tmp_path / "out.webm", slow_motion="33.333").frames == 4 * 34

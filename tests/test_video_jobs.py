@@ -717,3 +717,80 @@ def test_file_names_of_any_bytes(pipeline, checkpoint, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == output and os.path.isfile(output)
+
+
+def test_a_source_that_changed_in_its_middle_is_not_gone_on_with(pipeline, tmp_path):
+    frames = [np.full((240, 320, 3), 90, np.uint8) for _ in range(64)]
+    source = write_video(
+        tmp_path / "in.y4m", frames, range(64), Fraction(1, 8), codec="wrapped_avframe", pixel_format="yuv420p"
+    )
+
+    def stop(name: str, done: int, total: int | None) -> None:
+        if name != "reading" and done > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interpolate_video(pipeline, source, tmp_path / "out.mp4", factor=1, progress=stop)
+    data = bytearray(source.read_bytes())
+    data[len(data) // 2] ^= 255
+    source.write_bytes(data)
+    with pytest.raises(VideoError, match=r"unfinished work of another job \(source differ\)"):
+        interpolate_video(pipeline, source, tmp_path / "out.mp4", factor=1, resume=True, progress=False)
+
+
+def test_a_folder_that_is_resumed_leaves_what_has_the_name_of_a_partial_video(checkpoint, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    film_clip(tmp_path / "in" / "a.mp4", 4)
+    mine = tmp_path / "out" / "a.partial.mp4"
+    mine.write_bytes(b"mine")
+    arguments = ["video", str(tmp_path / "in"), str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
+    assert main([*arguments, "--keep-partial", "--resume"]) == 2
+    assert "a.partial.mp4 is there already" in capsys.readouterr().err and mine.read_bytes() == b"mine"
+
+
+def test_a_partial_video_has_the_chapters_that_it_reaches(pipeline, tmp_path):
+    chapters = [
+        {
+            "id": number,
+            "start": 2000 * number,
+            "end": 2000 * number + 2000,
+            "time_base": Fraction(1, 1000),
+            "metadata": {"title": f"part {number}"},
+        }
+        for number in range(4)
+    ]
+    source = write_video(tmp_path / "in.mp4", drifting(32), range(32), Fraction(1, 4), chapters=chapters)
+
+    def stop(name: str, done: int, total: int | None) -> None:
+        if name != "reading" and done > 20:
+            raise KeyboardInterrupt
+
+    for suffix in (".mp4", ".mkv"):
+        output = tmp_path / f"out{suffix}"
+        with pytest.raises(KeyboardInterrupt):
+            interpolate_video(pipeline, source, output, factor=1, keep_partial=True, progress=stop)
+        made = read(partial_path(output))
+        end = len(made.times) / 4
+        assert end < 8 and [begin for begin, _, _ in made.chapters] == [0, 2, 4, 6][: -(-int(end) // 2)]
+        assert made.chapters[-1][1] == pytest.approx(end, abs=0.3)
+        with av.open(str(partial_path(output))) as file:
+            assert file.duration / 1e6 == pytest.approx(end, abs=0.3)
+
+
+def test_a_stop_while_finished_parts_are_removed_leaves_a_whole_video(pipeline, film, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def stopped(path, **options):
+        if Path(path).name == ".out.mp4.parts.tmp" and Path(path).exists():
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr("madiff_diffusers.video.jobs.shutil.rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        interpolate_video(pipeline, film, tmp_path / "out.mp4", factor=1, keep_partial=True, progress=False)
+    monkeypatch.undo()
+    assert len(read(tmp_path / "out.mp4").times) == 24 and not (tmp_path / "out.mp4.parts").exists()
+    assert not partial_path(tmp_path / "out.mp4").exists()
+    interpolate_video(pipeline, film, tmp_path / "out.mp4", factor=1, overwrite=True, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"film.mp4", "out.mp4"}

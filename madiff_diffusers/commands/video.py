@@ -171,9 +171,9 @@ class VideoCommand(BaseCommand):
             if is_folder:
                 # With --resume, those that are there are done.
                 written = [
-                    each
+                    (path, may_be or (args.resume and path == output))
                     for _, output in batch
-                    for each in outputs_of(output, args.resume, args.overwrite or args.resume, args.keep_partial)
+                    for path, may_be in outputs_of(output, args.resume, args.overwrite, args.keep_partial)
                 ]
                 if preview is not None:
                     check_preview(preview)
@@ -241,8 +241,9 @@ class VideoCommand(BaseCommand):
                 failed += 1
                 continue
             except (KeyboardInterrupt, SystemExit):
-                if state.is_main_process:
-                    print(f"madiff: {output} is not complete{what_is_kept(output)}", file=sys.stderr)
+                kept = what_is_kept(output)
+                if state.is_main_process and (kept or not output.exists()):  # else it was just done
+                    print(f"madiff: {output} is not complete{kept}", file=sys.stderr)
                 raise
             if len(batch) > 1 or state.is_main_process:
                 print(output)

@@ -125,6 +125,11 @@ class VideoJob:
         """The file or folder of a part."""
         return self.folder / f"part-{part.number:08d}"
 
+    @property
+    def _removed(self) -> Path:
+        """Where the folder of parts is while it is being removed."""
+        return self.folder.with_name(f".{self.folder.name}.tmp")
+
     def done(self) -> list[Part]:
         """The parts that are complete."""
         return [part for part in self.parts if is_complete(self.path(part))]
@@ -141,6 +146,7 @@ class VideoJob:
         """
         if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
             raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
+        shutil.rmtree(self._removed, ignore_errors=True)  # of work that was killed just then
         self._overwrite = overwrite
         self._has_partial = partial_path(self.output).exists()
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
@@ -257,16 +263,20 @@ class VideoJob:
     def _decoded(self, parts: list[Part]) -> Iterator[tuple[int, np.ndarray]]:
         """The source frames that parts need, in order, with their places in `Timeline.kept`."""
         kept = self.timeline.kept
-        needed = {place for part in parts for place in range(part.first, min(part.last + 1, len(kept)))}
-        if not needed:
+        # The last frame of a part may be the first of the next.
+        places = itertools.groupby(
+            place for part in parts for place in range(part.first, min(part.last + 1, len(kept)))
+        )
+        place = next(places, (None,))[0]
+        if place is None:
             return
-        places, last = {kept[place]: place for place in needed}, kept[max(needed)]
         for index, (_, frame) in enumerate(self.source.frames(self.options.skip_damage)):
-            if index in places:
-                yield places[index], self._to_rgb(frame)
-            if index == last:
-                return
-        raise VideoError(f"{self.source.path} has changed: it ends before frame {last + 1}")
+            if index == kept[place]:
+                yield place, self._to_rgb(frame)
+                place = next(places, (None,))[0]
+                if place is None:
+                    return
+        raise VideoError(f"{self.source.path} has changed: it ends before frame {kept[place] + 1}")
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Convert a frame by its own tags, which may differ from those of frames before it."""
@@ -308,7 +318,9 @@ class VideoJob:
             VideoError: if something came to the output's place during the work, which stays, as the parts do.
         """
         notes = self._assemble(self.parts, self.timeline.duration, self.output, is_partial=False)
-        shutil.rmtree(self.folder)
+        # At once, so that parts of which some are removed are never taken for what can be gone on with.
+        os.replace(self.folder, self._removed)
+        shutil.rmtree(self._removed, ignore_errors=True)
         return notes
 
     def _check_place(self, output: Path) -> None:

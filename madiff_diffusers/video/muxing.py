@@ -34,6 +34,7 @@ _OWN_METADATA = (
     "number_of_",
     "_statistics_",
     "alpha_mode",
+    "timecode",  # whose last number counts frames of the source's rate
 )
 
 # Of the stereo modes of Matroska.
@@ -84,14 +85,14 @@ def assemble(
     copies = audio == "keep" and slow_motion == 1
     for kinds, anew in _attempts(output, source, encoding, copies):
         with suppress(*(_REFUSALS if kinds else ())), source.open() as container, _open(output, encoding) as file:
-            muxer = Muxer(file, container, encoding, analysis, slow_motion, audio, anew)
+            muxer = Muxer(file, container, encoding, analysis, slow_motion, audio, anew, end if is_partial else None)
             try:
                 muxer.add_streams(kinds, main_stream(container, source.path))
             except (av.FFmpegError, ValueError):
                 if not kinds:
                     raise
                 continue
-            muxer.write(parts, end, is_partial)
+            muxer.write(parts, end)
             file.close()  # what the file is refused for at its end, it is refused for here
             return muxer.notes
     raise AssertionError("the last attempt returns or raises")
@@ -182,6 +183,7 @@ class Muxer:
         analysis: the source's.
         slow_motion, audio: see `assemble`.
         anew: numbers of the streams of sound that are encoded anew.
+        end: when all that is written ends, in units of the encoding's `time_base`, where that is before the source's end.
     """
 
     def __init__(
@@ -193,13 +195,16 @@ class Muxer:
         slow_motion: Fraction,
         audio: str,
         anew: Collection[int],
+        end: int | None,
     ):
         self.notes: list[str] = []
-        self._file, self._container, self._encoding, self._analysis = file, container, encoding, analysis
+        self._file, self._container, self._encoding = file, container, encoding
         self._slow_motion, self._audio, self._anew = slow_motion, audio, anew
         # Time 0 of the result is where the source's first stream begins.
         self._begin = Fraction(container.start_time or 0, av.time_base)
         self._length = analysis.origin + analysis.end * analysis.unit - self._begin  # until its pictures end
+        self._offset = Fraction(0) if encoding.container.steady else (analysis.origin - self._begin) * slow_motion
+        self._until = None if end is None else self._offset + end * encoding.time_base  # in seconds of the result
         # By the numbers of streams in the source.
         self._carried: dict[int, StreamRemuxer | AudioTranscoder] = {}
 
@@ -234,6 +239,10 @@ class Muxer:
             # Matroska's would begin before the file where its first picture is not at 0.
             chapter["start"] = max(0, round((chapter["start"] - begin) * self._slow_motion))
             chapter["end"] = round((chapter["end"] - begin) * self._slow_motion)
+            if self._until is not None:
+                until = round(self._until / chapter["time_base"])
+                # One that begins behind it ends before it begins.
+                chapter["end"] = min(chapter["end"], until) if chapter["start"] < until else 0
         file.set_chapters([chapter for chapter in chapters if chapter["end"] > 0])
         for stream in container.streams:
             if stream.index != main.index and stream.type != "data":  # Chapters are data too.
@@ -296,26 +305,20 @@ class Muxer:
                 f"AVI cannot tell that {name} begins {float(apart):.2f} s apart from the pictures: choose another kind of file"
             )
 
-    def write(self, parts: Sequence[Path], end: int, is_partial: bool) -> None:
+    def write(self, parts: Sequence[Path], end: int) -> None:
         """Write all packets in the order of their times; see `assemble`."""
-        offset = (
-            Fraction(0)
-            if self._encoding.container.steady
-            else (self._analysis.origin - self._begin) * self._slow_motion
-        )
-        until = offset + end * self._encoding.time_base if is_partial else None
-        pictures = _video_packets(self._video, self._encoding, parts, end, offset)
-        for _, _, packets in heapq.merge(pictures, self._other_packets(until), key=lambda timed: timed[:2]):
+        pictures = _video_packets(self._video, self._encoding, parts, end, self._offset)
+        for _, _, packets in heapq.merge(pictures, self._other_packets(), key=lambda timed: timed[:2]):
             self._file.mux(packets)
 
-    def _other_packets(self, until: Fraction | None) -> Iterator[Timed]:
+    def _other_packets(self) -> Iterator[Timed]:
         if not self._carried:
             return
         time = Fraction(0)
         for packet in self._container.demux([self._container.streams[index] for index in self._carried]):
             if packet.dts is not None:
                 time = max(time, (packet.dts * packet.time_base - self._begin) * self._slow_motion)
-            if until is None or time < until or packet.size == 0:
+            if self._until is None or time < self._until or packet.size == 0:
                 yield time, 1, self._carried[packet.stream.index](packet)
 
 

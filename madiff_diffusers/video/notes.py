@@ -9,7 +9,7 @@ from .analysis import Analysis
 from .colour import KNOWN_MATRICES, chroma_of, is_rgb
 from .decoding import Source
 from .encoding import Encoding
-from .frame_times import Timeline
+from .frame_times import LONGEST_TICK, Timeline
 from .options import CheckedOptions
 
 
@@ -64,10 +64,18 @@ def notes_on_pictures(
             f"{encoding.codec} has no odd sizes: {upright[1]}x{upright[0]} is {encoding.size[1]}x{encoding.size[0]}, the edge repeated"
         )
     longest = options.longest_gap(source.images is not None)
-    gaps = [(b - a) * analysis.unit for a, b in zip(analysis.starts, analysis.starts[1:])]
-    if gaps and min(gaps) > longest:
+    gap = min((b - a for a, b in zip(analysis.starts, analysis.starts[1:])), default=0) * analysis.unit
+    if gap > longest:
         notes.append(
             f"nothing is made: all frames of {source.path} are more than {float(longest):g} s apart; `max_gap` sets how far they may be"
+        )
+    if (
+        timeline.rate is None
+        and encoding.container.format in ("matroska", "webm")
+        and 0 < gap * options.slow_motion / (options.factor or 1) < LONGEST_TICK
+    ):
+        notes.append(
+            f"some frames are less than a millisecond apart, which {encoding.container.format} cannot tell: those may be lost; `fps` or .mp4 keeps them"
         )
     if timeline.rate is not None and options.fps is None:
         shown, usual = float(timeline.rate), float(options.rate_of(analysis.showing_rate))

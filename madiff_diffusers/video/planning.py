@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import accumulate
 from math import ceil
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ from ..scene_cuts import cuts_of_changes
 from .analysis import Analysis
 from .decoding import Source
 from .encoding import Encoding
+from .errors import VideoError
 from .formats import MOST_GIF_RATE, Container
-from .frame_times import Timeline
+from .frame_times import LONGEST_TICK, Timeline
 from .options import CheckedOptions
 
 
 # A part holds about this many seconds of the result. This is what is lost when the work is killed, and the distance of key frames.
 PART_SECONDS = 2
 
-# Ticks of a second that files can count at most. Times of a finer clock are rounded, to some 30 microseconds or finer.
-FINEST_CLOCK = 2**31 - 1
+# Ticks of a second that files and encoders (VP9's the least) can count at most. Times of a finer clock are rounded, to 64 microseconds or finer.
+FINEST_CLOCK = 10**9
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ def plan_timeline(options: CheckedOptions, source: Source, analysis: Analysis, c
         else:  # The last frame's length, of which files are often wrong, makes room for its copies.
             needed = Fraction(options.factor or 1, MOST_GIF_RATE) / (analysis.unit * options.slow_motion)
             end = max(end, times[-1] + ceil(needed))
+    if rate is None and container.format in ("matroska", "webm") and len(kept) > 1:
+        usual = median_low(b - a for a, b in zip(analysis.starts, analysis.starts[1:])) * analysis.unit
+        made_each = usual * options.slow_motion / (options.factor or 1)
+        if made_each < LONGEST_TICK:
+            raise VideoError(
+                f"`factor` {options.factor or 1} makes frames of {float(1 / made_each):.0f} a second, but .mkv and .webm count milliseconds: choose "
+                "`fps` 1000 or less, a smaller `factor`, or .mp4"
+            )
     starts, unit = analysis.starts, analysis.unit
     factor = None if rate is not None else options.factor or 1
     if factor is not None and (unit * options.slow_motion / factor).denominator > FINEST_CLOCK:
@@ -131,15 +141,12 @@ def work_identity(
 
 
 def source_digest(source: Source) -> str:
-    """Digest of the sizes, beginnings and ends of a source's files."""
+    """Digest of a source's files, whole, which takes little beside decoding them, and of their names where they are images."""
     digest = hashlib.sha256()
     for path in source.images or [source.path]:
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            digest.update(os.fsencode(f"{path.name if source.images else ''} {size}"))  # of names of any bytes
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
+            digest.update(os.fsencode(f"{path.name if source.images else ''} "))  # of names of any bytes
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

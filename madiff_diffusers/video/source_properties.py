@@ -76,6 +76,7 @@ def _of_file(source: Source) -> set[str]:
             "chapters": bool(chapters),
             "metadata": bool(carried_metadata(container.metadata)),
             "alpha stream": "1" in (main.metadata.get("alpha_mode"), main.metadata.get("ALPHA_MODE")),
+            "timecode": "timecode" in map(str.lower, (*container.metadata, *main.metadata)),
             "stereo tag": "stereo_mode" in main.metadata,
         }
     found = {key for key, is_there in told.items() if is_there}

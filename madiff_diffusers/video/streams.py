@@ -60,7 +60,9 @@ class StreamRemuxer:
             and self._format_name not in ("mp4", "mov")
             and packet.pts is not None
         ):
-            if packet.pts * packet.time_base - self._begin < -PRIMING:
+            # AVI, which has no times, begins with it, so that it gets no more than one packet.
+            priming = (packet.duration or 0) * packet.time_base if self._format_name == "avi" else PRIMING
+            if packet.pts * packet.time_base - self._begin < -priming:
                 return []
         unit = self.stream.time_base
         assert unit is not None  # The file has set it.
@@ -117,8 +119,9 @@ class AudioTranscoder:
             else rate
         )
         self.stream = cast(AudioStream, file.add_stream(encoder, rate=rate))
-        # Every encoder takes these layouts. 5.1 has two names, by where its back speakers are.
-        self.stream.layout = {1: "mono", 6: "5.1"}.get(source.codec_context.layout.nb_channels, "stereo")
+        # Every encoder takes these layouts, but MP3's no 5.1, which has two names, by where its back speakers are.
+        layouts = {1: "mono"} if encoder == "libmp3lame" else {1: "mono", 6: "5.1"}
+        self.stream.layout = layouts.get(source.codec_context.layout.nb_channels, "stereo")
         self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, rate)
         self._begin, self._slow_motion, self._length = begin, slow_motion, length
         self._graph: av.filter.Graph | None = None
