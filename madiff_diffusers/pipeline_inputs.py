@@ -156,8 +156,6 @@ def check_latents(
         latents = latents[:, None]
     if tuple(latents.shape) != shape:
         raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
-    if not torch.isfinite(latents).all():
-        raise ValueError("`latents` must be finite, but has numbers that are not.")
     return list(latents.to(device=frames.device, dtype=torch.float32).unbind(dim=1))
 
 
