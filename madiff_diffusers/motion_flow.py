@@ -157,12 +157,15 @@ class MotionHintModel(CheckpointComponent, ModelMixin, ConfigMixin):
         flow = None
         for scale in sorted({1, self.config.start_scale}, reverse=True):
             seen = torch.cat([frame_prev, frame_next])
+            height, width = seen.shape[-2:]
             if scale > 1:
+                seen = F.pad(seen, (0, -width % scale, 0, -height % scale), mode="replicate")
                 seen = F.avg_pool2d(seen, scale)
             features = [halves(each) for each in self.features(seen)]
             prev, next_ = zip(*features)
             found += self.estimates(prev, next_, seen.shape[-2:], time, flow)
-            flow = _resize_flow(torch.cat(found[-1], dim=1), frame_prev.shape[-2:])
+            size = [scale * side for side in seen.shape[-2:]]  # of the frames, continued to multiples of the scale
+            flow = _resize_flow(torch.cat(found[-1], dim=1), size)[..., :height, :width]
         return found
 
     def estimates(

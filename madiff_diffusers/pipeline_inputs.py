@@ -98,7 +98,7 @@ def check_instants(num_frames: Any, times: Any) -> None:
 
     if not given or not all(map(is_instant, given)):
         raise ValueError(
-            f"`times` must be a list of numbers between 0 and 1, both excluded also once they are rounded to float32, but is {times!r}."
+            f"`times` must be a list of numbers between 0 and 1, both excluded, from {LEAST_TIME:g} to what float32 tells from 1, but is {times!r}."
         )
     if len(set(map(float, given))) < len(given):
         raise ValueError(f"`times` must not repeat an instant, but is {times!r}.")

@@ -286,7 +286,8 @@ class MADiffPipeline(CheckpointPipeline, DiffusionPipeline):
                 step of each frame; returns a dict whose tensors replace the pipeline's, or None.
             callback_on_step_end_tensor_inputs: tensors to hand to it: `"latents"`, `"hints_prev"`, `"hints_next"`.
             times (list of `float` or `Fraction`, *optional*): instants of the frames to make, in place of `num_frames`: each between
-                0 (the previous frame's) and 1 (the next one's), both excluded; frames come in the order given.
+                0 (the previous frame's) and 1 (the next one's), both excluded (from 1e-30 to what float32 tells from 1); frames come in the
+                order given.
             frames_per_batch (`int`, defaults to 1): frames between each pair that the networks make at once; more take more memory,
                 and less time on a GPU. With schedulers that draw noise at every step, the result depends on it.
             recursive (`bool`, *optional*): make frames at quarters and eighths of the way as middles of middles, with the frames

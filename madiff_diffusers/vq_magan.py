@@ -5,6 +5,7 @@ The middle frame is encoded to a small latent; the decoder rebuilds it from that
 frames, whose features it warps along offsets that it estimates from motion hints (MA-WARP, MADiff, arXiv 2404.13534).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from .warping import Origin, correlate, halves, joined, laid_out_as, part_of, wa
 
 
 STRIP_PIXELS = 128 * 1024  # of a strip of rows, see `in_strips`
+
+
+MOST_LOG_ODDS = math.log(9)  # of the instants 0.1 and 0.9; layers that see them are not trained on nearer ones
 
 
 @dataclass
@@ -486,6 +490,7 @@ class WarpHead(nn.Module):
         log_odds: torch.Tensor | None = None,
         share: torch.Tensor | None = None,
         origin: Origin = None,
+        beyond: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -496,6 +501,7 @@ class WarpHead(nn.Module):
             log_odds (`(B, 1, 1, 1)` or `(B, 1, H, W)`, *optional*): see `MAWarpBlock`.
             share (`(B, 1, 1, 1)`, *optional*): of the previous frame where nothing moves; half if not given.
             origin: where in `frames`, which may be larger then, everything else begins.
+            beyond (`(B, 1, 1, 1)`, *optional*): what is added to `log_odds` for the gate alone.
 
         Returns:
             `(image, offsets, gate)`.
@@ -509,6 +515,8 @@ class WarpHead(nn.Module):
             predicted = predicted + self.review(hidden_states, predicted, frames, start, log_odds, origin)
         pixels = F.pixel_shuffle(predicted, self.stride).to(frames.dtype)
         log_odds = None if log_odds is None else log_odds.to(frames.dtype)
+        if log_odds is not None and beyond is not None:
+            log_odds = log_odds + beyond.to(frames.dtype)
         dtype, height = hidden_states.dtype, start.shape[-2]
         if not in_strips(frames):
             return self._image(pixels, start, log_odds, frames, share, origin, dtype)
@@ -779,7 +787,8 @@ class NewsEncoder(nn.Module):
 class NewsDecoder(nn.Module):
     """Latents of motion news, feature pyramids and offsets → the middle frame: the latents move the first offsets and the gate
     directly, then a [`JointWarpBlock`] a scale, and a last warp of the frames themselves. What is carried from scale to scale is
-    what was added to the hints' offsets, which are known at each."""
+    what was added to the hints' offsets, which are known at each. Its layers, which see the gate's logits, are told of an instant near 0
+    or 1 as of 0.1 or 0.9; the last gate has the instant itself."""
 
     _gradient_checkpointing_func: Callable[..., Any]  # set with `gradient_checkpointing`
 
@@ -832,14 +841,15 @@ class NewsDecoder(nn.Module):
         Returns:
             `(image, offsets, gates)`, see [`VQMAGANDecoderOutput`]; before the blocks' offsets come those that the latents made of the hints.
         """
+        told = log_odds.clamp(-MOST_LOG_ODDS, MOST_LOG_ODDS)
         hidden_states, corrections, logits, all_offsets, all_gates = self._through(
-            len(self.warps), latents, features, hints, log_odds, origin
+            len(self.warps), latents, features, hints, told, origin
         )
         start = hints[0] + _upsample_offsets(corrections)
         start = torch.cat([start[:, :2], start[:, 2:]])
         logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)
         share = torch.sigmoid(log_odds.to(frames.dtype))
-        image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin)
+        image, offsets, gate = self.head(hidden_states, frames, start, None, logits, share, origin, log_odds - told)
         return image, (*all_offsets, torch.cat(halves(offsets), dim=1)), (*all_gates, gate)
 
     def motion(
@@ -852,7 +862,8 @@ class NewsDecoder(nn.Module):
     ) -> torch.Tensor:
         """Offsets `(B, 4, U, V)` of the `count`-th scale, the coarsest first, as in `forward`; of features and hints that are finer nothing is
         read."""
-        return self._through(count, latents, features, hints, log_odds, None, warps_last=False)[3][-1]
+        told = log_odds.clamp(-MOST_LOG_ODDS, MOST_LOG_ODDS)
+        return self._through(count, latents, features, hints, told, None, warps_last=False)[3][-1]
 
     def _through(
         self,

@@ -206,3 +206,21 @@ def test_the_guess_of_motion_is_worth_its_time(shared_data, tmp_path):
         (summary,) = evaluate("davis", root, tmp_path / str(guesses), [method], scorer, gallery=0)
         lpips[guesses] = summary["scores"]["lpips"]["mean"]
     assert lpips[True] < 0.084 and lpips[True] < lpips[False] - 0.0005, lpips
+
+
+@pytest.mark.parametrize("motion", [1.5, 6.0])
+def test_instants_near_a_neighbour_are_made_as_well_as_others(motion):
+    """Such as those of 23.976 frames a second made into 24."""
+    pipeline = load("madiff-fast")
+
+    def seen(time: float) -> np.ndarray:
+        return moving_picture(motion / 3 * time, 160, 160)  # which moves by 3 pixels in a unit
+
+    def quality(time: float) -> float:
+        made = pipeline(seen(0), seen(1), times=[time], generator=seeded(), output_type="np").frames[0, 0]
+        error = (made - seen(time) / 255)[16:-16, 16:-16]
+        return float(-10 * np.log10((error**2).mean()))
+
+    usual = quality(0.1)
+    for time in (0.02, 1 / 1001, 1e-6, 0.98, 1000 / 1001):
+        assert quality(time) > usual - 1, time

@@ -184,8 +184,10 @@ def test_an_offloaded_pipeline_is_compiled(pair):
     ).frames
     torch._dynamo.reset()
     pipeline.compile(backend="eager")
+    torch._dynamo.utils.counters.clear()
     found = pipeline(*pair, num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").frames
     assert torch.allclose(found, expected, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "of each network that is called"
 
 
 def test_the_copy_of_a_compiled_pipeline_has_weights_of_its_own(pair):
@@ -204,3 +206,28 @@ def test_the_copy_of_a_compiled_pipeline_has_weights_of_its_own(pair):
         torch.nn.init.constant_(parameter, 0.01)
     assert (made(copied) - before).abs().max() > 0.01
     assert torch.equal(made(pipeline), before)
+
+
+def test_what_the_next_replay_writes_over_is_copied(pair):
+    """Each call gives the memory of the one before, as CUDA graphs' do."""
+    memory: dict[int, list[torch.Tensor]] = {}
+
+    def replaying(graph, inputs, **options):
+        def call(*arguments):
+            made = graph(*arguments)
+            kept = memory.setdefault(id(graph), [each.clone() for each in made])
+            for old, new in zip(kept, made):
+                old.copy_(new)
+            return tuple(kept)
+
+        return call
+
+    pipeline = build_pipeline(load_config("tiny"))
+    torch._dynamo.reset()
+    pipeline.compile(backend=replaying, mode="reduce-overhead", dynamic=False)
+    with torch.no_grad():
+        frames = [torch.nn.functional.pad(each, (0, 13, 0, 13)) for each in pair]
+        first = pipeline.vqvae.encode(frames[0]).latents
+        before = first.clone()
+        second = pipeline.vqvae.encode(frames[1]).latents
+    assert memory and torch.equal(first, before) and not torch.equal(first, second)

@@ -137,7 +137,7 @@ def test_upsampling_adapts_to_the_motion_and_moves_what_lies_between():
     assert len(still) == 2 and len(upsample_frames(frames, most=3)[0]) == 7
 
 
-@pytest.mark.parametrize("num_bins", [2, 9])
+@pytest.mark.parametrize("num_bins", [1, 2, 9])
 def test_a_constant_rate_gives_the_first_and_the_last_bin_half(num_bins):
     """Against the volume of as many events, evenly in time."""
     count, times = 3000, (np.arange(3000) + 0.5) / 3000

@@ -637,3 +637,17 @@ def test_tiles_give_what_whole_frames_give(pipeline):
     pipeline.enable_tiling(128 * 128)
     tiled = pipeline(*frames, generator=torch.Generator().manual_seed(0), output_type="pt").frames
     assert (whole - tiled).abs().mean() < 0.0005
+
+
+@pytest.mark.parametrize("side", [64, 66, 67])
+def test_hints_of_smaller_frames_are_as_long_in_frames_of_any_size(side):
+    """Frames seen four times smaller first, by a network that says the same of every place."""
+    model = MotionHintModel(
+        channels=(4, 8), start_channels=(8,), refine_channels=(8,), match_channels=4, reach=(1,), start_scale=4
+    ).eval()
+    with torch.no_grad():
+        for level in model.start_levels:
+            level.conv_out.bias.fill_(1.0)
+        found = model(torch.zeros(1, 3, side, side), torch.zeros(1, 3, side, side))[0]
+        usual = model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))[0]
+    assert found.shape[-2:] == (side, side) and torch.allclose(found[..., :48, :48], usual[..., :48, :48], atol=1e-4)

@@ -579,7 +579,7 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"times": [2]}, r"`times` must be a list of numbers between 0 and 1"),
         (
             {"times": [sum([0.1] * 10)]},
-            r"`times` must be a list of numbers between 0 and 1, both excluded also once they are",
+            r"`times` must be a list of numbers between 0 and 1, both excluded, from 1e-30 to what",
         ),
         ({"times": [1e-46]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": [Fraction(1, 10**400)]}, r"`times` must be a list of numbers between 0 and 1"),

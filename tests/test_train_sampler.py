@@ -490,6 +490,17 @@ def test_hints_can_be_trained_first_and_alone(config, clips, tmp_path):
         assert set(next(csv.DictReader(file))) == {"step", "samples", "flow", "warps", "learning_rate"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gram_matrices_are_compared_in_single_precision(dtype):
+    lpips = random_lpips()
+    truth = torch.rand(2, 3, 64, 64, generator=generator()) * 2 - 1
+    sample = (truth + 0.1 * torch.randn(truth.shape, generator=generator())).clamp(-1, 1)
+    expected = gram_loss(lpips, sample, truth)
+    with torch.autocast("cpu", dtype):
+        found = gram_loss(lpips, sample, truth)
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, rtol=0.05)
+
+
 def test_gram_matrices_count_late(config, clips, tmp_path):
     backbone = random_backbone_file(tmp_path / "alexnet.safetensors", 0)
     flags = ["--lpips_net", "alex", "--lpips_backbone", backbone, "--gram_weight", "2", "--resolution", "64"]

@@ -189,10 +189,11 @@ def test_the_newest_checkpoint_and_the_best_are_kept_and_can_be_loaded(trained):
         assert set(scores) == {10, 20} and best["step"] == min(scores, key=scores.get)
         kept = {f"step_{step:08d}" for step in (best["step"], 15, 20)}
         assert {path.name for path in folder.iterdir()} == kept | {"best.yaml"}
+        last = model.from_pretrained(trained / stage / stage)
         for name in sorted(kept):
             loaded = model.from_pretrained(folder / name / stage)
-        last = model.from_pretrained(trained / stage / stage)
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), last.parameters())) == (name.endswith("20"))
+            is_last = all(torch.equal(a, b) for a, b in zip(loaded.parameters(), last.parameters()))
+            assert is_last == name.endswith("20")
 
 
 def test_what_is_exported_is_the_moving_average(trained):
@@ -860,6 +861,17 @@ def test_wider_layers_start_where_the_narrow_ones_ended(tiny):
         expected = trained(*frames, *hints).sample
         assert torch.allclose(matching(*frames, *hints).sample, alone(*frames, *hints).sample, atol=1e-5)
         assert torch.allclose(told(*frames, *more).sample, expected, atol=1e-5)
+    # Flow, to which events come in front, and events alone, behind which flow comes; read by an encoder of hints or not.
+    for encoder, with_flow in ((0, True), (4, True), (0, False), (4, False)):
+        settings = {**tiny["vqvae"], "hint_encoder_channels": encoder, "offset_hints": with_flow}
+        few, many = (VQMAGANModel(**{**settings, "hint_channels": count}) for count in (4, 9))
+        for parameter in few.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        start_from(many, few)
+        own, added = torch.randn(2, 2, 4, 32, 32), torch.randn(2, 2, 5, 32, 32)
+        all_hints = torch.cat([added, own] if with_flow else [own, added], dim=2)
+        with torch.no_grad():
+            assert torch.allclose(many(*frames, *all_hints).sample, few(*frames, *own).sample, atol=1e-5)
     for other, message in (
         ({"refine_channels": tiny["vqvae"]["refine_channels"] + 4}, "`init` has .* for decoder.head.refine"),
         ({"refine_channels": 0}, "`init` has decoder.head.refine"),

@@ -134,3 +134,33 @@ def test_hints_that_are_never_dropped_are_of_each_kind_by_its_share(pipeline, ba
             draw_hints(pipeline.vqvae, source, sample, 1.0, guess_share, 1, 0.0, False, generator)
     assert source.shown == batch * draws, "refined ones for all"
     assert source.true / source.shown == pytest.approx(1 - guess_share, abs=0.1)
+
+
+@pytest.mark.parametrize("batch, probability, absent", [(5, 0.5, 1.0), (3, 0.5, 0.0), (10, 0.75, 0.0), (4, 0.9, 1.0)])
+def test_kinds_of_hints_that_are_not_asked_for_are_not_given(pipeline, batch, probability, absent):
+    """None of the true frame where all that are refined come from guesses, and no start hints where all others are absent."""
+    side = pipeline.vqvae.downsample_factor
+
+    class Marked:
+        hint_channels = pipeline.vqvae.config.hint_channels
+        shown = true = 0
+
+        def start(self, frame_prev, frame_next, time=0.5):
+            ones = torch.ones(len(frame_prev), self.hint_channels, *frame_prev.shape[-2:])
+            return ones, ones
+
+        def from_guess(self, frame_prev, frame_mid, frame_next):
+            self.shown += len(frame_mid)
+            self.true += int((frame_mid == 0.25).all(dim=(1, 2, 3)).sum())
+            return tuple(2 * each for each in self.start(frame_prev, frame_next))
+
+    sample = {name: torch.full((batch, 3, side, side), 0.25) for name in ("frame_prev", "frame_mid", "frame_next")}
+    sample["time"] = torch.full((batch,), 0.5)
+    source, generator, draws, left = Marked(), torch.Generator().manual_seed(0), 100, 0
+    with torch.no_grad():
+        for _ in range(draws):
+            shares = (probability, 1.0, 1, absent, False)
+            hints = draw_hints(pipeline.vqvae, source, sample, *shares, generator)[0]
+            left += int((hints == 1).all(dim=(1, 2, 3)).sum())
+    assert source.true == 0 and source.shown / (batch * draws) == pytest.approx(probability, abs=0.05)
+    assert left == 0 if absent == 1 else left == batch * draws - source.shown

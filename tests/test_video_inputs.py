@@ -1,6 +1,7 @@
 """What cameras, editors and careless people hand in: every kind of image, and sources that change on the way."""
 
 import re
+import shutil
 import sys
 import zlib
 from fractions import Fraction
@@ -356,3 +357,14 @@ def test_progress_in_a_log_is_lines(pipeline, tmp_path, capfd):
     printed = capfd.readouterr().err
     assert "\r" not in printed and len(printed.splitlines()) <= 6
     assert "out.mkv: 3 of 3 frames" in printed.splitlines()[-1]
+
+
+def test_videos_of_a_folder_that_would_have_one_name_are_refused(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_video(folder / "a.mp4", drifting(2), range(2), Fraction(1, 25))
+    shutil.copyfile(folder / "a.mp4", folder / "a.m2ts.mp4")
+    write_video(folder / "a.ts", drifting(2), range(2), Fraction(1, 25))
+    (folder / "a.ts").rename(folder / "a.m2ts")
+    assert main(["video", str(folder), str(tmp_path / "out"), "--checkpoint", str(checkpoint)]) == 2
+    assert "a.m2ts.mp4 would both become" in capsys.readouterr().err and not (tmp_path / "out").exists()

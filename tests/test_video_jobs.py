@@ -110,6 +110,16 @@ def test_a_video_that_is_being_made_is_left_alone(film, checkpoint, tmp_path, ca
     assert not lock.exists() and not (tmp_path / "out.mkv.parts").exists()
 
 
+def test_what_is_done_is_not_made_again(pipeline, film, tmp_path):
+    whole = interpolate_video(pipeline, film, tmp_path / "whole.mkv", steps=1, progress=False)
+    job = VideoJob(pipeline, film, tmp_path / "out.mkv", VideoOptions(steps=1))
+    job.prepare(False, False)
+    made = job.make_parts(job.parts[:1])
+    rest = interpolate_video(pipeline, film, tmp_path / "out.mkv", steps=1, resume=True, progress=False)
+    assert 0 < made and made + rest.made == whole.made
+    assert digest(tmp_path / "out.mkv") == digest(tmp_path / "whole.mkv")
+
+
 def kills(count: int, film: Path, checkpoint: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.mkv", tmp_path / "out.mkv"
     assert main(list(map(str, command(film, whole, checkpoint)[3:]))) == 0
@@ -670,7 +680,7 @@ def test_memory_does_not_grow_with_length(checkpoint, tmp_path):
         assert done.returncode == 0, done.stderr
         assert len(read(tmp_path / f"out{count}.mp4").times) == 2 * count
         peaks.append(int(done.stdout))
-    assert peaks[1] / peaks[0] < 1.05, peaks
+    assert peaks[1] - peaks[0] < 8 * 1024, "less than 9 KiB for each further frame, of which a decoded one has 18"
 
 
 @pytest.mark.slow
@@ -741,12 +751,18 @@ def test_a_source_that_changed_in_its_middle_is_not_gone_on_with(pipeline, tmp_p
 def test_a_folder_that_is_resumed_leaves_what_has_the_name_of_a_partial_video(checkpoint, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
-    film_clip(tmp_path / "in" / "a.mp4", 4)
+    for name in ("a.mp4", "b.mp4"):
+        film_clip(tmp_path / "in" / name, 4)
     mine = tmp_path / "out" / "a.partial.mp4"
     mine.write_bytes(b"mine")
     arguments = ["video", str(tmp_path / "in"), str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
-    assert main([*arguments, "--keep-partial", "--resume"]) == 2
-    assert "a.partial.mp4 is there already" in capsys.readouterr().err and mine.read_bytes() == b"mine"
+    assert main([*arguments, "--keep-partial"]) == 2
+    assert (
+        "--resume leaves it and what it is of" in capsys.readouterr().err and not (tmp_path / "out" / "b.mp4").exists()
+    )
+    assert main([*arguments, "--keep-partial", "--resume"]) == 0
+    assert "a.partial.mp4 is there already, and stays" in capsys.readouterr().err and mine.read_bytes() == b"mine"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.partial.mp4", "b.mp4"]
 
 
 def test_a_partial_video_has_the_chapters_that_it_reaches(pipeline, tmp_path):

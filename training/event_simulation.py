@@ -115,10 +115,10 @@ def event_volume(
     """
     volume = np.zeros(2 * num_bins * height * width, dtype=np.float32)
     position = t * (num_bins - 1)
-    lower = np.minimum(np.floor(position).astype(int), num_bins - 2)
+    lower = np.clip(np.floor(position).astype(int), 0, max(num_bins - 2, 0))
     upper_share = (position - lower).astype(np.float32)
     first = np.where(polarity, 0, num_bins)
-    for bins, share in ((lower, 1 - upper_share), (lower + 1, upper_share)):
+    for bins, share in ((lower, 1 - upper_share), (lower + 1, upper_share))[:num_bins]:  # of one bin, all is its own
         index = ((first + bins) * height + y) * width + x
         volume += np.bincount(index, weights=share, minlength=volume.size).astype(np.float32)
     return volume.reshape(2 * num_bins, height, width)

@@ -56,13 +56,16 @@ def draw_hints(
     # every new size is a new kernel to be made.
     order = torch.randperm(len(mid), generator=generator).to(mid.device)
 
-    def drawn(share: float) -> int:
-        return int(len(mid) * share + torch.rand((), generator=generator).item())
+    # One number rounds them all, so that a kind whose share is nothing gets nothing.
+    chance = torch.rand((), generator=generator, dtype=torch.float64).item()
 
-    found = drawn(probability)
-    guessed = min(drawn(probability * guess_share), found)
+    def drawn(share: float, chance: float) -> int:
+        return int(len(mid) * share + chance)
+
+    found = drawn(probability, chance)
+    guessed = min(drawn(probability * guess_share, chance), found)
     true = found - guessed
-    absent = drawn((1 - probability) * absent_share) if absent_share else 0
+    absent = min(drawn((1 - probability) * absent_share, 1 - chance), len(mid) - found)
     rounds = int(torch.randint(1, guess_rounds + 1, (), generator=generator))
     chosen = order[:guessed]
     for number in range(1, 1 + (rounds if len(chosen) else 0)):

@@ -37,8 +37,11 @@ def gram_loss(lpips: nn.Module, sample: torch.Tensor, truth: torch.Tensor) -> to
     """
     both = lpips.net(lpips.scaling_layer(torch.cat([sample, truth])))
     losses = []
-    for layer in both:
-        features = layer.float().flatten(2)
-        made, wanted = (features @ features.transpose(1, 2)).chunk(2)
-        losses.append((made - wanted).square().sum(dim=(1, 2)) / wanted.square().sum(dim=(1, 2)).clamp(min=1e-12))
+    with torch.autocast(
+        sample.device.type, enabled=False
+    ):  # which would take products and their sums back to half precision
+        for layer in both:
+            features = layer.float().flatten(2)
+            made, wanted = (features @ features.transpose(1, 2)).chunk(2)
+            losses.append((made - wanted).square().sum(dim=(1, 2)) / wanted.square().sum(dim=(1, 2)).clamp(min=1e-12))
     return torch.stack(losses).mean(dim=0)

@@ -131,17 +131,23 @@ def start_from(model: VQMAGANModel, trained: VQMAGANModel) -> None:
         if given == shape:
             continue
         layer = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(
-            layer, ComparingConv2d
-        ):  # what is more of each of its parts; optical flow comes last of the hints
+        # Of hints, optical flow comes last: without it, what is more comes behind.
+        is_flow = trained.config.offset_hints
+        if isinstance(layer, ComparingConv2d):  # what is more of each of its parts
             parts = weights[name].split(trained.get_submodule(name.rpartition(".")[0]).sizes, dim=1)
             if any(part.shape[1] > size for part, size in zip(parts, layer.sizes)):
                 raise ValueError(f"`init` has {given} for {name}, where the configuration's network has {shape}.")
             weights[name] = torch.cat(
-                [F.pad(part, (0, 0, 0, 0, size - part.shape[1], 0)) for part, size in zip(parts, layer.sizes)], dim=1
+                [
+                    F.pad(part, (0, 0, 0, 0, more, 0) if is_flow else (0, 0, 0, 0, 0, more))
+                    for part, more in zip(parts, (size - part.shape[1] for part, size in zip(parts, layer.sizes)))
+                ],
+                dim=1,
             )
         else:
-            weights[name] = F.pad(weights[name], (0, 0, 0, 0, 0, shape[1] - given[1]))
+            more = shape[1] - given[1]
+            is_first = is_flow and name.startswith("hint_encoder.")
+            weights[name] = F.pad(weights[name], (0, 0, 0, 0, more, 0) if is_first else (0, 0, 0, 0, 0, more))
     surplus = sorted(set(weights) - set(shapes))
     if surplus:
         raise ValueError(f"`init` has {surplus[0]}, which the configuration's network has not.")

@@ -150,7 +150,14 @@ class VideoCommand(BaseCommand):
         from ..files import check_outputs
         from ..processes import own_device, this_process
         from ..video.batches import video_batch
-        from ..video.destinations import check_output, check_places, check_preview, outputs_of, parts_folder
+        from ..video.destinations import (
+            check_output,
+            check_places,
+            check_preview,
+            outputs_of,
+            parts_folder,
+            what_stays,
+        )
         from ..video.errors import VideoError
         from ..video.jobs import interpolate_video, make_video
         from ..video.memory import memory_errors
@@ -169,11 +176,15 @@ class VideoCommand(BaseCommand):
             preview = None if args.preview is None else Path(args.preview)
             batch, is_folder, left_out = video_batch(Path(args.input), Path(args.output))
             if is_folder:
-                # With --resume, those that are there are done.
+                if args.resume and not args.overwrite:
+                    there = {output: what_stays(output, args.keep_partial) for _, output in batch}
+                    for path in filter(None, there.values()) if state.is_main_process else ():
+                        print(f"madiff: note: {path} is there already, and stays, whatever made it", file=sys.stderr)
+                    batch = [(source, output) for source, output in batch if there[output] is None]
                 written = [
-                    (path, may_be or (args.resume and path == output))
+                    each
                     for _, output in batch
-                    for path, may_be in outputs_of(output, args.resume, args.overwrite, args.keep_partial)
+                    for each in outputs_of(output, args.resume, args.overwrite, args.keep_partial)
                 ]
                 if preview is not None:
                     check_preview(preview)
@@ -187,7 +198,7 @@ class VideoCommand(BaseCommand):
                 check_outputs(
                     written,
                     [path for path in Path(args.input).iterdir() if path.is_file()],
-                    "; --overwrite replaces it, --resume leaves it",
+                    "; --overwrite replaces it, --resume leaves it and what it is of",
                 )
                 state.wait_for_everyone()  # one that looks later would find what others have made
                 Path(args.output).mkdir(parents=True, exist_ok=True)
@@ -212,9 +223,6 @@ class VideoCommand(BaseCommand):
         failed = 0
         # Of a single video, each process makes some parts; of several, each makes some of the videos.
         for source, output in batch[state.process_index :: state.num_processes] if len(batch) > 1 else batch:
-            if is_folder and args.resume and output.exists() and not args.overwrite:
-                print(f"madiff: note: {output} is there already, and stays, whatever options made it", file=sys.stderr)
-                continue
             try:
                 with memory_errors():
                     (make_video if is_folder else interpolate_video)(

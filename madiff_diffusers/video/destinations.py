@@ -41,6 +41,15 @@ def outputs_of(
     return [*written, (preview, overwrite or own)]
 
 
+def what_stays(output: Path, keep_partial: bool) -> Path | None:
+    """What is there of a video that is not to be gone on with: the video, or where such a one may be written, a partial one without parts."""
+    if output.exists():
+        return output
+    partial = partial_path(output)
+    is_foreign = keep_partial and partial.exists() and not (parts_folder(output) / "job.json").is_file()
+    return partial if is_foreign else None
+
+
 def check_preview(preview: Path) -> None:
     """
     Refuse a preview that cannot be written.
