@@ -381,53 +381,6 @@ class PaintHead(nn.Module):
         return F.pixel_shuffle(self.conv_out(self.act(self.conv_norm(hidden_states))), self.stride)
 
 
-class Review(nn.Module):
-    """A second look before the last warp: both frames, at half of their sides and warped along the offsets so far, beside each other, tell what
-    to change of these offsets, the gate and the residual. It looks at a quarter of the frames' sides and, for what is seen around, an eighth."""
-
-    def __init__(self, channels: int, out_channels: int, width: int, predicted: int, act_fn: str):
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels + 2 * out_channels + 1, width, 4, stride=2, padding=1)
-        self.conv_down = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
-        self.coarse = nn.Sequential(*(ResBlock(2 * width, 2 * width, None, act_fn) for _ in range(2)))
-        self.conv_up = nn.Conv2d(2 * width, 4 * width, 1)
-        self.residual = ResBlock(width, width, None, act_fn)
-        self.act = _activation(act_fn)
-        self.conv_out = _zero_init(nn.Conv2d(width, 4 * predicted, 1))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        predicted: torch.Tensor,
-        frames: torch.Tensor,
-        start: torch.Tensor,
-        log_odds: torch.Tensor | None,
-        origin: Origin,
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`(B, C, H / 2, W / 2)`): the decoder's finest features.
-            predicted (`(B, 4 * 8, H / 2, W / 2)`): what they tell of each four pixels: offsets, the gate's logit and the residual.
-            frames, start, log_odds, origin: see [`WarpHead`].
-
-        Returns:
-            What is to be added to `predicted`.
-        """
-        means = predicted.unflatten(1, (-1, 4)).mean(dim=2).float()  # [B,8,H/2,W/2]
-        offsets = (F.avg_pool2d(start, 2) + torch.cat([means[:, 0:2], means[:, 2:4]])) / 2
-        logits = means[:, 4:5]
-        if log_odds is not None:
-            logits = logits + F.avg_pool2d(log_odds.float().expand(-1, -1, *start.shape[-2:]), 2)
-        warped = halves(warp(F.avg_pool2d(frames, 2), offsets, _at_stride(origin, 2)))
-        seen = [each.to(hidden_states.dtype) for each in (*warped, torch.sigmoid(logits))]
-        fine = self.act(self.conv_in(torch.cat([hidden_states, *seen], dim=1)))  # [B,width,H/4,W/4]
-        height, width = fine.shape[-2:]
-        coarse = self.conv_down(F.pad(fine, (0, width % 2, 0, height % 2)))
-        coarse = self.coarse(self.act(coarse))
-        fine = self.residual(fine + F.pixel_shuffle(self.conv_up(coarse), 2)[..., :height, :width])
-        return F.pixel_shuffle(self.conv_out(self.act(fine)), 2)
-
-
 class WarpHead(nn.Module):
     r"""
     From the decoder's finest features to the image, by a last MA-WARP of the frames themselves at image resolution, so that texture is
@@ -439,7 +392,6 @@ class WarpHead(nn.Module):
     these, which the decoder's features are, does not tell where they disagree, as they do where one side is hidden. Where
     the frames differ by less than `still_threshold`, in the mean around a pixel, their own mean takes the place of what was
     predicted: by as much as they differ less, and wholly where they are equal. With `cubic` the frames are sampled so (see `warp`).
-    `review_channels` (0: none; needs a stride of 2) sets the width of a [`Review`] of what is predicted.
     """
 
     def __init__(
@@ -453,7 +405,6 @@ class WarpHead(nn.Module):
         compare_warps: bool,
         still_threshold: float,
         cubic: bool,
-        review_channels: int = 0,
     ):
         super().__init__()
         self.stride, self.compare_warps, self.still_threshold = stride, compare_warps, still_threshold
@@ -463,9 +414,6 @@ class WarpHead(nn.Module):
         in_channels = 3 * channels if compare_warps else channels
         # A pixel's outputs: 2 + 2 offsets, the gate's logit, and the residual.
         self.conv_out = _zero_init(nn.Conv2d(in_channels, (out_channels + 5) * stride**2, 3, padding=1))
-        self.review = None
-        if review_channels:
-            self.review = Review(channels, out_channels, review_channels, (out_channels + 5) * stride**2, act_fn)
         self.refine = None
         if refine_channels:
             self.refine = nn.Sequential(
@@ -510,10 +458,7 @@ class WarpHead(nn.Module):
         if self.compare_warps:
             assert warped is not None, "what is compared"
             hidden_states = torch.cat([hidden_states, *halves(warped)], dim=1)
-        predicted = self.conv_out(hidden_states)
-        if self.review is not None:
-            predicted = predicted + self.review(hidden_states, predicted, frames, start, log_odds, origin)
-        pixels = F.pixel_shuffle(predicted, self.stride).to(frames.dtype)
+        pixels = F.pixel_shuffle(self.conv_out(hidden_states), self.stride).to(frames.dtype)
         log_odds = None if log_odds is None else log_odds.to(frames.dtype)
         if log_odds is not None and beyond is not None:
             log_odds = log_odds + beyond.to(frames.dtype)
@@ -801,7 +746,6 @@ class NewsDecoder(nn.Module):
         refine_channels: int,
         still_threshold: float,
         cubic: bool,
-        review_channels: int,
     ):
         super().__init__()
         widths = [*reversed(block_out_channels)]
@@ -816,8 +760,7 @@ class NewsDecoder(nn.Module):
         self.warps = nn.ModuleList(
             JointWarpBlock(before, width, act_fn) for before, width in zip((widths[0], *widths[:-1]), widths)
         )
-        shared = (widths[-1], out_channels, 2, None, act_fn, refine_channels, False, still_threshold, cubic)
-        self.head = WarpHead(*shared, review_channels)
+        self.head = WarpHead(widths[-1], out_channels, 2, None, act_fn, refine_channels, False, still_threshold, cubic)
         self.gradient_checkpointing = False
 
     def forward(
@@ -948,8 +891,6 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             less difference less, and where they agree, none: the hints were right there. 0 tells all of it everywhere.
         frame_sampling (`str`): `"bilinear"`, or `"bicubic"`, which takes more time and blurs less, for the last warp of the frames. Needs
             `warp_frames`.
-        review_channels (`int`): width of a network that sees both frames warped, beside each other, before the last warp, and changes what
-            that is told; 0 for none. Needs `news_latents`.
     """
 
     encoder: MotionEncoder | PyramidEncoder
@@ -989,7 +930,6 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         evidence_reach: int = 2,
         news_threshold: float = 0.0,
         frame_sampling: str = "bilinear",
-        review_channels: int = 0,
     ):
         # VQModel's own constructor would build an encoder and a decoder that know nothing of neighbours.
         ModelMixin.__init__(self)
@@ -1012,10 +952,6 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         if news_threshold < 0 or news_threshold > 0 and not news_latents:
             raise ValueError(
                 f"`news_threshold` must be at least 0, and 0 without `news_latents`, but is {news_threshold}."
-            )
-        if review_channels < 0 or review_channels and not news_latents:
-            raise ValueError(
-                f"`review_channels` must be at least 0, and 0 without `news_latents`, but is {review_channels}."
             )
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         if hint_encoder_channels and (hint_encoder_channels < 2 or news_latents):
@@ -1044,14 +980,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             self.evidence_conv = nn.Conv2d(block_out_channels[-1], evidence_channels, 1)
             self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim, beta=0.25, legacy=False)
             self.decoder = NewsDecoder(
-                latent_channels,
-                out_channels,
-                block_out_channels,
-                act_fn,
-                refine_channels,
-                still_threshold,
-                cubic,
-                review_channels,
+                latent_channels, out_channels, block_out_channels, act_fn, refine_channels, still_threshold, cubic
             )
             return
         shared = (block_out_channels, layers_per_block, norm_num_groups, act_fn, stem_stride, mid_block_add_attention)

@@ -79,7 +79,6 @@ def load_tiny_news() -> dict:
         "block_out_channels": [6, 8],
         "num_vq_embeddings": 32,
         "refine_channels": 4,
-        "review_channels": 4,
         "news_block_out_channels": [6, 8],
         "evidence_channels": 4,
     }

@@ -423,22 +423,12 @@ def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel | No
             parts.append(kind(**config[name]))
         else:
             part = kind.from_pretrained(init, subfolder=name)
-            if name == "vqvae" and not part.config.review_channels and config[name].get("review_channels", 0):
-                part = reviewing(part, config[name]["review_channels"])
             for key, value in config[name].items():
                 found = part.config[key]
                 if (list(found) if isinstance(found, tuple) else found) != value:
                     raise ValueError(f"`init`: `{key}` of {name} must be {value!r}, as configured, but is {found!r}.")
             parts.append(part)
     return tuple(parts)
-
-
-def reviewing(vqvae: VQMAGANModel, channels: int) -> VQMAGANModel:
-    """An autoencoder with the weights of one without a review of what it predicts, and such a review, which changes nothing yet."""
-    settings = {key: value for key, value in vqvae.config.items() if not key.startswith("_")}
-    grown = VQMAGANModel(**{**settings, "review_channels": channels})
-    grown.load_state_dict(vqvae.state_dict(), strict=False)
-    return grown
 
 
 def validate(trainer: Trainer, pipeline: MADiffPipeline, network: SamplerNetwork, lpips: nn.Module | None) -> None:
