@@ -629,7 +629,8 @@ def test_options_of_layout_and_compilation_mean_what_they_say(config, clips, tmp
     for layout, expected in (("true", "last"), ("false", "contiguous")):
         flags = ("--max_train_steps", "1", "--channels_last", layout, "--compile", "true")
         arguments = command(config, clips, tmp_path / layout, *flags)[3:]
-        done = run_python([sys.executable, str(tmp_path / "script.py"), *arguments], cwd=REPOSITORY)
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        done = run_python([sys.executable, str(tmp_path / "script.py"), *arguments], cwd=REPOSITORY, env=environment)
         assert done.returncode == 0, done.stderr
         assert "compiled\n" in done.stdout and f"{expected}\n" in done.stdout
         recorded = yaml.safe_load((tmp_path / layout / "args.yaml").read_text())

@@ -1051,7 +1051,8 @@ def test_the_denoiser_has_the_layout_that_is_asked_for(trained, clips, tmp_path)
     for layout, expected in (("true", "last"), ("false", "contiguous")):
         runs = link("unet", trained, tmp_path / layout)
         flags = ("--max_train_steps", "1", "--channels_last", layout)
-        printed = succeed([sys.executable, str(tmp_path / "script.py"), *arguments("unet", clips, runs, *flags)[1:]])
+        script_and_options = [str(tmp_path / "script.py"), *arguments("unet", clips, runs, *flags)[1:]]
+        printed = succeed([sys.executable, *script_and_options], PYTHONPATH=str(REPOSITORY))
         assert f"{expected}\n" in printed
 
 
