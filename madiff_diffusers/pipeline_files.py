@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from huggingface_hub import ModelCard
 
 from .components import check_repository_name, check_safetensors
 from .hint_registry import describe_hint_source, hint_parts, load_hint_code, parts_of_checkpoints
@@ -300,8 +301,11 @@ class CheckpointPipeline(_Base):
             return
         if source is not None and not ((source / "README.md").is_file() and self._equals(source)):
             source = None
+        alone = variant if not any(card.parent.glob("*/diffusion_pytorch_model*.safetensors")) else None
+        modest = model_card(self, variant=alone, base_model=repository)
         if card.exists():
-            if source is not None:
+            # One that says no more than the weights themselves tell is true of others of their kind, too.
+            if source is not None or not self._tells_scores(card) and _same_text(card.read_text("utf-8"), str(modest)):
                 return
             os.replace(card, card.with_name(".README.previous.md"))
             logger.warning(f"{card} tells of other weights; it is {card.with_name('.README.previous.md')} now.")
@@ -313,18 +317,13 @@ class CheckpointPipeline(_Base):
                 (saved / "examples").mkdir(exist_ok=True)
                 shutil.copyfile(picture, saved / "examples" / picture.name)
         else:
-            alone = variant if not any(card.parent.glob("*/diffusion_pytorch_model*.safetensors")) else None
-            model_card(self, variant=alone, base_model=repository).save(saved / "README.md")
+            modest.save(saved / "README.md")
 
     @staticmethod
     def _is_of(source: Path | None, card: Path) -> bool:
         """Whether a card is that of the checkpoint in a folder, or was copied from it."""
-
-        def text(path: Path) -> str:
-            return re.sub(r'from_pretrained\("[^"]*"', "from_pretrained(", path.read_text(encoding="utf-8"))
-
         own = None if source is None else source / "README.md"
-        return own is not None and own.is_file() and text(own) == text(card)
+        return own is not None and own.is_file() and _same_text(own.read_text("utf-8"), card.read_text("utf-8"))
 
     @staticmethod
     def _tells_scores(card: Path) -> bool:
@@ -354,3 +353,9 @@ class CheckpointPipeline(_Base):
         return settings(self.config) == settings(other.config) and all(
             equal(part, getattr(other, name)) for name, part in self.components.items()
         )
+
+
+def _same_text(card: str, other: str) -> bool:
+    """Whether two cards say the same below their headers, of whatever repository."""
+    texts = (ModelCard(each, ignore_metadata_errors=True).text for each in (card, other))
+    return len({re.sub(r'from_pretrained\("[^"]*"', "from_pretrained(", text).strip() for text in texts}) == 1

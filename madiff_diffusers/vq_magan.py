@@ -27,8 +27,6 @@ from .warping import Origin, correlate, halves, joined, laid_out_as, part_of, wa
 
 
 STRIP_PIXELS = 128 * 1024  # of a strip of rows, see `in_strips`
-
-
 MOST_LOG_ODDS = math.log(9)  # of the instants 0.1 and 0.9; layers that see them are not trained on nearer ones
 
 

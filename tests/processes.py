@@ -152,3 +152,18 @@ def run_two_ranks(command: Sequence[str], cwd: str | Path, env: Mapping[str, str
             process.wait()
         printed.seek(0)
         return subprocess.CompletedProcess(command, max(code or 0 for code in codes), "", printed.read())
+
+
+def layout_script(stage: str) -> str:
+    """Code that runs a stage of the training and prints how its weights are laid out at each step, "last" or "contiguous"."""
+    return (
+        "import sys\n"
+        f"from training import {stage}, trainer\n"
+        "step = trainer.Trainer.optimizer_step\n"
+        "def told(self, model, optimizer):\n"
+        "    weight = next(each for each in model.parameters() if each.ndim == 4 and min(each.shape) > 1)\n"
+        "    print('last' if weight.stride(1) == 1 else 'contiguous')\n"
+        "    step(self, model, optimizer)\n"
+        "trainer.Trainer.optimizer_step = told\n"
+        f"{stage}.main(sys.argv[1:])\n"
+    )

@@ -832,6 +832,15 @@ def test_a_copied_card_without_scores_does_not_stay_on_changed_weights(tiny_fold
         assert "The best weights" in (saved / ".README.previous.md").read_text()
 
 
+def test_a_card_that_claims_nothing_stays_on_further_training(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "own")
+    pipe, card = MADiffPipeline.from_pretrained(folder), (folder / "README.md").read_text()
+    with torch.no_grad():
+        pipe.unet.conv_in.weight += 1
+    pipe.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == card and not (folder / ".README.previous.md").exists()
+
+
 def test_a_repository_that_is_exported_is_named_in_its_place(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_folder)
     with local_hub() as hub:

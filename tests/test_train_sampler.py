@@ -24,7 +24,7 @@ from madiff_diffusers.frame_coding import EncodedFrames, FrameCoder
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, build_pipeline, excite, moving_picture, two_processes
-from tests.processes import run_python
+from tests.processes import layout_script, run_python
 from tests.test_metrics import random_backbone_file, random_lpips
 from tests.video_files import drifting, write_video
 from training.crop_cache import CropCache, compressed, write_crops
@@ -613,19 +613,8 @@ def test_a_second_step_takes_its_hints_as_sampling_does(tiny_news):
 
 def test_options_of_layout_and_compilation_mean_what_they_say(config, clips, tmp_path):
     """Weights have the layout that is asked for, and what is recorded is what was asked."""
-    script = (
-        "import sys\n"
-        "from training import train_sampler, trainer\n"
-        "train_sampler.SamplerNetwork.compile_parts = lambda self: print('compiled')\n"
-        "step = trainer.Trainer.optimizer_step\n"
-        "def told(self, model, optimizer):\n"
-        "    weight = next(each for each in model.parameters() if each.ndim == 4 and min(each.shape) > 1)\n"
-        "    print('last' if weight.stride(1) == 1 else 'contiguous')\n"
-        "    step(self, model, optimizer)\n"
-        "trainer.Trainer.optimizer_step = told\n"
-        "train_sampler.main(sys.argv[1:])\n"
-    )
-    (tmp_path / "script.py").write_text(script)
+    without = "train_sampler.SamplerNetwork.compile_parts = lambda self: print('compiled')\n"
+    (tmp_path / "script.py").write_text(layout_script("train_sampler").replace("step = ", f"{without}step = ", 1))
     for layout, expected in (("true", "last"), ("false", "contiguous")):
         flags = ("--max_train_steps", "1", "--channels_last", layout, "--compile", "true")
         arguments = command(config, clips, tmp_path / layout, *flags)[3:]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from madiff_diffusers import EventGANModel, MADiffPipeline, VQMAGANModel
 from tests.conftest import REPOSITORY, load_config, load_tiny_news, moving_picture, two_processes
 from tests.local_hub import local_hub
-from tests.processes import Forked, run_python, run_two_ranks, start_python
+from tests.processes import Forked, layout_script, run_python, run_two_ranks, start_python
 from training.adversary import PatchDiscriminator
 from training.losses import adaptive_weight, discriminator_hinge_loss
 from training.normalisation import StepwiseNormalisation
@@ -1036,18 +1036,7 @@ def test_options_that_the_event_generator_does_not_read_are_refused(clips, tmp_p
 
 
 def test_the_denoiser_has_the_layout_that_is_asked_for(trained, clips, tmp_path):
-    script = (
-        "import sys\n"
-        "from training import train_denoiser, trainer\n"
-        "step = trainer.Trainer.optimizer_step\n"
-        "def told(self, model, optimizer):\n"
-        "    weight = next(each for each in model.parameters() if each.ndim == 4 and min(each.shape) > 1)\n"
-        "    print('last' if weight.stride(1) == 1 else 'contiguous')\n"
-        "    step(self, model, optimizer)\n"
-        "trainer.Trainer.optimizer_step = told\n"
-        "train_denoiser.main(sys.argv[1:])\n"
-    )
-    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "script.py").write_text(layout_script("train_denoiser"))
     for layout, expected in (("true", "last"), ("false", "contiguous")):
         runs = link("unet", trained, tmp_path / layout)
         flags = ("--max_train_steps", "1", "--channels_last", layout)

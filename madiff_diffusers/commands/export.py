@@ -112,8 +112,7 @@ class ExportCommand(BaseCommand):
             folder = folders.enter_context(new_folder(args.output, "DIR")) if args.output is not None else None
             source = checkpoint_folder(args.checkpoint, args.trust_remote_code)
             pipeline = load_pipeline(source, "cpu", torch.float32, args.trust_remote_code)
-            is_repository = local_checkpoint(args.checkpoint) is None
-            if is_repository:
+            if local_checkpoint(args.checkpoint) is None:
                 pipeline._source = source, args.checkpoint  # whose card is told apart by its name
             metadata = {"license": args.license} if args.license else {}
             if args.results is not None:

@@ -64,10 +64,11 @@ def video_batch(source: Path, output: Path) -> VideoBatch:
         (path, output / (path.name if path.suffix.lower() in CONTAINERS else _as_mp4(path, names_of_videos)))
         for path in videos
     ]
-    for number, (path, made) in enumerate(pairs):
-        for other, same in pairs[:number]:
-            if str(made).casefold() == str(same).casefold():
-                raise VideoError(f"{other} and {path} would both become {made}: rename one of them")
+    makers: dict[str, Path] = {}
+    for path, made in pairs:
+        other = makers.setdefault(str(made).casefold(), path)
+        if other != path:
+            raise VideoError(f"{other} and {path} would both become {made}: rename one of them")
     return VideoBatch(pairs, True, [path for path in names if path not in videos])
 
 
