@@ -2,12 +2,6 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    # argparse has no public name for what `add_subparsers` returns.
-    from argparse import _SubParsersAction
 
 
 class BaseCommand(ABC):
@@ -21,9 +15,10 @@ class BaseCommand(ABC):
     def __init__(self, args: argparse.Namespace):
         self.args = args
 
+    # argparse has no public name for what `add_subparsers` returns.
     @staticmethod
     @abstractmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         """Add the command's parser, whose default `command_class` is the command's class."""
 
     @abstractmethod

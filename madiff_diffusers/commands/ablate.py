@@ -1,20 +1,15 @@
 """`madiff ablate`: what a checkpoint's parts are worth."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from . import BaseCommand
 from .common import CommandError, add_trust_option
 from .evaluate import Evaluation, add_evaluation_options, evaluation_errors
 
 
-if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
-
 class AblateCommand(BaseCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "ablate",
             help="compare settings of a checkpoint on a benchmark",

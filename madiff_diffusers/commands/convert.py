@@ -9,8 +9,6 @@ from .common import new_folder
 
 
 if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
     from ..components import CheckpointComponent
 
 
@@ -34,7 +32,7 @@ class ConvertCommand(BaseCommand):
 
 class ConvertEventGANCommand(ConvertCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "convert-eventgan",
             help="convert a checkpoint of the original EventGAN",
@@ -51,7 +49,7 @@ class ConvertEventGANCommand(ConvertCommand):
 
 class ConvertRIFECommand(ConvertCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "convert-rife",
             help="convert the flow network of a RIFE 4.0 checkpoint",

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import re
-from typing import TYPE_CHECKING
 
 from . import BaseCommand
 from .common import (
@@ -18,13 +17,9 @@ from .common import (
 )
 
 
-if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
-
 class DemoCommand(BaseCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "demo",
             help="try it in a browser",

@@ -24,8 +24,6 @@ from .common import (
 
 
 if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
     from ..evaluation.methods import MADiffMethod, Method, Settings
     from ..pipeline_madiff import MADiffPipeline
 
@@ -50,7 +48,7 @@ BENCHMARK_NAMES = (
 
 class EvaluateCommand(BaseCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "evaluate",
             help="run methods on a benchmark: frames, scores, tables, pages",

@@ -18,8 +18,6 @@ from .common import (
 
 
 if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
     from ..pipeline_madiff import MADiffPipeline
 
 
@@ -28,7 +26,7 @@ VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
 
 class ExportCommand(BaseCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "export",
             help="save a checkpoint as a repository of the Hub",

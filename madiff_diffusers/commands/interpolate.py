@@ -4,7 +4,6 @@ import argparse
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import BaseCommand
 from .common import (
@@ -21,13 +20,9 @@ from .common import (
 )
 
 
-if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
-
 class InterpolateCommand(BaseCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "interpolate",
             help="make the frames between two frames",

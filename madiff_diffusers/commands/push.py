@@ -2,19 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import BaseCommand
 from .common import CommandError
 
 
-if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
-
 class PushCommand(BaseCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "push",
             help="upload a saved pipeline or component to the Hub",

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import BaseCommand
 from .common import (
@@ -21,13 +20,9 @@ from .common import (
 )
 
 
-if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
-
 class VideoCommand(BaseCommand):
     @staticmethod
-    def register_subcommand(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    def register_subcommand(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         command = commands.add_parser(
             "video",
             help="make a video smoother, or slower",
