@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -413,7 +412,6 @@ def serve(demo: Demo, host: str, port: int | None) -> None:
     with tempfile.TemporaryDirectory(prefix="madiff-demo-files-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when components are made
         page = demo.build()
-        signal.signal(signal.SIGTERM, _exit)
         page.launch(
             server_name=host,
             server_port=port,
@@ -422,8 +420,3 @@ def serve(demo: Demo, host: str, port: int | None) -> None:
             footer_links=[],
             ssr_mode=False,
         )
-
-
-def _exit(number: int, frame: Any) -> None:
-    """End the process by an exception, so that temporary folders are removed."""
-    raise SystemExit(128 + number)

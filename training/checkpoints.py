@@ -15,8 +15,8 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from madiff_diffusers.files import write_text
 from training.progress import Progress
-from training.run_log import write_text
 
 
 class Checkpoints:

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
+from madiff_diffusers.files import replacing, write_text
 from training.options import RunOptions, check_names
 from training.progress import Progress
 
@@ -205,16 +205,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
