@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from madiff_diffusers.files import VIDEO_SUFFIXES
 from madiff_diffusers.scene_cuts import cuts_of_changes, find_cuts
 from madiff_diffusers.video.interpolation import SourceFrame
 from madiff_diffusers.video.streaming import _with_cuts
@@ -20,6 +21,7 @@ from tests.conftest import moving_picture
 from training.data.datasets import ClipDataset, StreamedDataset, build_dataset
 from training.data.sources import NoWindow, Unreadable, parse_sources, read_source
 from training.data.transforms import Augmentation, EventTransform, TripletTransform
+from training.frame_bank import FrameBank
 from training.options import RunOptions
 from training.random_motion import MovingScene
 from training.validation import validation_windows
@@ -317,6 +319,13 @@ def test_an_unreadable_file_is_fatal_or_left_out_and_counted(tmp_path, capfd):
     shutil.rmtree(tmp_path / "data" / "sequences" / "00002")
     with pytest.raises(ValueError, match="100 draws in a row met nothing that can be used"):
         samples[0]
+
+
+def test_every_stage_takes_the_same_files_for_videos(clips, tmp_path):
+    for number, suffix in enumerate(VIDEO_SUFFIXES):
+        shutil.copyfile(clips / "left.mp4", tmp_path / f"{number}{suffix}")
+    assert len(read_source("videos", str(tmp_path), RunOptions()).lengths) == len(VIDEO_SUFFIXES)
+    assert FrameBank(str(tmp_path), torch.device("cpu"), 48).count == len(VIDEO_SUFFIXES)
 
 
 def test_broken_videos_are_left_out_or_named(tmp_path, capfd):

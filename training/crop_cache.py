@@ -3,8 +3,8 @@
     python -m training.crop_cache CLIPS OUTPUT [--count 6000] [--size 224] [--composed_share 0.2]
 
 Hints are the optical flow that the pipeline starts with (`--hint_source`), found on crops larger than those of
-training, so that what moves into the picture is seen; or, with `--begun`, those that it begins with, from which a decoder guesses motion. Gaps, instants and the choice by motion are those of `write_crops`; options of the same names
-are not read again. A share of the crops can be composed of pieces of frames, as `composed` does: things that cover each other, at an
+training, so that what moves into the picture is seen; or, with `--begun`, those that it begins with, from which a decoder guesses motion. Gaps, instants and the choice by motion are fixed (`GAPS` and what stands beside it): options of the
+same names of `training.train_sampler` are for clips. A share of the crops can be composed of pieces of frames, as `composed` does: things that cover each other, at an
 exact instant; a share be cut larger and made smaller, which is sharper than clips are; a share be compressed, as old videos are.
 `training.train_sampler --data crops:OUTPUT` trains on them.
 """
@@ -14,7 +14,6 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -33,6 +32,9 @@ from training.options import one_line_errors
 
 
 FILES = {"frames": np.uint8, "hints": np.float16, "time": np.float32}
+
+# Of the crops, see `FrameBank.triplets` and `composed`.
+GAPS, ANY_TIME, CANDIDATES, LAYERS = (0.3, 0.3, 0.22, 0.18), 0.35, 4, 3
 
 QUANTIZERS = (2, 7)  # of compressed crops, the last left out: from hardly seen to blocks and ringing
 
@@ -120,12 +122,8 @@ def write_crops(
     count: int,
     size: int,
     hint_source: str | None = None,
-    gaps: Sequence[float] = (0.3, 0.3, 0.22, 0.18),
-    any_time: float = 0.35,
-    candidates: int = 4,
     seed: int = 0,
     composed_share: float = 0.0,
-    layers: int = 3,
     begun: bool = False,
     smaller_share: float = 0.0,
     compressed_share: float = 0.0,
@@ -210,13 +208,13 @@ def write_crops(
         }
         for number in range(count):
             if chance(composed_share):
-                drawn, _ = composed(bank, 1, size, layers, generator)
+                drawn, _ = composed(bank, 1, size, LAYERS, generator)
             else:
                 side = size
                 if chance(smaller_share):
                     grown = round(size * (1 + 0.5 * torch.rand((), generator=generator).item()))
                     side = max(min(grown, bank.largest) // 2 * 2, size)
-                drawn = bank.triplets(1, side, gaps, any_time, candidates, generator)
+                drawn = bank.triplets(1, side, GAPS, ANY_TIME, CANDIDATES, generator)
             frames = torch.cat([drawn[name] for name in ("frame_prev", "frame_mid", "frame_next")])
             if chance(compressed_share):
                 quantizer = int(torch.randint(*QUANTIZERS, (), generator=generator))
@@ -283,20 +281,7 @@ def main() -> None:
         "--compressed_share", type=float, default=0.0, help="of crops that MPEG-4 goes over first (default: 0)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_crops(
-        args.clips,
-        args.output,
-        args.count,
-        args.size,
-        args.hint_source,
-        seed=args.seed,
-        composed_share=args.composed_share,
-        begun=args.begun,
-        smaller_share=args.smaller_share,
-        compressed_share=args.compressed_share,
-        finished_by=args.finished_by,
-    )
+    write_crops(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

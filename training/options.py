@@ -387,8 +387,26 @@ def check_resolution(options: RunOptions, multiple: int) -> None:
         raise ValueError(f"`resolution` must be a multiple of {multiple}, but is {options.resolution}.")
 
 
-def as_configured(trained: ModelT, configured: ModelT) -> ModelT:
-    """A network of `init`.
+def check_unused(options: RunOptions, names: Iterable[str], where: str, config: dict[str, Any] | None = None) -> None:
+    """
+    Args:
+        names: options that nothing reads.
+        where: nothing reads them, for the message.
+        config: what a configuration says of them, which may be for runs that do; their defaults if it says nothing.
+
+    Raises:
+        ValueError: if one of them has another value.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(options)} | (config or {})
+    for name in names:
+        value = usual[name]
+        value = tuple(value) if isinstance(value, list) else value
+        if getattr(options, name) != value:
+            raise ValueError(f"`{name}` is not used {where} and must be {value!r}, but is {getattr(options, name)!r}.")
+
+
+def as_configured(trained: ModelT, configured: ModelT, name: str = "") -> ModelT:
+    """A network of `init`, which may be its part `name`.
 
     Raises:
         ValueError: if its configuration is not that of the one that is `configured`.
@@ -402,7 +420,8 @@ def as_configured(trained: ModelT, configured: ModelT) -> ModelT:
             and (list(found) if isinstance(found, tuple) else found)
             != (list(value) if isinstance(value, tuple) else value)
         ):
-            raise ValueError(f"`init`: `{key}` must be {value!r}, as configured, but is {found!r}.")
+            of = f" of {name}" if name else ""
+            raise ValueError(f"`init`: `{key}`{of} must be {value!r}, as configured, but is {found!r}.")
     return trained
 
 

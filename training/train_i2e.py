@@ -19,7 +19,7 @@ from training.adversary import Adversary
 from training.data.datasets import build_dataset
 from training.data.transforms import EventTransform
 from training.normalisation import StepwiseNormalisation
-from training.options import RunOptions, as_configured, one_line_errors, option, parse_options
+from training.options import RunOptions, as_configured, check_unused, one_line_errors, option, parse_options
 from training.trainer import Trainer
 from training.validation import panel, validation_windows
 
@@ -57,12 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"`ema_decay` must be 0 here, but is {options.ema_decay}: BatchNorm's statistics are not those of averaged weights."
         )
-    for name in ("window", "any_time", "lpips_net", "lpips_backbone"):
-        usual = getattr(RunOptions, name)
-        if getattr(options, name) != usual:
-            raise ValueError(
-                f"`{name}` is not used by this stage and must be {usual!r}, but is {getattr(options, name)!r}."
-            )
+    check_unused(options, ("window", "any_time", "lpips_net", "lpips_backbone"), "by this stage")
     trainer = Trainer(options, "i2e")
     device = trainer.accelerator.device
 

@@ -21,7 +21,6 @@ With no denoised latents in `latent_shares` and a `latent_weight` of 0, the deno
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,16 @@ from training.crop_cache import CropCache
 from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
 from training.losses import gram_loss, lpips_loss
-from training.options import RunOptions, one_line_errors, option, parse_options, training_scheduler
+from training.options import (
+    RunOptions,
+    as_configured,
+    check_resolution,
+    check_unused,
+    one_line_errors,
+    option,
+    parse_options,
+    training_scheduler,
+)
 from training.trainer import Trainer
 from training.validation import image_scores, panel, to_frames, to_image, validation_windows
 
@@ -377,24 +385,14 @@ def check_data(options: SamplerOptions, config: dict[str, Any]) -> tuple[str, st
         raise ValueError(
             f"`latent_shares` must be shares, not all of them zero, but is {list(options.latent_shares)}."
         )
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-
-    def refuse(names: Sequence[str], where: str) -> None:
-        for name in names:
-            if getattr(options, name) != defaults[name]:
-                raise ValueError(
-                    f"`{name}` is not used {where} and must be {defaults[name]!r}, but is {getattr(options, name)!r}."
-                )
-
-    refuse(UNUSED, "by this stage")
+    check_unused(options, UNUSED, "by this stage")
     sources = parse_sources(options.data)
     if len(sources) != 1 or sources[0][0] not in ("videos", "crops"):
         raise ValueError(f"`data` must be one folder of videos or of crops in this stage, but is {options.data!r}.")
     kind, folder, _ = sources[0]
     if kind == "crops":
-        configured = config.get("train_sampler", {})  # which may be for videos, too
-        defaults.update({name: tuple(each) if isinstance(each, list) else each for name, each in configured.items()})
-        refuse(("composed_share", "layers", "scales", "gaps", "any_time", "candidates"), "with crops")
+        of_videos = ("composed_share", "layers", "scales", "gaps", "any_time", "candidates")
+        check_unused(options, of_videos, "with crops", config.get("train_sampler"))
         if options.hints_until:
             raise ValueError(
                 f"`hints_until` must be 0 with crops, which have their hints, but is {options.hints_until}."
@@ -422,12 +420,7 @@ def build_parts(config: dict[str, Any], init: str) -> tuple[MotionHintModel | No
         elif not init:
             parts.append(kind(**config[name]))
         else:
-            part = kind.from_pretrained(init, subfolder=name)
-            for key, value in config[name].items():
-                found = part.config[key]
-                if (list(found) if isinstance(found, tuple) else found) != value:
-                    raise ValueError(f"`init`: `{key}` of {name} must be {value!r}, as configured, but is {found!r}.")
-            parts.append(part)
+            parts.append(as_configured(kind.from_pretrained(init, subfolder=name), kind(**config[name]), name))
     return tuple(parts)
 
 
@@ -562,9 +555,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.resume()
 
     # 2. data; frames at half size, too, must be what the hint model's scales divide
-    multiple = crop_multiple(bare.hint_model, pipeline)
-    if options.resolution % multiple:
-        raise ValueError(f"`resolution` must be a multiple of {multiple}, but is {options.resolution}.")
+    check_resolution(options, crop_multiple(bare.hint_model, pipeline))
     sizes = [max(round(options.resolution * scale / 8) * 8, 8) for scale in options.scales]
     bank = FrameBank(folder, device, max(max(sizes), options.resolution)) if cache is None else None
     latent_size = options.resolution // bare.vqvae.downsample_factor

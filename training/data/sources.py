@@ -11,14 +11,13 @@ import av
 import cv2
 import numpy as np
 
-from madiff_diffusers.files import natural_order
+from madiff_diffusers.files import VIDEO_SUFFIXES, natural_order
 from madiff_diffusers.scene_cuts import find_cuts
 from training.event_recordings import LAYOUT
 from training.options import RunOptions
 
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".y4m")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # that OpenCV reads in every build
 
 
 class Unreadable(ValueError):
@@ -261,7 +260,7 @@ class StillClips:
 
 # What a format's folder looks like, for the message about one that does not.
 LAYOUTS = {
-    "videos": "PATH/*.mp4 (or {})".format(", ".join(VIDEO_SUFFIXES[1:])),
+    "videos": f"PATH/*.mp4 (or {', '.join(each for each in VIDEO_SUFFIXES if each != '.mp4')})",
     "frames": "PATH/CLIP/*.png: a folder for each clip, with its frames in the order of their names",
     "vimeo-triplet": "PATH/tri_trainlist.txt\nPATH/sequences/00001/0001/im1.png, im2.png, im3.png",
     "vimeo-septuplet": "PATH/sep_trainlist.txt\nPATH/sequences/00001/0001/im1.png … im7.png",
