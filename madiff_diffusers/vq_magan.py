@@ -104,6 +104,12 @@ def _zero_init(module: nn.Conv2d) -> nn.Conv2d:
     return module
 
 
+def _log_odds(time: float | torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """Of the previous frame at the instants of a batch, `(B, 1, 1, 1)` float32."""
+    time = torch.as_tensor(time, dtype=torch.float32, device=batch.device).expand(batch.shape[0])
+    return torch.log((1 - time) / time).view(-1, 1, 1, 1)
+
+
 class PartsConv2d(nn.Conv2d):
     """A convolution of several tensors put together along their channels, as the sum of the convolutions of each: what is as large
     as all of them is never made."""
@@ -1205,27 +1211,19 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         layout, frames = self.hint_layout, joined(features_prev.frame, features_next.frame)
         features = [joined(*pair) for pair in zip(features_prev.pyramid, features_next.pyramid)]
         if self.config.news_latents:
-            time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0]).view(-1, 1, 1, 1)
             at_scales = self._offsets_at_scales(hints_prev, hints_next, (height, width), range(len(features) + 1))
-            arguments = (self._told(quantized, frames, at_scales, origin), frames, features, at_scales)
-            sample, offsets, gates = self.decoder(*arguments, torch.log((1 - time) / time), origin)
-            if not return_dict:
-                return sample, commit_loss
-            return VQMAGANDecoderOutput(
-                sample=sample, commit_loss=commit_loss, offsets=offsets, gates=gates, code_indices=code_indices
+            told = self._told(quantized, frames, at_scales, origin)
+            sample, offsets, gates = self.decoder(told, frames, features, at_scales, _log_odds(time, h), origin)
+        else:
+            pyramid = self._hint_pyramid(hints_prev, hints_next, features, (height, width))
+            start = None
+            if layout.has_offsets and self.config.warp_frames:  # all that the frames' own warp reads of the hints
+                both = torch.cat([layout.offsets(hints_prev), layout.offsets(hints_next)])
+                start = self.resize_hints(both, (height, width)).float()
+            log_odds = _log_odds(time, h).to(h.dtype) if self.config.time_conditioned else None
+            sample, offsets, gates = self.decoder(
+                self.post_quant_conv(quantized), frames, features, pyramid, start, log_odds, origin
             )
-        pyramid = self._hint_pyramid(hints_prev, hints_next, features, (height, width))
-        offsets = None
-        if layout.has_offsets and self.config.warp_frames:  # all that the frames' own warp reads of the hints
-            both = torch.cat([layout.offsets(hints_prev), layout.offsets(hints_next)])
-            offsets = self.resize_hints(both, (height, width)).float()
-        log_odds = None
-        if self.config.time_conditioned:
-            time = torch.as_tensor(time, dtype=torch.float32, device=h.device).expand(h.shape[0])
-            log_odds = torch.log((1 - time) / time).to(h.dtype).view(-1, 1, 1, 1)
-        sample, offsets, gates = self.decoder(
-            self.post_quant_conv(quantized), frames, features, pyramid, offsets, log_odds, origin
-        )
         if not return_dict:
             return sample, commit_loss
         return VQMAGANDecoderOutput(
@@ -1261,8 +1259,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
             ValueError: without `news_latents`, or with a single scale.
         """
         stride = self.motion_stride
-        time = torch.as_tensor(time, dtype=torch.float32, device=hints_prev.device).expand(hints_prev.shape[0])
-        log_odds = torch.log((1 - time) / time).view(-1, 1, 1, 1)
+        log_odds = _log_odds(time, hints_prev)
         height, width = (stride * side for side in hints_prev.shape[-2:])
         levels, finest = len(self.config.block_out_channels), stride.bit_length() - 1
         scales = range(min(finest, levels - 1), levels + 1)  # news are told by hints of half the latents' stride
@@ -1272,7 +1269,7 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         if h is None:
             size = at_scales[-1].shape[-2:]
             shape = (hints_prev.shape[0], self.config.latent_channels, *size)
-            told = torch.zeros(shape, dtype=self.dtype, device=time.device)
+            told = torch.zeros(shape, dtype=self.dtype, device=hints_prev.device)
         else:
             frames = joined(features_prev.frame, features_next.frame)
             told = self._told(self._quantized(h, force_not_quantize)[0], frames, at_scales)
@@ -1386,23 +1383,16 @@ class VQMAGANModel(CheckpointComponent, VQModel):
         if self.config.news_latents:
             features = self.encode(torch.cat([frame_prev, frame_next])).features
             features_prev, features_next = (features.map(lambda each: halves(each)[side]) for side in (0, 1))
-            latents = decoded_latents = self.encode_news(
-                sample, features_prev, features_next, hints_prev, hints_next, time
-            )
-            if latent_noise is not None:
-                decoded_latents = latents + latent_noise
-            decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next, time=time)
-            if not return_dict:
-                return decoded.sample, decoded.commit_loss
-            decoded["latents"] = latents
-            return decoded
-        encoded = self.encode(torch.cat([sample, frame_prev, frame_next]))
-        latents = decoded_latents = encoded.latents[:batch]
-        if latent_noise is not None:
-            decoded_latents = latents + latent_noise * latents.detach().std()
-        features_prev = encoded.features.map(lambda each: each[batch : 2 * batch])
-        features_next = encoded.features.map(lambda each: each[2 * batch :])
-        decoded = self.decode(decoded_latents, features_prev, features_next, hints_prev, hints_next, time=time)
+            latents = self.encode_news(sample, features_prev, features_next, hints_prev, hints_next, time)
+            deviation: float | torch.Tensor = 1.0
+        else:
+            encoded = self.encode(torch.cat([sample, frame_prev, frame_next]))
+            latents = encoded.latents[:batch]
+            features_prev = encoded.features.map(lambda each: each[batch : 2 * batch])
+            features_next = encoded.features.map(lambda each: each[2 * batch :])
+            deviation = latents.detach().std()
+        noisy = latents if latent_noise is None else latents + latent_noise * deviation
+        decoded = self.decode(noisy, features_prev, features_next, hints_prev, hints_next, time=time)
         if not return_dict:
             return decoded.sample, decoded.commit_loss
         decoded["latents"] = latents

@@ -340,7 +340,6 @@ def config(tiny_news, tmp_path) -> Path:
         "resolution": 32,
         "lr_warmup_steps": 1,
         "mixed_precision": "no",
-        "checkpointing_steps": 2,
         "log_steps": 1,
     }
     tiny.update(

@@ -114,13 +114,10 @@ def latent_noise(model: VQMAGANModel, frames: torch.Tensor, level: float, genera
 
 
 def refine_as_sampling(
-    model: VQMAGANModel, source: HintSource, prev: torch.Tensor, mid: torch.Tensor, next_: torch.Tensor, rounds: int
+    model: VQMAGANModel, source: HintSource, prev: torch.Tensor, mid: torch.Tensor, next_: torch.Tensor
 ) -> tuple[HintPair, dict]:
-    """The true latents decoded as sampling decodes its own: with start hints, then `rounds` times with hints refined
-    from the guess before. Returns the last hints and what the decoder gave for them."""
-    hints = source.start(prev, next_)
-    decoded = model(mid, prev, next_, *hints)
-    for _ in range(rounds):
-        hints = source.from_guess(prev, decoded.sample.clamp(-1, 1), next_)
-        decoded = model(mid, prev, next_, *hints)
-    return hints, decoded
+    """The true latents decoded as sampling decodes its own: with start hints, then with hints refined from that guess. Returns the
+    last hints and what the decoder gave for them."""
+    guess = model(mid, prev, next_, *source.start(prev, next_)).sample.clamp(-1, 1)
+    hints = source.from_guess(prev, guess, next_)
+    return hints, model(mid, prev, next_, *hints)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             scores = image_scores(result, mid, lpips)
             if not shown:
                 return scores, None
-            hints, decoded = refine_as_sampling(vqvae, source, prev, mid, next_, rounds=1)
+            hints, decoded = refine_as_sampling(vqvae, source, prev, mid, next_)
             seen = (hints, config["hint_source"], source, decoded.offsets[-1], decoded.gates[-1])
             return scores, decoded_panel(frames, result, *seen)
 

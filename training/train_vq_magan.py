@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         def score(index: int, shown: bool) -> tuple[dict[str, float], np.ndarray | None]:
             prev, mid, next_ = frames = to_frames(windows[index], device)
             bare_model.eval()
-            hints, decoded = refine_as_sampling(bare_model, source, prev, mid, next_, rounds=1)
+            hints, decoded = refine_as_sampling(bare_model, source, prev, mid, next_)
             bare_model.train()
             scores = image_scores(decoded.sample, mid, lpips)
             if not shown:
