@@ -93,14 +93,9 @@ def register_hint_source(name: str, kind: type) -> None:
     _OF_CHECKPOINTS.difference_update(names)
 
 
-def unregistered_parts(name: str) -> list[str]:
-    """The parts of a hint source's name that are not known until something is imported."""
-    return [part for part in name.split("+") if part not in _OWN and part not in _SOURCES]
-
-
 def parts_of_checkpoints(name: str) -> list[str]:
     """The parts of a hint source's name that this process does not know but from checkpoints' own code."""
-    return [part for part in name.split("+") if part in _OF_CHECKPOINTS or part in unregistered_parts(part)]
+    return [part for part in name.split("+") if part in _OF_CHECKPOINTS or part not in (*_OWN, *_SOURCES)]
 
 
 def _check_kind(kind: Any, what: str) -> None:

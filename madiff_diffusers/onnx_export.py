@@ -1,21 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint's networks as ONNX graphs, for runtimes other than torch; `docs/onnx.md` shows how to run them.
 
-Every graph takes and gives tensors by name. What one of them gives, another takes under the same name, with `_prev` or `_next`
-behind it where it is a neighbour's:
-
-| graph | takes | gives |
-|---|---|---|
-| `encode` | `frames` | `latents` (not with latents of news), `features_1`, `features_2`, …, finest first |
-| `hints` | `frame_prev`, `frame_next`, `time` | `hints_prev`, `hints_next` |
-| `refine` | `frame_prev`, `frame_mid`, `frame_next`, `hints_prev`, `hints_next` | `refined_prev`, `refined_next` |
-| `motion` | `time`, `begun_prev`, `begun_next`, the neighbours' coarser features | `motion_prev`, `motion_next` |
-| `denoise` | `latents`, `timestep`, `time`, hints, the neighbours' latents (of news: coarsest features) | `prediction` |
-| `decode` | `latents`, `time`, `frame_prev`, `frame_next`, hints, the neighbours' features | `frame` |
-
-`hints` and `refine` are there where the checkpoint has a hint model, `motion` where its latents are news ([`VQMAGANModel.guess_motion`], with
-latents of zeros: begun hints and motion have the frames' size over the `motion_stride` of `madiff.json`, in pixels of that size), and `time`
-where a network reads it. All tensors are float32.
+Every graph takes and gives tensors by name: what one of them gives, another takes under the same name, with `_prev` or `_next` behind it where it
+is a neighbour's. The table there says what; tensors that a checkpoint's networks do not read are left out. All are float32.
 Frames are `(B, 3, H, W)` in [-1, 1], with H and W multiples of what `madiff.json` says; hints have the frames' size; `time`
 and `timestep` are `(B,)`. Latents are what a scheduler works with: scaling is inside the graphs.
 """

@@ -14,10 +14,6 @@ from ..files import WRITABLE_FORMATS, natural_order
 from ..image_io import read_image
 
 
-# Ways to look at a file: as it is, at half its size (areas averaged), or its central quarter.
-VIEWS = ("whole", "half", "centre")
-
-
 class Triplet(NamedTuple):
     """Two neighbours and the true frame between them.
 
@@ -25,7 +21,7 @@ class Triplet(NamedTuple):
         name: unique name in its benchmark, folders included; also that of a result's file.
         prev, truth, next: image files.
         sequence: clip that it comes from, where scores are averaged over each clip first.
-        view: view of the files that is read, one of `VIEWS`.
+        view: what of the files is read: `"whole"`, `"half"` of their size (areas averaged), or the `"centre"`, their central quarter.
         time: instant of the true frame, between 0 (the previous frame's) and 1 (the next one's).
     """
 
@@ -74,7 +70,7 @@ class Benchmark(NamedTuple):
 
 
 def look(image: np.ndarray, view: str) -> np.ndarray:
-    """An image `(H, W, 3)` uint8 in one of `VIEWS`."""
+    """An image `(H, W, 3)` uint8 in one of the views of a [`Triplet`]."""
     height, width = image.shape[:2]
     if view == "half":
         return cv2.resize(image, (width // 2, height // 2), interpolation=cv2.INTER_AREA)

@@ -12,6 +12,7 @@ from .analysis import Analysis
 from .colour import PLANAR, ColourTags, chroma_of, is_rgb, planar_format
 from .errors import VideoError
 from .formats import CODECS, Container, container_of, refusal_of
+from .options import CheckedOptions
 
 
 # Formats that hold the samples of a planar format in fewer planes. Some chips take no others.
@@ -161,10 +162,8 @@ def choose_encoding(
     analysis: Analysis,
     time_base: Fraction,
     rate: Fraction,
-    codec: str | None = None,
-    crf: int | None = None,
-    preset: str | None = None,
-    hdr10: Hdr10 | None = None,
+    video_options: CheckedOptions,
+    hdr10: Hdr10 | None,
 ) -> Encoding:
     """
     Choose how to write a video so that it has the pixels, colours and shape of the source.
@@ -173,7 +172,7 @@ def choose_encoding(
         output: the file or folder.
         analysis: the source's.
         time_base, rate: those of the frames that will be shown.
-        codec, crf, preset: the ones to use; the usual ones if not given.
+        video_options: their `codec`, `crf` and `preset` are used, the usual ones where they are None.
         hdr10: the source's metadata of HDR10, if it has any.
 
     Raises:
@@ -181,7 +180,8 @@ def choose_encoding(
     """
     container = container_of(output)
     source = av.VideoFormat(analysis.pixel_format)
-    name = codec or _usual_codec(container, source, hdr10 is not None)
+    crf, preset = video_options.crf, video_options.preset
+    name = video_options.codec or _usual_codec(container, source, hdr10 is not None)
     kind = CODECS[name]
     options = dict(kind.options)
     refusal = refusal_of(name, crf, preset)

@@ -104,9 +104,7 @@ class VideoJob:
             self.analysis,
             self.timeline.time_base,
             rate,
-            self.options.codec,
-            self.options.crf,
-            self.options.preset,
+            self.options,
             hdr10_of(self.source),
         )
         self._colours: dict[ColourTags, ColourPath] = {}
