@@ -23,8 +23,8 @@ from madiff_diffusers import MADiffPipeline, RIFEFlowModel, SearchHints, VQMAGAN
 from madiff_diffusers.frame_coding import EncodedFrames, FrameCoder
 from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
-from tests.conftest import REPOSITORY, build_pipeline, excite, moving_picture, two_processes
-from tests.processes import layout_script, run_python
+from tests.conftest import REPOSITORY, build_pipeline, excite, moving_picture
+from tests.processes import layout_script, run_python, run_two_ranks
 from tests.test_metrics import random_backbone_file, random_lpips
 from tests.video_files import drifting, write_video
 from training.crop_cache import CropCache, compressed, write_crops
@@ -439,12 +439,8 @@ def test_all_processes_have_one_codebook(config, clips, tmp_path):
         "codes.CodeUsage.note = noted\n"
         "train_sampler.main(sys.argv[1:-1])\n"
     )
-    (tmp_path / "script.py").write_text(script)
     arguments = command(config, clips, tmp_path / "run", "--revive_every", "2")[3:]
-    launcher = two_processes(["training.train_sampler"])[:-2]
-    done = run_python(
-        [*launcher, str(tmp_path / "script.py"), *arguments, str(tmp_path)], cwd=REPOSITORY, env=TWO_PROCESSES
-    )
+    done = run_two_ranks([sys.executable, "-c", script, *arguments, str(tmp_path)], REPOSITORY, TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"codes{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first, second)
@@ -534,10 +530,7 @@ def test_it_trains_on_kept_crops(config, clips, tmp_path):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name[:15] for name in moved} == {"vqvae.decoder.h", "vqvae.decoder.w"}, "neither codes nor anything else"
     assert not any("warps.0" in name for name in moved)
-    together = two_processes(
-        ["training.train_sampler", *command(config, crops, tmp_path / "two", *only, *without)[3:]]
-    )
-    done = run_python(together, cwd=REPOSITORY, env=TWO_PROCESSES)
+    done = run_two_ranks(command(config, crops, tmp_path / "two", *only, *without), REPOSITORY, TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     for names, wrong in (("vqvae.decoder.head,decoder", "decoder"), ("vqvae.decoder.head,", "")):
         done = train(config, crops, tmp_path / "other", "--trained", names)
