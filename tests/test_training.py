@@ -30,7 +30,7 @@ from tests.processes import Forked, layout_script, run_python, run_two_ranks, st
 from training.adversary import PatchDiscriminator
 from training.losses import adaptive_weight, discriminator_hinge_loss
 from training.normalisation import StepwiseNormalisation
-from training.options import REMOVED, RENAMED, parse_options, training_scheduler
+from training.options import parse_options, training_scheduler
 from training.run_log import append_row, take_back_rows
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
@@ -555,60 +555,6 @@ def test_wrong_options_are_named(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_options(I2EOptions, "train_i2e", ["--config", "tiny", "--data", "x", "--output_dir", "y", *flags], "")
     assert stopped.value.code == 2 and message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("old", [*RENAMED, *REMOVED])
-@pytest.mark.parametrize("stage", OPTIONS)
-def test_old_names_are_refused_with_the_new_ones(stage, old, tmp_path, tiny, capsys):
-    """Flags, with their value behind a space or `=`, and keys of a configuration, of any stage."""
-
-    def said(*flags: str) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            parse_options(OPTIONS[stage], stage, [*flags, "--data", "x", "--output_dir", "y"], "")
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
-
-    new = RENAMED.get(old)
-    assert old not in (fields := {field.name for field in dataclasses.fields(OPTIONS[stage])})
-    # The event generator has no weight decay.
-    assert new is None or new in fields or (stage, old) == ("train_i2e", "weight_decay")
-    for flags in ([f"--{old}", "1"], [f"--{old}=1"]):
-        wanted = f"--{old} is now --{new}" if new else f"--{old} is gone: {REMOVED[old]}"
-        assert f"error: {wanted}\n" in said("--config", "tiny", *flags)
-    tiny[stage][old] = 1
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny))
-    wanted = f"{old} is now {new}" if new else f"{old} is gone: {REMOVED[old]}"
-    assert f"error: mine.yaml: section {stage}: {wanted}\n" in said("--config", str(tmp_path / "mine.yaml"))
-
-
-def test_several_old_names_are_told_at_once(capsys):
-    with pytest.raises(SystemExit):
-        parse_options(I2EOptions, "train_i2e", ["--config", "tiny", "--output", "y", "--crop", "9"], "")
-    assert "error: --crop is now --resolution; --output is now --output_dir\n" in capsys.readouterr().err
-
-
-def test_a_run_of_an_older_version_is_refused_with_the_new_names(clips, trained, tmp_path):
-    """Also a finished one, whose options would go into a model card."""
-    shutil.copytree(trained / "i2e", tmp_path / "i2e")
-    path = tmp_path / "i2e" / "args.yaml"
-    recorded = yaml.safe_load(path.read_text())
-    older = {old: recorded[new] for old, new in RENAMED.items() if new in recorded}
-    kept = {name: value for name, value in recorded.items() if name not in RENAMED.values()}
-    path.write_text(yaml.safe_dump({**kept, **older, "decoder": "av"}))
-    before = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
-    for steps in ("20", "22"):
-        done = launch(command("i2e", clips, tmp_path, "--max_train_steps", steps))
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert (
-            f"error: `output_dir`: the run began with an older version, in whose names {path} is written"
-            in done.stderr
-        )
-        for old in older:
-            assert f"{old} is now {RENAMED[old]}; " in done.stderr
-        assert "decoder is gone: PyAV decodes all videos. Change them there to go on." in done.stderr
-    assert before == {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
-    path.write_text(yaml.safe_dump(recorded))
-    assert "resumed at step 20" in succeed(command("i2e", clips, tmp_path))
 
 
 @pytest.mark.parametrize("stage", OPTIONS)

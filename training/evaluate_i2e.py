@@ -15,7 +15,7 @@ from madiff_diffusers.eventgan import EventGANModel
 from training.data.datasets import build_dataset
 from training.data.transforms import EventTransform
 from training.event_simulation import LOG_EPS
-from training.options import RunOptions, check_flags, one_line_errors
+from training.options import RunOptions, one_line_errors
 
 
 def spread_evenly(
@@ -43,7 +43,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--frames", type=int, default=3, help="pairs are 1 to FRAMES - 1 source frames apart")
     parser.add_argument("--seed", type=int, default=0)
-    check_flags(argv)
     args = parser.parse_args(argv)
     for name, least in (("samples", 1), ("resolution", 1), ("frames", 2), ("seed", 0)):
         if getattr(args, name) < least:

@@ -39,27 +39,6 @@ MODEL_SECTIONS = {
 }
 STAGES = ("train_i2e", "train_vq_magan", "train_denoiser", "train_sampler")
 
-# Old names of options, which now have those of Diffusers' training scripts.
-RENAMED = {
-    "accumulation": "gradient_accumulation_steps",
-    "batch_size": "train_batch_size",
-    "crop": "resolution",
-    "hub_private": "hub_private_repo",
-    "keep": "checkpoints_total_limit",
-    "log_every": "log_steps",
-    "lr_schedule": "lr_scheduler",
-    "output": "output_dir",
-    "save_every": "checkpointing_steps",
-    "steps": "max_train_steps",
-    "tracker": "report_to",
-    "validate_every": "validation_steps",
-    "warmup_steps": "lr_warmup_steps",
-    "weight_decay": "adam_weight_decay",
-    "workers": "dataloader_num_workers",
-}
-# Options that are gone, and why.
-REMOVED = {"decoder": "PyAV decodes all videos"}
-
 # Of diffusers.optimization, those that need no arguments of their own.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
 
@@ -211,47 +190,16 @@ class RunOptions:
     hub_message: str = option("", "message of the commit; empty: a general one")
 
 
-def check_names(names: Iterable[str], prefix: str = "") -> None:
-    """Refuse old names of options.
-
-    Args:
-        names: of options, old ones and others.
-        prefix: stands before names in the message.
-
-    Raises:
-        ValueError: naming each old one with its new name.
-    """
-    names = set(names)
-    told = [f"{prefix}{old} is now {prefix}{new}" for old, new in RENAMED.items() if old in names]
-    told += [f"{prefix}{old} is gone: {reason}" for old, reason in REMOVED.items() if old in names]
-    if told:
-        raise ValueError("; ".join(told))
-
-
-def check_flags(argv: Sequence[str] | None) -> None:
-    """Refuse old names of options among the arguments of a command, by default those of this process.
-
-    Raises:
-        ValueError: as `check_names`.
-    """
-    given = sys.argv[1:] if argv is None else argv
-    check_names((each[2:].partition("=")[0] for each in given if each.startswith("--")), prefix="--")
-
-
 def parse_options(options_class: type, stage: str, argv: list[str] | None, description: str) -> tuple[Any, dict]:
     """Options of a stage, and the whole configuration, in which empty sections are empty mappings.
 
     Raises:
-        SystemExit: on an old or unknown flag, an unknown section, an old key in a stage's section, an unknown one in this stage's or a network's,
-            a value of the wrong type or out of its range, or a missing `--data` or `--output_dir`.
+        SystemExit: on an unknown flag or section, an unknown key in this stage's section or a network's, a value of the wrong type or out of its
+            range, or a missing `--data` or `--output_dir`.
     """
     # 1. the configuration, whose values are the defaults that `--help` shows
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--config")
-    try:
-        check_flags(argv)
-    except ValueError as error:
-        named.error(str(error))
     name = named.parse_known_args(argv)[0].config
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     config, section = ({}, {}) if name is None else _read_config(name, stage, fields, named)
@@ -326,10 +274,10 @@ def _read_config(name: str, stage: str, fields: dict, parser: argparse.ArgumentP
 
 
 def check_config(config: Any) -> None:
-    """Refuse a configuration with a section or a key that nothing reads, or a stage's key with an old name.
+    """Refuse a configuration with a section or a network's key that nothing reads.
 
     Raises:
-        ValueError: naming the key, and what is known or its new name.
+        ValueError: naming the key, and what is known.
     """
     if not isinstance(config, dict):
         raise ValueError("a configuration is a mapping of sections")
@@ -343,11 +291,6 @@ def check_config(config: Any) -> None:
     for section in {*MODEL_SECTIONS, *STAGES, "scheduler"} & set(config):
         if not isinstance(config[section], dict):
             raise ValueError(f"section {section} must be a mapping of keys to values, but is {config[section]!r}")
-    for stage in STAGES:
-        try:
-            check_names(config.get(stage, {}))
-        except ValueError as error:
-            raise ValueError(f"section {stage}: {error}") from None
     hint_parts(config["hint_source"])
     classes = dict(MODEL_SECTIONS)
     name = config["scheduler"].get("class")

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from madiff_diffusers.files import replacing, write_text
-from training.options import RunOptions, check_names
+from training.options import RunOptions
 from training.progress import Progress
 
 
@@ -51,28 +51,11 @@ class RunLog:
 
     # ---- the start of a run ----
 
-    def recorded_options(self) -> dict[str, Any]:
-        """The options of the last start, as `args.yaml` holds them; empty without that file.
-
-        Raises:
-            ValueError: if they have old names.
-        """
-        path = self.folder / "args.yaml"
-        recorded = yaml.safe_load(path.read_text()) if path.exists() else {}
-        try:
-            check_names(recorded)
-        except ValueError as error:
-            raise ValueError(
-                f"`output_dir`: the run began with an older version, in whose names {path} is written: {error}. Change them there to "
-                "go on."
-            ) from None
-        return recorded
-
     def record_start(self, goes_on: bool) -> None:
         """Write `args.yaml` and `environment.yaml`, and say what changed where a run `goes_on`: it is no longer what its first
         options say, which nobody should overlook."""
         path = self.folder / "args.yaml"
-        before = self.recorded_options() if goes_on else {}
+        before = yaml.safe_load(path.read_text()) if goes_on and path.exists() else {}
         for name, value in yaml.safe_load(yaml.safe_dump(dataclasses.asdict(self.options))).items():
             if name in before and before[name] != value:
                 print(f"changed since the last start: {name} was {before[name]!r}, is {value!r}", file=sys.stderr)

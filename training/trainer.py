@@ -126,8 +126,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.folder)
-            if self.checkpoints.saved():
-                self.log.recorded_options()  # refuses old ones
         if options.report_to != "none" and not self.accelerator.log_with:
             raise ValueError(
                 f"`report_to` {options.report_to!r} needs its package; install it, or use `report_to` none."
