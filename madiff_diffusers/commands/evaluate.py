@@ -115,7 +115,7 @@ def add_evaluation_options(command: argparse.ArgumentParser, gallery: int) -> No
     command.add_argument(
         "--hint-source",
         metavar="S",
-        help="use only this part of the checkpoint's hints: events, flow, fine_flow or one of its own",
+        help="use only this part of the checkpoint's hints: search, flow, fine_flow, events, model or one of its own",
     )
     command.add_argument(
         "--scheduler", metavar="CLASS", help="scheduler class of Diffusers (default: the checkpoint's own)"
