@@ -90,7 +90,10 @@ def check_instants(num_frames: Any, times: Any) -> None:
         return
     if num_frames != 1:
         raise ValueError(f"Either `num_frames` or `times` can be given, but both are: {num_frames!r} and {times!r}.")
-    given = list(times) if isinstance(times, (Sequence, np.ndarray)) and not isinstance(times, str) else []
+    listed = (
+        times.ndim > 0 if isinstance(times, np.ndarray) else isinstance(times, Sequence) and not isinstance(times, str)
+    )
+    given = list(times) if listed else []
 
     def is_instant(time: Any) -> bool:
         # The networks are told it in float32, and the odds of it, which must be finite; NaN fails, too.

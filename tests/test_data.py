@@ -231,6 +231,7 @@ def test_animation_on_twos_to_fours_is_motion(each):
     drawings = [*[0.13] * 6, 0.5, *[0.13] * 6]
     changes = [change for drawing in drawings for change in (*[0.0] * (each - 1), drawing)]
     assert cuts_of_changes(changes) == [7 * each]
+    assert cuts_of_changes([*[0.3] * 6, 0.01, 0.01, 0.1, *[0.01] * 8]) == [9], "the nearest changes are compared with"
     assert cuts_of_changes([*[0.0] * 5, 0.13, *[0.0] * 5, 0.13, *[0.0] * 5]) == [6, 12]
     stream = [SourceFrame(np.full((36, 64, 3), value, np.float32)) for value in np.cumsum([0, *changes]) % 2 / 3]
     given = [starts for _, starts in _with_cuts(stream, 0.08, 3.0)]

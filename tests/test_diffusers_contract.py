@@ -227,6 +227,16 @@ def test_helpers_keep_the_frames(enable, pipeline, pair):
     assert (make(pipeline, pair) - expected).abs().max() <= 1e-4, "a second call, too"
 
 
+def test_what_is_excluded_from_group_offloading_is_excluded_beside_the_autoencoder(pipeline, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "enable_group_offload", lambda self, exclude_modules: told.append(exclude_modules)
+    )
+    for excluded in (None, "i2e", ["unet", "i2e"]):
+        pipeline.enable_group_offload(exclude_modules=excluded)
+    assert told == [["vqvae"], ["i2e", "vqvae"], ["i2e", "unet", "vqvae"]]
+
+
 def test_layerwise_casting_stays_close(pipeline, pair):
     expected = make(pipeline, pair)
     for name in NETWORKS:
@@ -318,10 +328,9 @@ def test_schedulers_that_do_not_fit_are_named(pipeline, pair):
             MADiffPipeline(**pipeline.components, hint_source=pipeline.config.hint_source)
 
 
-def test_a_scheduler_of_flow_matching_by_its_settings_is_refused(pipeline):
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
-    )
+@pytest.mark.parametrize("settings", [{"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True}])
+def test_a_scheduler_of_flow_matching_by_its_settings_is_refused(pipeline, settings):
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **settings)
     with pytest.raises(ValueError, match="`scheduler` must not be of flow matching"):
         MADiffPipeline(**{**pipeline.components, "scheduler": scheduler}, hint_source=pipeline.config.hint_source)
 

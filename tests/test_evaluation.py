@@ -337,6 +337,14 @@ def test_batches_give_the_same_table(pipeline, root, tmp_path):
     assert tables[0] == tables[1]
 
 
+def test_the_time_of_a_batch_is_shared_among_its_frames(peer, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(peer)
+    (summary,) = evaluate(
+        "ucf101", str(root), tmp_path / "out", [FunctionMethod("peers:slow")], scorer(), batch_size=4, gallery=0
+    )
+    assert summary["batches"] == [2] and all(0.3 <= item["seconds"] < 0.5 for item in summary["items"])
+
+
 def test_scores_are_those_of_the_files_that_are_there(root, tmp_path):
     """Frames that were deleted are made again; another metric is added to what is known."""
     first = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], Scorer(["psnr"]), gallery=0)[0]
@@ -352,6 +360,23 @@ def test_scores_are_those_of_the_files_that_are_there(root, tmp_path):
         {**item, "seconds": new["seconds"]} for item, new in zip(second["items"], third["items"])
     ]
     assert read_image(frames / "3.png").size == (64, 40)
+
+
+def test_a_page_is_of_the_latest_scores(root, tmp_path):
+    def page(*metrics: str) -> Path:
+        method, scores = Baseline("average"), Scorer(metrics)
+        (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [method], scores, gallery=1)
+        worst = min(summary["items"], key=lambda item: item["psnr"])
+        (found,) = (tmp_path / "out" / "gallery").rglob("index.html")
+        assert f"PSNR {worst['psnr']:.2f}" in found.read_text()
+        return found
+
+    first = page("psnr")
+    abandoned = first.parent.with_name(f".{first.parent.name}.1.tmp")
+    abandoned.mkdir()
+    assert "SSIM" not in first.read_text() and "SSIM" in page("psnr", "ssim").read_text() and not abandoned.exists()
+    written = first.stat().st_mtime_ns
+    assert page("ssim").stat().st_mtime_ns == written, "nothing new, nothing written"
 
 
 def test_scores_of_another_network_are_not_kept(root, tmp_path):
@@ -389,6 +414,14 @@ def test_a_run_that_was_stopped_while_it_was_scored_ends_with_fewer_metrics(root
     )
     (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], scorer(), gallery=2)
     assert set(summary["scores"]) == {"psnr", "ssim"} and list((tmp_path / "out" / "gallery").rglob("index.html"))
+    # Half of it by another network: neither's is the mean of both.
+    scored = [json.loads(line) for line in lines if "lpips" in line]
+    for entry in scored[:2]:
+        entry.update(networks={"lpips": "another"})
+        entry["pass"] += 1
+    progress.write_text("".join(lines) + "".join(f"{json.dumps(entry)}\n" for entry in scored[:2]))
+    (summary,) = evaluate("ucf101", str(root), tmp_path / "out", [Baseline("average")], scorer(), gallery=0)
+    assert set(summary["scores"]) == set(summary["networks"]) | {"psnr", "ssim"} == {"psnr", "ssim"}
 
 
 def test_what_a_whole_run_cannot_have_is_refused_or_left_out_before(pipeline, root, tmp_path):
@@ -826,6 +859,13 @@ def test_differences_are_paired():
     table = differences([run("own", [10.0, 20.0, 30.0]), run("other", [10.5, 20.5, 30.5])], "own")
     assert "| other | +0.50 [+0.50, +0.50] |" in table and "own |" not in table.replace("| less own |", "")
     assert differences([run("own", [1.0])], "own") == ""
+    assert r"| less a\|b | PSNR" in differences([run("a|b", [1.0]), run("c|d", [2.0])], "a|b"), "no column more"
+    # Frames of one clip go together: half of its difference is that of three frames, half that of one.
+    runs = [run("own", [10.0] * 4), run("other", [11.0, 11.0, 11.0, 14.0])]
+    for each in runs:
+        for item, clip in zip(each["items"], "aaab"):
+            item["sequence"] = clip
+    assert "| other | +2.50 [+1.00, +4.00] |" in differences(runs, "own")
 
 
 # ---- pages ----

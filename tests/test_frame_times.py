@@ -1,4 +1,5 @@
 from fractions import Fraction
+from math import ceil, floor
 
 import pytest
 
@@ -46,6 +47,28 @@ def test_times_that_a_file_rounds_to_milliseconds_are_still_the_source_frames_ow
     ]
 
 
+@pytest.mark.parametrize("rounded", [floor, ceil])
+def test_half_a_tick_is_rounding_too_and_slow_motion_stretches_it(rounded):
+    # Of 16 frames a second, every second one begins half a millisecond off.
+    starts = [rounded(Fraction(1000 * number, 16)) for number in range(16)]
+    timeline = Timeline(starts, 1000, Fraction(1, 1000), rate=Fraction(16))
+    assert [(frame.index, frame.position) for frame in shown(timeline)] == [(number, 0) for number in range(16)]
+    slow = Timeline(starts, 1000, Fraction(1, 1000), rate=Fraction(16), slow_motion=Fraction(2))
+    assert len(slow) == 32 and slow.made() == 15
+    assert [frame.index for frame in shown(slow)[::2]] == list(range(16))
+
+
+@pytest.mark.parametrize("second", [200 * 90000 - 1, 200 * 90000 + 1])
+def test_no_instant_is_nearer_to_a_frame_than_networks_can_be_told(second):
+    timeline = Timeline([0, second, 300 * 90000], 400 * 90000, Fraction(1, 90000), rate=Fraction(1, 100))
+    assert [(frame.index, frame.position) for frame in shown(timeline)] == [
+        (0, 0),
+        (0, Fraction(100 * 90000, second)),
+        (1, 0),
+        (2, 0),
+    ]
+
+
 def test_a_factor_follows_uneven_frames_and_the_last_one_too():
     timeline = Timeline([0, 3, 9], 12, Fraction(1, 90), factor=2)
     frames = shown(timeline)
@@ -88,6 +111,19 @@ def test_nothing_is_made_where_frames_are_held_and_across_dropped_ones_more_is()
         (5, 0),
         (5, 0),
     ]
+    for last in range(1, len(timeline.kept) + 1):
+        assert timeline.count(0, last) == sum(map(len, timeline.shown(0, last))), "of frames that are not left out"
+    at_a_rate = Timeline(range(4), 4, Fraction(1, 24), rate=Fraction(48), held=[1])
+    assert [(frame.index, frame.position) for frame in shown(at_a_rate)] == [
+        (0, 0),
+        (0, half),
+        (1, 0),
+        (1, 0),
+        (2, 0),
+        (2, half),
+        (3, 0),
+        (3, 0),
+    ]
 
 
 def test_the_first_frame_behind_a_cut_is_shown_where_its_time_was_rounded_up():
@@ -100,5 +136,6 @@ def test_a_file_of_one_frame_is_shown_as_it_is():
     assert [(frame.index, frame.position) for frame in shown(Timeline([0], 1, FILM, rate=Fraction(60)))] == [
         (0, 0)
     ] * 3  # 2.5 of them, to within half
+    assert len(Timeline([0], 1, FILM, rate=Fraction(1))) == 1, "however short it is shown"
     with pytest.raises(ValueError, match="Either `factor` or `rate`"):
         Timeline([0], 1, FILM)

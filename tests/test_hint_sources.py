@@ -1,5 +1,6 @@
 """Motion models that are not this package's: built, trained, saved with their code, loaded elsewhere, refused where they do not fit."""
 
+import importlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from madiff_diffusers import (
     build_hint_source,
     register_hint_source,
 )
-from madiff_diffusers.hint_registry import _SOURCES, TRAVELLING
+from madiff_diffusers.hint_registry import _SOURCES, TRAVELLING, load_hint_code, saved_name
 from madiff_diffusers.motion_hints import NullHints
 from tests.conftest import REPOSITORY, build_pipeline, excite, load_config, moving_picture
 from tests.local_hub import local_hub
@@ -183,6 +184,32 @@ def test_what_does_not_fit_is_refused_where_it_is_set(pipeline, toy, tmp_path):
         pipeline.save_pretrained(tmp_path / "saved")
 
 
+def test_classes_whose_files_cannot_travel_are_named(toy, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "near").mkdir()
+    for name, code in (("__init__", ""), ("helper", "SCALE = 2\n"), ("hints", TOY + "\nfrom .helper import SCALE\n")):
+        (tmp_path / "near" / f"{name}.py").write_text(code)
+    (tmp_path / "near" / "warping.py").write_text(TOY)
+    for module, message in (
+        ("near.hints", "is in hints.py, which imports from beside itself"),
+        ("near.warping", "is in warping.py, as a file of this package is called"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            saved_name(importlib.import_module(module).ToyHints)
+
+
+def test_code_that_fails_is_told_each_time_and_none_is_taken_from_outside(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "failing.py").write_text("class Hints: pass\nraise OSError('no licence')\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'failing:Hints' cannot be loaded: OSError: no licence"):
+            load_hint_code(folder, "failing:Hints")
+    (tmp_path / "outside.py").write_text(f"{TOY}\nraise AssertionError('this ran')\n")
+    with pytest.raises(ValueError, match="has no file ../outside.py"):
+        load_hint_code(folder, "../outside:ToyHints")
+
+
 def test_names_and_settings_that_do_not_fit_are_refused(toy):
     for name, message in (
         ("toy", "a registered name or MODULE:CLASS, but is 'toy'|must be one of .*but is 'toy'"),
@@ -196,6 +223,8 @@ def test_names_and_settings_that_do_not_fit_are_refused(toy):
             build_hint_source(name)
     with pytest.raises(ValueError, match="`hint_settings` must be for parts of `hint_source` 'flow', but has toy"):
         build_hint_source("flow", settings={"toy": {}})
+    with pytest.raises(ValueError, match="`hint_settings` must be for parts of `hint_source` 'model', but has model"):
+        build_hint_source("model", settings={"model": {}})
     with pytest.raises(ValueError, match="cannot be built: TypeError.*speed"):
         build_hint_source(toy, settings={toy: {"speed": 3}})
     with pytest.raises(ValueError, match="`name` must be letters"):

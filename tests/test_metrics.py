@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
@@ -140,6 +141,16 @@ def test_flolpips_weighs_by_how_wrongly_it_moves():
             expected += (distance * weight).sum().item() / weight.sum().item()
         assert value == pytest.approx(expected, rel=1e-4)
         assert metric(prev, truth, next_, truth).item() == 0
+
+
+@pytest.mark.parametrize("size, seen", [((20, 300), (128, 304)), ((130, 128), (136, 128)), ((128, 136), (128, 136))])
+def test_raft_sees_frames_of_the_sizes_that_it_takes(size, seen):
+    def still(first: torch.Tensor, second: torch.Tensor) -> list:
+        assert first.shape[-2:] == second.shape[-2:] == seen
+        return [torch.zeros(1, 2, *seen)]
+
+    frames = torch.zeros(1, 3, *size)
+    assert FloLPIPS._flow(SimpleNamespace(raft=still), frames, frames).shape == (1, 2, *size)
 
 
 def test_flolpips_on_raft(random_backbone, tmp_path):

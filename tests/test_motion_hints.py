@@ -38,6 +38,15 @@ def test_flow_starts_from_half_of_the_flow_between_the_neighbours():
     assert torch.equal(start_prev, 0.5 * FlowHints().from_guess(prev, next_, next_)[0])
 
 
+def test_flow_of_frames_that_were_made_without_versions():
+    with torch.inference_mode():
+        prev, next_ = drifting(-1, 1)
+        found, source = [], FlowHints()
+        for frames in ((prev, next_), (next_, prev)):
+            found.append(source.start(*frames)[1])
+    assert torch.equal(found[0], FlowHints().start(*drifting(-1, 1))[1]) and not torch.equal(*found)
+
+
 def test_fine_flow_starts_from_the_motion_that_passes_the_middle():
     """Half-way along a patch's way across a still picture, offsets lead to where it is in the neighbours."""
     pictures = prev, mid, next_ = moving_patch()
@@ -175,6 +184,8 @@ def test_unknown_or_impossible_sources_are_named():
         build_hint_source("sound")
     with pytest.raises(ValueError, match="`i2e` is None"):
         build_hint_source("events")
+    with pytest.raises(ValueError, match="`i2e` is None"):
+        build_hint_source("events+flow")  # of how many channels events would be is not told
 
 
 def test_start_hints_of_a_batch_are_each_of_its_own_instant():

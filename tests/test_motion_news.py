@@ -24,6 +24,7 @@ from madiff_diffusers import (
     VQMAGANModel,
     convert_rife_checkpoint,
     interpolate_frames,
+    pipeline_madiff,
 )
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.evaluation.hint_policies import NeighbourHints
@@ -207,6 +208,14 @@ def test_a_start_scale_is_a_positive_number(tiny_news):
         MotionHintModel(**{**tiny_news["hint_model"], "start_scale": 0})
 
 
+def test_scales_of_equal_widths_share_their_layers():
+    widths = {"start_channels": (4, 8, 8), "refine_channels": (4, 8, 8), "reach": (1, 2, 2)}
+    model = MotionHintModel(channels=(4, 4, 8, 8), match_channels=4, **widths)
+    assert model.level_of_scale == [0, 1, 1] and len(model.start_levels) == len(model.refine_levels) == 2
+    frames = torch.rand(3, 1, 3, 32, 32) * 2 - 1
+    assert model.refine(*frames, model(frames[0], frames[2]))[0].shape == (1, 2, 32, 32)
+
+
 def test_a_small_model_learns_a_shift():
     """Gradients reach every part that `forward` and `refine` read, and the flow is in pixels of the frames."""
     torch.manual_seed(0)
@@ -345,6 +354,26 @@ def test_hints_are_extracted_between_steps_alone(pipeline, pair):
     assert seen == []
     pipeline(*pair, num_inference_steps=3)
     assert seen == [((28, 36), True)] * 2  # guesses of half the size, which is padded to multiples of 8
+
+
+def test_news_of_a_smaller_guess_are_smaller_and_hints_are_not(pipeline, pair, monkeypatch):
+    """Latents are news about hints of full size; the pixels of a guess that they are decoded to are twice as large."""
+    made, decoded, sizes = [], [], []
+    clean, decode = pipeline_madiff.clean_latents, FrameCoder.decode
+
+    def noted(coder, prev, next_, latents, *others):
+        decoded.append(latents)
+        return decode(coder, prev, next_, latents, *others)
+
+    def note(pipe, step, timestep, tensors):
+        sizes.append(tuple(tensors["hints_prev"].shape[-2:]))
+
+    monkeypatch.setattr(pipeline_madiff, "clean_latents", lambda *step: made.append(clean(*step)) or made[-1])
+    monkeypatch.setattr(FrameCoder, "decode", noted)
+    asked = {"callback_on_step_end": note, "callback_on_step_end_tensor_inputs": ["hints_prev"]}
+    pipeline(*pair, num_inference_steps=2, **asked)
+    assert torch.equal(decoded[0], F.avg_pool2d(made[0], 2) / 2) and torch.equal(decoded[1], made[1])
+    assert sizes == [(56, 72)] * 2
 
 
 def test_saved_and_loaded_it_makes_the_same_frames(pipeline, pair, tmp_path):
@@ -511,6 +540,15 @@ def test_hints_are_finished_from_the_motion_that_is_guessed(guessing, pair):
     motion = vqvae.guess_motion(*sides, *coder.resize_hints(expected, size), made)
     again = source.finish(frames[0].frames, frames[1].frames, motion)
     assert all(torch.allclose(*each, atol=1e-3) for each in zip(seen[1], again))
+
+    # Of several instants, each at its own.
+    pictures, instants = [each.frames for each in frames], torch.tensor([0.25, 0.75])
+    together = coder.motion_hints(source, *frames, instants.tolist(), instants.repeat_interleave(2))
+    for number, instant in enumerate(instants):
+        begun = coder.resize_hints(source.begin(*pictures, instant.item()), size)
+        motion = vqvae.guess_motion(*sides, *begun, time=instant.expand(2))
+        for made, alone in zip(together, source.finish(*pictures, motion, instant.item())):
+            assert torch.allclose(made.chunk(2)[number], alone, atol=1e-4)
 
 
 def test_a_source_that_cannot_finish_is_asked_as_before(guessing, pair):

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from fractions import Fraction
 
 import diffusers
@@ -88,7 +89,15 @@ def test_quarters_can_be_middles_of_middles(pipeline, pair):
     assert torch.equal(run(pipeline, pair, recursive=True, **thirds), run(pipeline, pair, **thirds)), (
         "others are made straight"
     )
+    sixteenth = {"times": [0.0625], "latents": noise[:, :1]}
+    assert torch.equal(run(pipeline, pair, recursive=True, **sixteenth), run(pipeline, pair, **sixteenth))
     assert run(pipeline, pair, times=[0.375], recursive=True).shape == (2, 1, 3, 48, 64)
+    assert pipeline.num_timesteps == 3 * len(pipeline.scheduler.timesteps), "of those that it is made of, too"
+    latents = run(pipeline, pair, num_frames=3, latents=noise, recursive=True, output_type="latent")
+    assert torch.equal(latents[:, 1:2], run(pipeline, pair, latents=noise[:, 1], output_type="latent"))
+    assert not torch.equal(
+        latents[:, :1], run(pipeline, pair, times=[0.25], latents=noise[:, :1], output_type="latent")
+    )
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
@@ -107,6 +116,16 @@ def test_frames_in_a_batch_are_what_they_are_one_by_one(pipeline, pair, schedule
     together = run(pipeline, pair, frames_per_batch=3, **arguments)
     assert (together - expected).abs().max() <= 1e-4
     assert seen[calls:] == [(0, shape)] * 3 + [(1, shape)] * 3 + [(0, shape)] * 2 + [(1, shape)] * 2
+
+
+def test_every_pair_has_its_own_generator_in_a_batch_of_instants_too(pipeline, pair):
+    """Of a scheduler that draws noise at every step."""
+    pipeline.scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+    arguments = {"num_frames": 2, "num_inference_steps": 2, "frames_per_batch": 2}
+    frames = run(pipeline, pair, **arguments)
+    assert torch.equal(run(pipeline, pair, **arguments), frames)
+    changed = run(pipeline, pair, **arguments, generator=generators(0, 2))
+    assert torch.equal(changed[0], frames[0]) and not torch.equal(changed[1], frames[1])
 
 
 def test_networks_are_told_the_instant(tiny, pair):
@@ -175,18 +194,23 @@ def test_what_is_encoded_serves_every_scale_of_guesses(pipeline):
 def test_what_was_encoded_otherwise_is_refused(pipeline, tiny, pair):
     encoded = [pipeline.encode_frames(frames) for frames in pair]
     copied = copy.deepcopy(pipeline)
-    small = [pipeline.encode_frames(frames[..., :48, :48]) for frames in pair]
+    small, narrow = ([pipeline.encode_frames(frames[..., :48, :side]) for frames in pair] for side in (48, 64))
     for own, given, message in (
         (copied, encoded, "`image_prev` was encoded by another autoencoder"),
         (build_pipeline(tiny), encoded, "`image_prev` was encoded by another autoencoder"),
         (MADiffPipeline.from_pipe(pipeline, guess_scale=8), small, "`image_prev` is padded to 48x48"),
+        (MADiffPipeline.from_pipe(pipeline, guess_scale=8), narrow, "`image_prev` is padded to 48x64"),
     ):
         with pytest.raises(ValueError, match=message):
             run(own, given)
     expected = run(pipeline, encoded)
     assert torch.equal(run(pipeline, copy.deepcopy(encoded)), expected), "a copy is taken"
+    assert torch.equal(run(pipeline, pickle.loads(pickle.dumps(encoded))), expected), "from another process, too"
     parts = [EncodedFrames.together(each.one_by_one()) for each in encoded]
     assert torch.equal(run(pipeline, parts), expected)
+    for given in (parts, [each.one_by_one()[0] for each in encoded]):
+        with pytest.raises(ValueError, match="`image_prev` was encoded by another autoencoder"):
+            run(copied, given)
     pipeline.to(torch.bfloat16)
     with pytest.raises(
         ValueError, match="`image_prev` was encoded in float32, which does not fit this pipeline, of bfloat16"
@@ -304,7 +328,8 @@ def test_hint_policies(pipeline, pair, policy, interval, asked):
     assert [name for name, _, _ in pipeline.hints.calls] == asked
 
 
-def test_damped_hints_move_less_with_every_extraction(pipeline, pair):
+@pytest.mark.parametrize("interval", [1, 2])
+def test_damped_hints_move_less_with_every_extraction(pipeline, pair, interval):
     used = []
 
     def note(pipe, step, timestep, tensors):
@@ -316,13 +341,15 @@ def test_damped_hints_move_less_with_every_extraction(pipeline, pair):
     run(
         pipeline,
         pair,
-        num_inference_steps=3,
+        num_inference_steps=2 * interval + 1,
         hint_policy="damped",
+        hint_interval=interval,
         callback_on_step_end=note,
         callback_on_step_end_tensor_inputs=inputs,
     )
     extracted = [result[0] for name, _, result in pipeline.hints.calls if name == "from_guess"]
     first, second, third = extracted
+    used = used[::interval]
     assert torch.equal(used[0], first)
     assert torch.allclose(used[1], (first + second) / 2, atol=1e-5)
     assert torch.allclose(used[2], used[1] + (third - used[1]) / 6, atol=1e-5)
@@ -371,6 +398,13 @@ def test_half_precision_stays_close(pipeline, pair):
     frames = run(pipeline.to(dtype=torch.bfloat16), pair)
     assert frames.dtype == torch.float32
     assert (frames - expected).abs().mean() < 0.02
+
+
+def test_what_is_offloaded_leaves_the_device_after_a_call(pipeline, pair, monkeypatch):
+    freed = []
+    monkeypatch.setattr(MADiffPipeline, "maybe_free_model_hooks", lambda self: freed.append(self))
+    run(pipeline, pair)
+    assert freed == [pipeline]
 
 
 def test_another_i2e_takes_effect(pipeline, pair):
@@ -546,6 +580,10 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ({"hint_interval": 1.5}, r"`hint_interval` must be a positive integer, but is 1.5"),
         ({"num_frames": 0}, r"`num_frames` must be a positive integer, but is 0"),
         ({"frames_per_batch": 0}, r"`frames_per_batch` must be a positive integer, but is 0"),
+        (
+            {"times": np.array(0.5)},
+            r"`times` must be a list of numbers between 0 and 1, both excluded.*, but is array\(0.5\)",
+        ),
         ({"times": []}, r"`times` must be a list of numbers between 0 and 1, both excluded.*, but is \[\]"),
         ({"times": [0]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": [0.5, 1]}, r"`times` must be a list of numbers between 0 and 1"),
@@ -591,6 +629,17 @@ def test_wrong_arguments_are_named(pipeline, arguments, message):
 def test_wrong_types_are_named(pipeline, arguments, message):
     with pytest.raises(TypeError, match=message):
         pipeline(**{"image_prev": image(), "image_next": image(), **arguments})
+
+
+def test_latents_of_any_dtype_are_gone_on_with_in_single_precision(pipeline, pair):
+    noise = torch.randn(2, 3, 8, 10).double()
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].dtype)
+
+    frames = run(pipeline, pair, latents=noise, callback_on_step_end=note)
+    assert set(seen) == {torch.float32} and torch.equal(frames, run(pipeline, pair, latents=noise.float()))
 
 
 def test_numbers_of_numpy_are_taken(pipeline):

@@ -330,6 +330,14 @@ def test_pixels_that_are_not_square_are_kept_or_noted(pipeline, tmp_path, suffix
         assert said == [] and Image.open(out / "00000000.png").info["aspect"] == (11, 16), "PNG has pixels to the unit"
 
 
+def test_wide_pixels_are_tall_in_a_picture_that_was_turned(pipeline, tmp_path):
+    source = film_clip(tmp_path / "in.mp4", 2, pixel_aspect=Fraction(16, 11), rotation=90)
+    notes(pipeline, source, tmp_path / "out.avi")
+    before, after = read(source), read(tmp_path / "out.avi")
+    assert after.size == before.size[::-1] and (before.rotation, after.rotation) == (90, 0)
+    assert (before.pixel_aspect, after.pixel_aspect) == (Fraction(16, 11), Fraction(11, 16))
+
+
 def test_images_with_pixels_that_are_not_square(pipeline, checkpoint, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for number in range(2):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,7 +20,9 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -31,10 +34,12 @@ from training.adversary import PatchDiscriminator
 from training.losses import adaptive_weight, discriminator_hinge_loss
 from training.normalisation import StepwiseNormalisation
 from training.options import parse_options, training_scheduler
+from training.progress import Progress
 from training.run_log import append_row, take_back_rows
 from training.train_denoiser import DenoiserOptions
 from training.train_i2e import I2EOptions
 from training.train_vq_magan import VQMAGANOptions, start_from
+from training.trainer import Trainer
 
 
 SLOW = pytest.mark.slow
@@ -759,6 +764,36 @@ def test_rows_are_appended_and_those_after_the_checkpoint_are_taken_back_once(tm
     take_back_rows(path, 0)
     take_back_rows(path, 0)
     assert list(tmp_path.iterdir()) == [], "nothing is left of a run that has no checkpoint yet"
+
+
+def averaging(number: int) -> Trainer:
+    """A trainer with nothing but a network of zeros, whose moving average stayed there while its weights became a number."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.accelerator, trainer.progress, trainer.options = Accelerator(cpu=True), Progress(), I2EOptions("", "")
+    trainer.log = SimpleNamespace(write_validation=lambda means, count, pictures: None)
+    trainer._model = torch.nn.Linear(2, 3)
+    torch.nn.init.zeros_(trainer._model.weight)
+    trainer.ema = EMAModel(trainer._model.parameters(), decay=0.9)
+    torch.nn.init.constant_(trainer._model.weight, number)
+    return trainer
+
+
+def test_validation_is_of_the_average_and_the_best_is_better_than_those_before():
+    trainer, scores = averaging(1), iter([0.5, 0.5, float("nan"), 0.4])
+
+    def score(number: int, is_shown: bool) -> tuple:
+        assert not trainer._model.weight.any()
+        return {"l1": next(scores)}, None
+
+    assert [trainer._validate(score, 1, "l1") for _ in range(4)] == [True, False, False, True]
+    assert trainer.progress.best["l1"] == 0.4 and (trainer._model.weight == 1).all()
+
+
+def test_the_average_of_a_code_that_was_moved_begins_where_it_is_now():
+    trainer = averaging(1)
+    trainer.reset_average(trainer._model.weight, torch.tensor([False, True, False]))
+    with trainer.averaged_weights():
+        assert trainer._model.weight.tolist() == [[0, 0], [1, 1], [0, 0]]
 
 
 def test_a_run_stops_where_it_is_told_to(clips, trained, tmp_path):

@@ -51,6 +51,31 @@ def test_what_a_phone_records(pipeline, tmp_path):
         "comment": "by the sea",
     }
     assert after.colours == before.colours == (1, 1, 1, 1) and after.pixel_format == "yuv420p"
+    whole = out.read_bytes()
+    assert whole.index(b"moov") < whole.index(b"mdat"), "it can be shown while it is loaded"
+
+
+def test_what_a_phone_says_of_itself_is_kept(pipeline, tmp_path):
+    said = {"com.apple.quicktime.model": "phone 5"}
+    with av.open(str(tmp_path / "in.mov"), "w", container_options={"movflags": "use_metadata_tags"}) as file:
+        video = file.add_stream("libx264", rate=25)
+        video.height, video.width, video.pix_fmt = 64, 96, "yuv420p"
+        file.metadata.update(said)
+        for frame in drifting(2):
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(video.encode(None))
+    for name in ("out.mov", "out.mp4"):
+        run(pipeline, tmp_path / "in.mov", tmp_path / name)
+        assert said.items() <= read(tmp_path / name).metadata.items()
+
+
+def test_steps_are_as_many_as_are_asked_for(pipeline, tmp_path):
+    source, calls = film_clip(tmp_path / "film.mkv", 2), []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    for steps, expected in ((3, 3), (None, pipeline.config.default_num_inference_steps)):
+        calls.clear()
+        run(pipeline, source, tmp_path / f"{steps}.mkv", steps=steps)
+        assert len(calls) == expected != 0
 
 
 @pytest.mark.parametrize("fps, frames", [("60000/1001", 30), ("25", 13), ("8", 4)])
@@ -74,10 +99,18 @@ def test_a_clock_of_milliseconds_is_taken_for_the_rate_that_it_rounds(pipeline, 
 def test_ten_bits_and_their_colours(pipeline, tmp_path):
     hdr = (1, 9, 9, 16)  # limited range, BT.2020, PQ
     source = film_clip(tmp_path / "hdr.mkv", 6, codec="libx265", pixel_format="yuv420p10le", colours=hdr)
-    for name, codec in (("out.mkv", "hevc"), ("out.mp4", None), ("out.webm", None), ("out.mov", "prores")):
+    for name, codec in (
+        ("out.mkv", "hevc"),
+        ("hevc.mp4", "hevc"),
+        ("out.mp4", None),
+        ("out.webm", None),
+        ("out.mov", "prores"),
+    ):
         run(pipeline, source, tmp_path / name, codec=codec)
         after = read(tmp_path / name)
         assert "10" in after.pixel_format and after.colours == hdr and len(after.times) == 12, name
+    with av.open(str(tmp_path / "hevc.mp4")) as file:
+        assert file.streams.video[0].codec_context.codec_tag == "hvc1", "which Apple's players know"
 
 
 def test_a_gif(pipeline, tmp_path):
@@ -199,6 +232,37 @@ def test_ycgco_is_that_of_the_standard(colour_range, expected):
     path = ColourPath(ColourTags(colour_range, 8, 1, 1), 480)
     red = path.from_rgb(np.full((16, 16, 3), [200 / 255, 0, 0], np.float32), "yuv444p")
     assert tuple(np.frombuffer(plane, np.uint8)[0] for plane in red.planes) == expected
+
+
+@pytest.mark.parametrize(
+    "matrix, height, red, blue",
+    [
+        (1, 480, 0.2126, 0.0722),
+        (4, 480, 0.30, 0.11),
+        (5, 720, 0.299, 0.114),
+        (6, 720, 0.299, 0.114),
+        (7, 480, 0.212, 0.087),
+        (9, 480, 0.2627, 0.0593),
+        (10, 480, 0.2627, 0.0593),
+        (2, 719, 0.299, 0.114),
+        (2, 720, 0.2126, 0.0722),
+        (14, 719, 0.299, 0.114),
+        (14, 720, 0.2126, 0.0722),
+    ],
+)
+def test_matrices_are_those_of_the_standard(matrix, height, red, blue):
+    """ITU-T H.273, table 4: what red and blue are in luma; where no known one is told, by the height."""
+    path = ColourPath(ColourTags(1, matrix, 2, 2), height)
+    for colour, share in (([1, 0, 0], red), ([0, 0, 1], blue)):
+        picture = path.from_rgb(np.full((16, 16, 3), colour, np.float32), "yuv444p16le")
+        luma = np.frombuffer(picture.planes[0], np.uint16)[0] / 256
+        assert luma == pytest.approx(16 + 219 * share, abs=0.01)
+
+
+def test_rgb_of_a_wider_gamut_stays_of_that_gamut(pipeline, tmp_path):
+    wide = {"codec": "ffv1", "pixel_format": "gbrp10le", "colours": (2, 0, 9, 16)}
+    run(pipeline, film_clip(tmp_path / "in.mkv", 2, **wide), tmp_path / "out.mp4")
+    assert read(tmp_path / "out.mp4").colours == (1, 1, 9, 16)
 
 
 @pytest.mark.parametrize("matrix, known", [(8, True), (14, False)])

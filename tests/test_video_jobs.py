@@ -442,6 +442,23 @@ def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_
     assert interpolate_video(pipeline, film, tmp_path / "out.mp4", overwrite=True, progress=False).made == 23
 
 
+def test_work_that_was_done_is_not_mixed_with_other_options(pipeline, film, tmp_path):
+    job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions())
+    job.prepare(resume=False, overwrite=False)
+    job.make_parts(job.parts[:1])
+    for name, value in (
+        ("seed", 1),
+        ("steps", 3),
+        ("cut_threshold", 0.5),
+        ("max_gap", 2),
+        ("crf", 30),
+        ("dedup", True),
+    ):
+        job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions(**{name: value}))
+        with pytest.raises(VideoError, match=rf"another job \(.*\b{name}\b.* differ\)"):
+            job.prepare(resume=True, overwrite=False)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -104,8 +104,9 @@ def differences(summaries: Sequence[dict[str, Any]], reference: str) -> str:
         return ""
     names = [name for name in _metrics_of(summaries) if METRICS[name].of_items]
     base = {item["name"]: item for item in chosen[0]["items"]}
+    less = "| less " + reference.replace("|", "\\|")
     lines = [
-        " | ".join([f"| less {reference}", *(METRICS[name].title for name in names)]).replace("| |", "|") + " |",
+        " | ".join([less, *(METRICS[name].title for name in names)]) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for summary in others:
