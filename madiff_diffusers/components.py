@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from functools import update_wrapper
 from pathlib import Path
@@ -63,6 +64,13 @@ def check_repository_name(name: str) -> None:
         raise OSError(
             f"{name!r} is neither a folder that is there nor the name of a repository (USER/NAME)."
         ) from None
+
+
+def share_weights(folder: Path) -> None:
+    """Let whoever may read a component's configuration read its weights, too, which safetensors writes for their owner alone."""
+    for config in folder.glob("config.json"):
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(config, path)
 
 
 class CheckpointComponent(_Base):
@@ -124,6 +132,8 @@ class CheckpointComponent(_Base):
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are never written as pickles.")
         super().save_pretrained(save_directory, is_main_process, save_function, True, *others, **kwargs)
+        if is_main_process:
+            share_weights(Path(save_directory))
 
     # With the signature in which pipelines look for `variant`.
     update_wrapper(save_pretrained, ModelMixin.save_pretrained, assigned=())

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +36,9 @@ CLEAN_SECONDS = 600  # between looks for old uploads and results
 KEEP_SECONDS = 3600  # that these stay; those of a page that is closed, too
 
 SINGLE = "one at a time"  # the pipeline's, whatever page asks it
+
+# FFmpeg's names of files that name others, which it opens wherever on this machine they are.
+LISTS = ("concat", "dash", "hls", "imf", "sdp", "webm_dash_manifest")
 
 UNFINISHED = '<span class="madiff-unfinished"></span>'  # in every status of work that is not done
 WAITING = f"{UNFINISHED}Waiting …"
@@ -249,9 +253,14 @@ class Demo:
         try:
             if prev is None or next_ is None:
                 raise ValueError("Both frames are needed: upload the previous and the next one.")
+            for path in (prev, next_):
+                # By what the file says: a small one may take gigabytes to be decoded.
+                with (
+                    suppress(OSError, SyntaxError),
+                    Image.open(path) as image,
+                ):  # `open_image` says what is wrong with it
+                    self._check_size(*image.size)
             pair = rgb_of_image(open_image(prev).image, prev), rgb_of_image(open_image(next_).image, next_)
-            for array in pair:
-                self._check_size(array.shape[1], array.shape[0])
             if pair[0].shape != pair[1].shape:
                 sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in pair]
                 raise ValueError(f"Both frames must have the same size, but have {sizes[0]} and {sizes[1]}.")
@@ -333,19 +342,23 @@ class Demo:
             ValueError: if it is no video, or beyond the limits.
         """
         with Source(path).open() as container:
+            if container.format.name in LISTS:
+                raise VideoError(f"{path} is a list of other files, which are not here, and no video")
             stream = main_stream(container, path)
             self._check_size(stream.codec_context.width, stream.codec_context.height)
-            times = []
+            times, end = [], Fraction(0)
             for packet in container.demux(stream):
                 if packet.pts is not None:
                     times.append(packet.pts * packet.time_base)
-                if times and times[-1] - times[0] > self.limits.seconds:
+                    # The last frame may be a long one.
+                    end = max(end, times[-1] + (packet.duration or 0) * packet.time_base)
+                if times and end - times[0] > self.limits.seconds:
                     raise ValueError(
                         f"Videos may last at most {self.limits.seconds:g} seconds here; this one is longer."
                     )
         if not times:
             raise VideoError(f"cannot read {path} as a video: it has no pictures")
-        seconds = (max(times) - min(times)) * len(times) / max(1, len(times) - 1)
+        seconds = max((max(times) - min(times)) * len(times) / max(1, len(times) - 1), end - min(times))
         frames = int(seconds * slow * rate) if rate else len(times) * (2 if slow == 1 else int(-(-slow // 1)))
         if frames > self.limits.frames:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Reading and writing image files."""
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,13 +118,16 @@ def write_image(
     path = Path(path)
     format_name = image_format(path)
     settings = {"icc_profile": profile, "dpi": resolution}
+    # Not into the file itself: Pillow does not see that a full disk takes only some of the last bytes of a JPEG, BMP, TIFF or PPM.
+    whole = io.BytesIO()
     try:
+        image.save(
+            whole,
+            format=format_name,
+            **_SETTINGS.get(format_name, {}),
+            **{name: value for name, value in settings.items() if value},
+        )
         with replacing(path) as temporary:
-            image.save(
-                temporary,
-                format=format_name,
-                **_SETTINGS.get(format_name, {}),
-                **{name: value for name, value in settings.items() if value},
-            )
+            temporary.write_bytes(whole.getvalue())
     except (OSError, ValueError) as error:  # of what the format cannot hold, such as more pixels than WEBP's 16383
         raise unwritable(path, error if isinstance(error, OSError) else OSError(str(error))) from error

@@ -226,6 +226,17 @@ def _quiet_exporter() -> Iterator[None]:
         logging.disable(before)
 
 
+def _forget_code(path: Path) -> None:
+    """Take the lines of code that each node was made by out of a graph's file: they name places on this machine, and are most of it."""
+    import onnx
+
+    model = onnx.load(path)
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        for node in nodes:
+            del node.metadata_props[:]
+    onnx.save(model, path)
+
+
 def export_onnx(
     folder: str | os.PathLike,
     vqvae: VQMAGANModel,
@@ -270,10 +281,11 @@ def export_onnx(
             if tensor.ndim == 4:
                 stride = sizes[0] // tensor.shape[2]
                 shapes[each].update({2: multiple // stride * rows, 3: multiple // stride * columns})
+        path = Path(folder) / f"{name}.onnx"
         with _quiet_exporter(), torch.no_grad():  # with gradients, networks compute some things in another way
             torch.onnx.export(
                 graph,
-                f=Path(folder) / f"{name}.onnx",
+                f=path,
                 kwargs={"tensors": given},  # a dictionary at the end of `args` would be taken for keyword arguments
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
@@ -282,6 +294,7 @@ def export_onnx(
                 external_data=False,
                 verbose=False,
             )
+        _forget_code(path)
     description = {
         "frame_multiple": multiple,
         "downsample_factor": vqvae.downsample_factor,

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from huggingface_hub import ModelCard
 
-from .components import check_repository_name, check_safetensors
+from .components import check_repository_name, check_safetensors, share_weights
 from .hint_registry import describe_hint_source, hint_parts, load_hint_code, parts_of_checkpoints
 from .hub_repository import download_repository, local_checkpoint, replaced_weights, upload_repository
 from .model_cards import PLACEHOLDER, model_card
@@ -220,6 +220,8 @@ class CheckpointPipeline(_Base):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             saved = Path(temporary)
             super().save_pretrained(saved, variant=variant, max_shard_size=max_shard_size)
+            for component in saved.glob("*/"):
+                share_weights(component)
             for path in saved.glob("*/config.json"):
                 config = json.loads(path.read_text(encoding="utf-8"))
                 if config.pop("_name_or_path", None):  # a place on this machine

@@ -75,6 +75,34 @@ def test_frames_that_are_too_large_for_a_memory_are_made_in_tiles(checkpoint, tm
     assert np.array_equal(tiles, np.array(expected)) and not np.array_equal(tiles, whole)
 
 
+def test_what_is_printed_suits_where_it_goes(checkpoint, frames, tmp_path):
+    """Arrows in tables are numbers where an encoding has none, bytes of names are as they are, and a pipe that nobody reads ends the command."""
+    for number, path in enumerate(frames):
+        (tmp_path / "set" / "é").mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(tmp_path / "set" / "é" / f"{2 * number}.png")
+    Image.open(frames[0]).save(tmp_path / "set" / "é" / "1.png")
+    evaluate = [sys.executable, "-m", "madiff_diffusers", "evaluate", "--benchmark", "triplets", "--root"]
+    evaluate += [tmp_path / "set", "--method", "average", "--metrics", "psnr", "-o", tmp_path / "results"]
+    out = tmp_path / os.fsdecode(b"\xff\xe9.png")
+    interpolate = ["interpolate", *frames, "-o", out, "--checkpoint", checkpoint, "--steps", 1]
+    for command, text in (
+        (evaluate, b"PSNR \\u2191"),
+        ([sys.executable, "-m", "madiff_diffusers", *interpolate], os.fsencode(out)),
+    ):
+        command = list(map(os.fspath, map(str, command)))
+        done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and text in done.stdout, done.stderr.decode()
+    for unbuffered in ("", "1"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(
+            list(map(str, evaluate)), stdout=writer, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        os.close(writer)
+        assert done.returncode == 141 and "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
+
+
 def test_half_precision(checkpoint, frames, tmp_path):
     out = tmp_path / "mid.png"
     options = ["-o", out, "--checkpoint", checkpoint, "--dtype", "bfloat16"]
@@ -454,3 +482,20 @@ def test_a_log_gets_few_whole_lines(checkpoint, tmp_path):
     lines = done.stderr.splitlines()
     assert "\r" not in done.stderr and lines[0].startswith("madiff: on ") and len(lines) <= 5
     assert any(line.startswith("out.mp4: 6 of 6 frames") for line in lines)
+
+
+def test_threads_do_not_wait_for_each_other_on_cores_that_others_need(checkpoint, frames, tmp_path):
+    """What the command sets is for what it loads afterwards, and leaves what a user has set."""
+    code = (
+        "import os, sys; from madiff_diffusers.commands.madiff_cli import main\n"
+        "assert 'torch' not in sys.modules; main(['interpolate', *sys.argv[1:]])\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    for own, expected in (({}, "30000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE")):
+        options = ["-o", tmp_path / f"{len(own)}.png", "--checkpoint", tmp_path / "none"]
+        command = [sys.executable, "-c", code, *map(str, [*frames, *options])]
+        done = subprocess.run(command, capture_output=True, text=True, env={**environment, **own})
+        assert done.stdout.splitlines()[-1] == expected, done.stderr

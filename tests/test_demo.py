@@ -5,6 +5,7 @@ import base64
 import importlib.util
 import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,33 @@ def serving(command: list, port: int, **settings) -> subprocess.Popen:
         except OSError:
             assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
             time.sleep(0.5)
+
+
+@needs_gradio
+def test_uploads_beyond_the_limits_are_refused_before_they_cost_anything(pipeline, tmp_path):
+    from madiff_diffusers.demo import Demo, Limits
+
+    demo = Demo(pipeline, Limits(pixels=10_000, seconds=4, frames=100), "tiny")
+    video = write_video(tmp_path / "in.mp4", drifting(4), range(4), Fraction(1, 4))
+    demo._check_video(video, None, Fraction(1))
+    playlist = tmp_path / "list.m3u8"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:1,\n{video}\n#EXT-X-ENDLIST\n")
+    with pytest.raises(ValueError, match="is a list of other files"):
+        demo._check_video(playlist, None, Fraction(1))
+    still = write_video(tmp_path / "still.mkv", drifting(3), [0, 1, 2], Fraction(1, 25), last=590)
+    with pytest.raises(ValueError, match="Videos may last at most 4 seconds here"):
+        demo._check_video(still, Fraction(120), Fraction(8))
+    # A gigabyte once it is decoded, which a small limit of memory would not allow.
+    for name in ("a.png", "b.png"):
+        Image.new("L", (9000, 9000)).save(tmp_path / name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, hard))
+    try:
+        *_, said = demo._make_pair(str(tmp_path / "a.png"), str(tmp_path / "b.png"), 1, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert "Frames may have at most 10000 pixels here, but have 9000x9000" in said[1]
 
 
 @needs_gradio

@@ -1,6 +1,7 @@
 """What Diffusers' users may expect of a pipeline and of its components, beyond making frames."""
 
 import json
+import os
 from pathlib import Path
 
 import diffusers
@@ -134,6 +135,19 @@ def test_no_configuration_is_reported_as_unknown(pipeline, tmp_path, diffusers_l
     pipeline.save_pretrained(tmp_path)
     MADiffPipeline.from_pretrained(tmp_path)
     assert "not expected" not in diffusers_log.text
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_whoever_may_read_a_configuration_may_read_the_weights(pipeline, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        pipeline.save_pretrained(tmp_path / "whole")
+        pipeline.vqvae.save_pretrained(tmp_path / "part", max_shard_size="8KB")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) > 4
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(

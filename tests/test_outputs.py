@@ -308,6 +308,18 @@ def test_a_full_disk_is_said_of_the_file(pipeline, tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp", ".tif", ".ppm", ".png", ".webp"])
+def test_a_disk_that_takes_all_but_the_last_bytes_leaves_the_old_image(tmp_path, suffix):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    path = tmp_path / f"out{suffix}"
+    write_image(noise, path)
+    size = path.stat().st_size
+    path.write_bytes(b"precious")
+    with disk_of(size - 100), pytest.raises(OSError, match=rf"^cannot write .*/out{suffix}: File too large"):
+        write_image(noise, path)
+    assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_an_encoder_refuses_is_found_before_the_work(pipeline, tmp_path):
     source = write_video(tmp_path / "in.mkv", drifting(3, 8, 8), range(3), Fraction(1, 25), codec="ffv1")
     made = []

@@ -1,6 +1,7 @@
 """Videos as long work: stopped, killed, resumed, shared among processes, damaged. Real processes, real files."""
 
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from av.video.codeccontext import VideoCodecContext
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
@@ -30,7 +33,9 @@ from madiff_diffusers.video.destinations import partial_path
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.options import VideoOptions
+from madiff_diffusers.video.parts import PartWriter, index_path
 from madiff_diffusers.video.planning import pipeline_digest
+from madiff_diffusers.video.queues import prefetch_queue
 from tests.conftest import moving_picture, two_processes
 from tests.processes import run_python, start_python
 from tests.video_files import decode, drifting, film_clip, phone_clip, read, write_video
@@ -157,8 +162,12 @@ def test_killed_ten_times(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep, number", [(True, signal.SIGINT), (False, signal.SIGINT), (True, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "keep, number", [(True, signal.SIGINT), (False, signal.SIGINT), (True, signal.SIGTERM), (True, signal.SIGHUP)]
+)
 def test_interrupted_work_leaves_a_playable_file_or_none(film, checkpoint, tmp_path, keep, number):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("the signal is not heard here, as under nohup")
     out, parts = tmp_path / "out.mp4", tmp_path / "out.mp4.parts"
     process = subprocess.Popen(
         command(film, out, checkpoint, *(["--keep-partial"] if keep else [])),
@@ -457,6 +466,63 @@ def test_work_that_was_done_is_not_mixed_with_other_options(pipeline, film, tmp_
         job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions(**{name: value}))
         with pytest.raises(VideoError, match=rf"another job \(.*\b{name}\b.* differ\)"):
             job.prepare(resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize("output", ["out.mkv", "out.gif"])
+def test_parts_that_a_power_failure_cut_off_are_made_again(pipeline, film, tmp_path, output):
+    job = VideoJob(pipeline, film, tmp_path / output, VideoOptions(steps=1))
+    job.prepare(resume=False, overwrite=False)
+    job.make_parts(job.parts)
+    parts = [job.path(part) for part in job.parts]
+    os.truncate(parts[0], parts[0].stat().st_size // 2)
+    os.truncate(parts[1], 0)
+    os.truncate(index_path(parts[2]), 0)
+    assert job.done() == []
+    interpolate_video(pipeline, film, tmp_path / output, steps=1, resume=True, progress=False)
+    assert len(decode(tmp_path / output)) == 48
+
+
+def test_a_part_that_lacks_a_picture_is_made_again(pipeline, film, tmp_path):
+    job = VideoJob(pipeline, film, tmp_path / "out", VideoOptions(steps=1))
+    job.prepare(resume=False, overwrite=False)
+    job.make_parts(job.parts)
+    folders = [job.path(part) for part in job.parts]
+    next(folders[0].iterdir()).unlink()
+    os.truncate(next(folders[1].iterdir()), 0)
+    assert job.done() == job.parts[2:]
+    interpolate_video(pipeline, film, tmp_path / "out", steps=1, resume=True, progress=False)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 48
+
+
+def test_a_plan_that_is_cut_off_is_told(pipeline, film, tmp_path):
+    job = VideoJob(pipeline, film, tmp_path / "out.mp4", VideoOptions())
+    job.prepare(resume=False, overwrite=False)
+    os.truncate(job.folder / "job.json", 0)
+    for options in ({}, {"resume": True}, {"resume": True, "preview": tmp_path / "strip.png"}):
+        with pytest.raises(VideoError, match=r"job.json does not tell whose parts these are; `overwrite` or delete"):
+            interpolate_video(pipeline, film, tmp_path / "out.mp4", progress=False, **options)
+
+
+def test_what_is_done_is_passed_over_no_longer_than_somebody_waits(pipeline, tmp_path):
+    """Decoding up to the first part that is not there yet may take minutes, in one step."""
+    source = write_video(tmp_path / "in.mkv", drifting(60), range(60), Fraction(1, 4))
+    job = VideoJob(pipeline, source, tmp_path / "out.mkv", VideoOptions(steps=1, factor=1))
+    job.prepare(resume=False, overwrite=False)
+    job.make_parts(job.parts[:-1])
+    stop = threading.Event()
+    frames = job._decoded(job.parts[-1:], stop)
+    stop.set()
+    assert list(frames) == []
+    stop.clear()
+    assert next(job._decoded(job.parts[-1:], stop))[0] > 30
+    with prefetch_queue(iter(range(3)), 2, stop) as items:
+        assert next(items) == 0 and not stop.is_set()
+    assert stop.is_set()
+
+
+def test_commands_work_where_there_is_no_stderr(pipeline, film, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as in programs without a console
+    assert interpolate_video(pipeline, film, tmp_path / "out.mp4", steps=1).frames == 48
 
 
 @pytest.mark.parametrize(
@@ -826,3 +892,21 @@ def test_a_stop_while_finished_parts_are_removed_leaves_a_whole_video(pipeline, 
     assert not partial_path(tmp_path / "out.mp4").exists()
     interpolate_video(pipeline, film, tmp_path / "out.mp4", factor=1, overwrite=True, progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"film.mp4", "out.mp4"}
+
+
+def test_a_finished_part_keeps_no_encoder(pipeline, tmp_path):
+    """Encoders take threads and, of 1920x1080, some 350 MB each: they must not wait for a full collection of garbage, which hardly ever comes."""
+    clip = write_video(tmp_path / "in.mp4", drifting(3), range(3), Fraction(1, 25))
+    job = VideoJob(pipeline, clip, tmp_path / "out.mp4", VideoOptions())
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, VideoCodecContext) for each in gc.get_objects())
+        for number in range(3):
+            writer = PartWriter(tmp_path / f"part-{number}", job.encoding, job.written_colour, 0)
+            writer.write(np.zeros((*job.analysis.size, 3), np.float32), 0)
+            writer.close() if number else writer.abandon()
+            del writer
+        assert sum(isinstance(each, VideoCodecContext) for each in gc.get_objects()) == before
+    finally:
+        gc.enable()

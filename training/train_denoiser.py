@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
+from madiff_diffusers.components import share_weights
 from madiff_diffusers.pipeline_madiff import MADiffPipeline
 from madiff_diffusers.vq_magan import VQMAGANModel
 from training.data.datasets import build_dataset
@@ -116,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             exported = UNet2DModel.from_config(bare_unet.config).eval()
             exported.load_state_dict(state)
             exported.save_pretrained(folder)
+            share_weights(folder)
 
     trainer.set_export(export)
     if options.validation:

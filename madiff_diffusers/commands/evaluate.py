@@ -267,5 +267,7 @@ def evaluation_errors() -> Iterator[None]:
             yield
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is missing; pip install 'madiff_diffusers[eval]'") from error
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, MemoryError) as error:
         raise CommandError(error) from error

@@ -1,6 +1,7 @@
 """The `madiff` command."""
 
 import argparse
+import codecs
 import io
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .. import __version__
 from .ablate import AblateCommand
@@ -65,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM, by which services, containers and queues stop a command, end it as Ctrl-C does: what it must tidy up, it does."""
+    """Let SIGTERM, by which services, containers and queues stop a command, and SIGHUP, which a closed terminal sends, end it as Ctrl-C does:
+    what it must tidy up, it does. Where nobody hears the latter, as under nohup, it stays so."""
 
     def end(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one would cut that short
@@ -74,11 +76,23 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None for one that was not set by Python
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None for one that was not set by Python
+
+
+def _as_it_can(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of file names as they are, and what an encoding has not as numbers."""
+    for name in ("surrogateescape", "backslashreplace"):
+        with suppress(UnicodeError):
+            return codecs.lookup_error(name)(error)
+    raise error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,11 +101,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    # Read when torch is loaded: how many turns of a loop its threads wait for each other. With the tenfold number, which is usual, a frame takes
+    # twice as long where other programs need the cores, too; with none, half as long again where they do not.
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "30000"
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files of any bytes are printed as they are
+        codecs.register_error("madiff", _as_it_can)
+        sys.stdout.reconfigure(errors="madiff")
     try:
         with _terminable():
             args.command_class(args).run()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads what is printed has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # of SIGPIPE
     except CommandError as error:
         if args.traceback or os.environ.get("MADIFF_DEBUG", "0") not in ("", "0"):
             traceback.print_exception(error)

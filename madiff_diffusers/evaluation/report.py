@@ -16,6 +16,7 @@ import jinja2
 from PIL import Image
 
 from ..files import write_text
+from ..image_io import write_image
 from .methods import Method
 from .metrics import METRICS
 from .runs import BenchmarkRun, folder_name, mean_and_interval
@@ -321,7 +322,7 @@ def write_gallery(run: BenchmarkRun, method: Method, summary: dict[str, Any], ou
             shown = []
             for title, image in pictures:
                 name = f"{number:03d}-{title.replace(' ', '-')}.jpg"
-                Image.fromarray(image).save(building / name, quality=93, subsampling=0)
+                write_image(Image.fromarray(image), building / name)
                 shown.append({"title": title, "file": name, "width": image.shape[1], "height": image.shape[0]})
             item = items[triplet.name]
             scores = [

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..files import check_outputs
 from ..image_io import image_format
@@ -24,6 +25,18 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.partial{output.suffix}")
 
 
+def read_plan(path: Path) -> dict[str, Any]:
+    """What a folder of parts says of the job that they are of.
+
+    Raises:
+        VideoError: if it says nothing, as after a power failure.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise VideoError(f"{path} does not tell whose parts these are; `overwrite` or delete {path.parent}") from error
+
+
 def outputs_of(
     output: Path, resume: bool, overwrite: bool, keep_partial: bool, preview: Path | None = None
 ) -> list[tuple[Path, bool]]:
@@ -37,7 +50,7 @@ def outputs_of(
     written += [(partial_path(output), overwrite or begun)] if keep_partial else []
     if preview is None:
         return written
-    own = begun and json.loads(job.read_text(encoding="utf-8")).get("preview") == str(preview.absolute())
+    own = begun and read_plan(job).get("preview") == str(preview.absolute())
     return [*written, (preview, overwrite or own)]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..pipeline_madiff import MADiffPipeline
 from .analysis import analyse
 from .colour import ColourPath, ColourTags
 from .decoding import Source
-from .destinations import check_folder, check_output, check_places, partial_path, parts_folder
+from .destinations import check_folder, check_output, check_places, partial_path, parts_folder, read_plan
 from .encoding import choose_encoding, told_tags
 from .errors import VideoError
 from .formats import container_of
@@ -154,7 +155,7 @@ class VideoJob:
         limits = {"max_memory": self.options.max_memory, "batch": self.options.batch}
         shown = None if preview is None else str(preview.absolute())  # which may be replaced when the job goes on
         if plan.is_file() and (resume or not overwrite):
-            before = json.loads(plan.read_text(encoding="utf-8"))
+            before = read_plan(plan)
             others = [name for name, value in identity.items() if before.get(name) != value]
             kept_parts = any(
                 map(is_complete, self.folder.glob("part-" + 8 * "[0-9]"))
@@ -227,15 +228,15 @@ class VideoJob:
             the number of frames that the pipeline made.
         """
         todo = [part for part in parts if not is_complete(self.path(part))]
-        plan = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+        plan = read_plan(self.folder / "job.json")
         tile_pixels, at_once = plan["tile_pixels"], plan["at_once"]
         interpolator = FrameInterpolator(self.pipeline, self.options.steps, self.options.seed, at_once)
         strip = None if preview is None else PreviewStrip(preview)
-        made = 0
+        made, stop = 0, threading.Event()
         with (
             tiled(self.pipeline, tile_pixels),
             freed_memory_kept(sparing=tile_pixels is not None),  # tiles are for where memory is short
-            prefetch_queue(self._decoded(todo), QUEUE) as decoded,
+            prefetch_queue(self._decoded(todo, stop), QUEUE, stop) as decoded,
             CallQueue(QUEUE) as encoder,
         ):
             window = FrameWindow(decoded, at_once + 1)
@@ -258,7 +259,7 @@ class VideoJob:
                     strip.write()
         return made
 
-    def _decoded(self, parts: list[Part]) -> Iterator[tuple[int, np.ndarray]]:
+    def _decoded(self, parts: list[Part], stop: threading.Event) -> Iterator[tuple[int, np.ndarray]]:
         """The source frames that parts need, in order, with their places in `Timeline.kept`."""
         kept = self.timeline.kept
         # The last frame of a part may be the first of the next.
@@ -269,6 +270,8 @@ class VideoJob:
         if place is None:
             return
         for index, (_, frame) in enumerate(self.source.frames(self.options.skip_damage)):
+            if stop.is_set():
+                return
             if index == kept[place]:
                 yield place, self._to_rgb(frame)
                 place = next(places, (None,))[0]

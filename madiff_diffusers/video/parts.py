@@ -28,7 +28,7 @@ class PartWriter:
 
     Args:
         path: the file that gets the part's packets; `PATH.json`, which is written last, tells the time and size of each. For PNG files,
-            a folder.
+            a folder, of which `PATH.json` tells the same.
         encoding: how frames are encoded.
         colour: the conversion from RGB to the encoded pixels.
         first: number of the part's first frame in the video, by which PNG files are named.
@@ -52,7 +52,10 @@ class PartWriter:
             self._last = array, self._converted(array)
         frame = self._last[1]
         if self._is_folder:
-            (self._temporary / f"{self._number:08d}.png").write_bytes(png_bytes(frame, self.encoding.pixel_aspect))
+            size = (self._temporary / f"{self._number:08d}.png").write_bytes(
+                png_bytes(frame, self.encoding.pixel_aspect)
+            )
+            self._index.append((time, size, True))
             self._number += 1
             return
         frame.pts, frame.time_base = time, self.encoding.time_base
@@ -77,10 +80,14 @@ class PartWriter:
         """Finish the part."""
         if not self._is_folder:
             self._keep(self._stream.encode(None))
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a rename may reach the disk before the bytes
             self._file.close()
+            self._output.close()  # else it and its stream keep each other, and the encoder's memory and threads
+        elif self.path.is_dir():  # not complete, as after a power failure
+            shutil.rmtree(self.path)
         os.replace(self._temporary, self.path)
-        if not self._is_folder:
-            write_text(index_path(self.path), json.dumps(self._index))
+        write_text(index_path(self.path), json.dumps(self._index))
 
     def abandon(self) -> None:
         """Remove what has been written."""
@@ -89,6 +96,7 @@ class PartWriter:
         else:
             with suppress(OSError):  # A full disk has raised its error before.
                 self._file.close()
+            self._output.close()
             self._temporary.unlink(missing_ok=True)
 
 
@@ -109,13 +117,17 @@ def png_bytes(frame: av.VideoFrame, pixel_aspect: Fraction | None = None) -> byt
 
 
 def index_path(part: Path) -> Path:
-    """The file that tells the time and size of each packet of a part."""
+    """The file that tells the time and size of each packet, or PNG file, of a part."""
     return part.with_name(part.name + ".json")
 
 
 def is_complete(part: Path) -> bool:
     """Whether a part has been written to its end."""
-    return part.is_dir() or (part.is_file() and index_path(part).is_file())
+    try:
+        sizes = [each.stat().st_size for each in (part.iterdir() if part.is_dir() else [part])]
+        return sum(sizes) == sum(size for _, size, _ in read_index(part)) > 0
+    except (OSError, ValueError):  # not there, or cut off, as a power failure leaves what the disk had not got yet
+        return False
 
 
 class PacketTime(NamedTuple):

@@ -1,5 +1,6 @@
 """Queues by which frames are decoded ahead and encoded behind, each in a thread of its own."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,13 +16,14 @@ class _End:
 
 
 @contextmanager
-def prefetch_queue(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
+def prefetch_queue(items: Iterable[T], depth: int, stop: threading.Event | None = None) -> Iterator[Iterator[T]]:
     """
     Let a thread get items while earlier ones are used.
 
     Args:
         items: the items. Where they are a generator, it is closed at the end.
         depth: the greatest number of items that wait to be used.
+        stop: is set at the end, for items that are long in coming.
     """
     end, iterator = _End(), iter(items)
     pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -35,6 +37,8 @@ def prefetch_queue(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
     try:
         yield take()
     finally:
+        if stop is not None:
+            stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         if hasattr(iterator, "close"):
             iterator.close()
