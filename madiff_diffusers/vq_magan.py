@@ -706,7 +706,6 @@ class JointWarpBlock(nn.Module):
         motion = torch.cat([0.25 * offsets, logits], dim=1).to(dtype)
         hidden_states = self.act_in(self.conv_in(hidden_states, warped_prev, warped_next, motion))
         hidden_states = self.residual(hidden_states)
-        # Planes of offsets, as hints are: four channels side by side are enlarged at a third of the speed.
         change = self.conv_out(self.act_out(hidden_states)).float().contiguous()
         return hidden_states, offsets + change[:, :4], logits + change[:, 4:]
 
@@ -828,7 +827,8 @@ class NewsDecoder(nn.Module):
         """What so many of the coarsest scales make of latents: hidden states, corrections of the hints and logits of the gate at the last
         of them, and the offsets and gates of all. Nothing need be warped along the last offsets where nobody reads the hidden states."""
         run = self._gradient_checkpointing_func if torch.is_grad_enabled() and self.gradient_checkpointing else None
-        corrections = self.to_offsets(latents).float()
+        # Planes of offsets, as hints are: four channels side by side are enlarged at a third of the speed.
+        corrections = self.to_offsets(latents).float().contiguous()
         offsets = hints[-1] + corrections
         logits = log_odds.float() + self.to_gate(latents).float()
         all_offsets, all_gates = [offsets], [torch.sigmoid(logits)]
