@@ -70,6 +70,16 @@ def natural_order(name: str) -> list[int | str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
+def is_clutter(name: str) -> bool:
+    """Whether a file's name is one that the desktops of macOS and Windows put into folders that are looked at."""
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith("._")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but such files."""
+    return all(is_clutter(path.name) for path in folder.iterdir())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write a file under. At the end, the file takes the place of `path`; after an error, it is

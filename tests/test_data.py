@@ -19,7 +19,7 @@ from madiff_diffusers.video.interpolation import SourceFrame
 from madiff_diffusers.video.streaming import _with_cuts
 from tests.conftest import moving_picture
 from training.data.datasets import ClipDataset, StreamedDataset, build_dataset
-from training.data.sources import NoWindow, Unreadable, parse_sources, read_source
+from training.data.sources import NoWindow, Unreadable, images_in, parse_sources, read_image, read_source
 from training.data.transforms import Augmentation, EventTransform, TripletTransform
 from training.frame_bank import FrameBank
 from training.options import RunOptions
@@ -595,3 +595,13 @@ def test_a_stream_gives_each_row_once_an_epoch_over_all_processes(workers, strea
 def test_a_stream_has_at_most_one_loader(stream):
     with pytest.raises(ValueError, match="`dataloader_num_workers` must be 0 or 1"):
         next(iter(DataLoader(streamed(stream), num_workers=2)))
+
+
+def test_pictures_are_not_read_by_opencv_from_their_names(tmp_path, monkeypatch):
+    """Which on Windows are ASCII, or not found."""
+    path = tmp_path / "Bäume.png"
+    path.write_bytes(cv2.imencode(".png", np.full((4, 4, 3), 7, np.uint8))[1].tobytes())
+    monkeypatch.setattr(cv2, "imread", lambda name, *_: None)
+    assert (read_image(path) == 7).all()
+    (tmp_path / "._Bäume.png").write_bytes(b"of macOS")
+    assert images_in(tmp_path) == [path]

@@ -702,3 +702,15 @@ def test_a_signal_saves(config, clips, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_no_file_of_crops_is_open_when_their_folder_is_renamed(clips, tmp_path, monkeypatch):
+    real = os.replace
+
+    def replace(source, target):
+        assert str(source) not in Path("/proc/self/maps").read_text(), "Windows renames no folder with open files"
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_crops(str(clips), tmp_path / "crops", 2, 32, "flow")
+    assert (tmp_path / "crops" / "crops.json").is_file()

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import errno
+import fcntl
 import os
 import random
 import re
@@ -31,6 +33,7 @@ from tests.conftest import REPOSITORY, load_config, load_tiny_news, moving_pictu
 from tests.local_hub import local_hub
 from tests.processes import Forked, layout_script, run_python, run_two_ranks, start_python
 from training.adversary import PatchDiscriminator
+from training.checkpoints import Checkpoints
 from training.losses import adaptive_weight, discriminator_hinge_loss
 from training.normalisation import StepwiseNormalisation
 from training.options import parse_options, training_scheduler
@@ -1008,6 +1011,7 @@ def test_a_disk_that_is_full_is_one_line(trained, clips, tmp_path):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: `output_dir`: the checkpoint of step" in done.stderr and "cannot be written" in done.stderr
+    assert not list((runs / "unet" / "checkpoints").iterdir()), "half of a checkpoint does not keep the disk full"
 
 
 @pytest.mark.parametrize("name, value", [("window", "7"), ("any_time", "0.9"), ("lpips_net", "none")])
@@ -1052,3 +1056,71 @@ def test_scores_of_events_need_numbers_that_can_be(trained, clips, flags, messag
     known = ["--data", str(clips), "--i2e", str(trained / "i2e" / "i2e")]
     done = launch([sys.executable, "-m", "training.evaluate_i2e", *known, *flags])
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_checkpoints_are_flushed_as_windows_wants_it(tmp_path, monkeypatch):
+    """Its FlushFileBuffers refuses what is open for reading alone."""
+
+    def fsync(number):
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True), Progress(), 2)
+    checkpoints.save("unet", None)
+    assert [path.name for path in checkpoints.saved()] == ["step_00000000"]
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 900, b"\t: {"])
+def test_a_run_goes_on_whatever_is_left_of_its_former_options(clips, tmp_path, left):
+    flags = ("--max_train_steps", "5", "--report_to", "none")
+    assert launch(command("i2e", clips, tmp_path, *flags)).returncode == 0
+    (tmp_path / "i2e" / "args.yaml").write_bytes(left)
+    done = launch(command("i2e", clips, tmp_path, "--max_train_steps", "6", "--report_to", "none"))
+    assert done.returncode == 0 and "args.yaml cannot be read" in done.stderr
+    assert len(rows(tmp_path / "i2e")) == 6
+    assert yaml.safe_load((tmp_path / "i2e" / "args.yaml").read_text())["max_train_steps"] == 6
+
+
+def test_clips_that_went_during_a_run_are_one_line_with_loaders_too(clips, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    for path in clips.iterdir():
+        (gone / path.name).write_bytes(path.read_bytes())
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import shutil, sys\nfrom training import train_i2e\nfrom training.options import one_line_errors\n"
+        "from training.trainer import Trainer\nbegin = Trainer._begin\n"
+        f"def begun(self):\n    begin(self)\n    shutil.rmtree({str(gone)!r})\nTrainer._begin = begun\n"
+        "with one_line_errors():\n    train_i2e.main(sys.argv[1:])\n"
+    )
+    flags = ("--cache_gib", "0", "--on_unreadable", "skip", "--dataloader_num_workers", "1", "--report_to", "none")
+    asked = command("i2e", gone, tmp_path, *flags)
+    done = launch([asked[0], str(script), *asked[3:]], PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: `data`: 100 draws in a row met nothing that can be used" in done.stderr
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_loses_nothing(clips, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import resource, signal, sys\nfrom training import train_i2e\nfrom training.options import one_line_errors\n"
+        "from training.trainer import Trainer\nfinish = Trainer.finish\n"
+        "def full(self, *given):\n    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n    finish(self, *given)\nTrainer.finish = full\n"
+        "with one_line_errors():\n    train_i2e.main(sys.argv[1:])\n"
+    )
+    asked = command("i2e", clips, tmp_path, "--max_train_steps", "5", "--report_to", "none")
+    done = launch([asked[0], str(script), *asked[3:]], PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: `output_dir`: the result cannot be written" in done.stderr and "step_00000005" in done.stderr
+    assert launch(asked).returncode == 0 and (tmp_path / "i2e" / "i2e" / "README.md").is_file()
+
+
+def test_a_configuration_is_read_as_utf8(tmp_path, monkeypatch):
+    text = (REPOSITORY / "training" / "configs" / "tiny.yaml").read_text(encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(f"# Á\n{text}", encoding="utf-8")
+    read = Path.read_text  # as on Windows, where another encoding is usual
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding="cp1252", *more: read(self, encoding, *more))
+    given = ["--config", str(tmp_path / "own.yaml"), "--data", "x", "--output_dir", "y"]
+    assert parse_options(I2EOptions, "train_i2e", given, "")[0].frames == 3

@@ -29,9 +29,10 @@ from PIL import Image
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
 from madiff_diffusers.motion_hints import EventHints, FlowHints, NullHints, StackedHints
-from madiff_diffusers.video.destinations import partial_path
+from madiff_diffusers.video.destinations import check_folder, partial_path
 from madiff_diffusers.video.errors import VideoError
 from madiff_diffusers.video.jobs import VideoJob
+from madiff_diffusers.video.memory import lacks_memory
 from madiff_diffusers.video.options import VideoOptions
 from madiff_diffusers.video.parts import PartWriter, index_path
 from madiff_diffusers.video.planning import pipeline_digest
@@ -910,3 +911,26 @@ def test_a_finished_part_keeps_no_encoder(pipeline, tmp_path):
         assert sum(isinstance(each, VideoCodecContext) for each in gc.get_objects()) == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 7.64 GiB, other allocations: 68.91 GiB)"),
+    ],
+)
+def test_windows_and_apple_tell_of_too_little_memory_in_other_words(error):
+    assert lacks_memory(error)
+
+
+def test_what_desktops_leave_in_folders_is_nobodys(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (".DS_Store", "._00000001.png", "Thumbs.db", "00000001.png"):
+        (tmp_path / "out" / name).write_bytes(b"")
+    check_folder(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_bytes(b"")
+    with pytest.raises(VideoError):
+        check_folder(tmp_path / "out")

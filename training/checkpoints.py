@@ -92,6 +92,8 @@ class Checkpoints:
             RuntimeError,
             SafetensorError,
         ) as error:  # as of a full disk, in the words of each of those that write
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise ValueError(
                 f"`output_dir`: the checkpoint of step {self.progress.step} cannot be written in {self.folder}: {error}"
             ) from error
@@ -99,7 +101,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             for path in temporary.rglob("*"):  # a rename may reach the disk before the files that it names
                 if path.is_file():
-                    with path.open("rb") as file:
+                    with path.open("r+b") as file:  # Windows flushes only what is open for writing
                         os.fsync(file.fileno())
             os.replace(temporary, self.current)
             self._rotate()

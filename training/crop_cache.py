@@ -236,8 +236,8 @@ def write_crops(
             files["time"][number] = time
             if number % 500 == 0:
                 print(f"{number} of {count}", flush=True)
-        for file in files.values():
-            file.flush()
+        for name in FILES:
+            files.pop(name).flush()  # and closed with that: Windows renames no folder with open files
         about = {
             "hint_source": hint_source,
             "hint_settings": settings,

@@ -18,6 +18,7 @@ from madiff_diffusers.files import VIDEO_SUFFIXES
 from madiff_diffusers.scene_cuts import find_cuts
 from madiff_diffusers.video.decoding import Source
 from madiff_diffusers.video.errors import VideoError
+from training.data.sources import shown
 
 
 def _decode(path: Path) -> list[np.ndarray]:
@@ -41,7 +42,7 @@ class FrameBank:
 
     def __init__(self, folder: str, device: torch.device, least: int):
         # As in the other stages, folders inside are others': held-out clips may lie there.
-        paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+        paths = sorted(path for path in shown(Path(folder)) if path.suffix.lower() in VIDEO_SUFFIXES)
         clips, left_out = [], []
         with ThreadPoolExecutor() as pool:
             for path, clip in zip(paths, pool.map(_decode, paths)):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import math
 import sys
@@ -260,7 +261,7 @@ def _read_config(name: str, stage: str, fields: dict, parser: argparse.ArgumentP
         known = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
         parser.error(f"--config must be one of {known}, or a YAML file, but is {name!r}")
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(config, dict):
             config = {key: {} if value is None else value for key, value in config.items()}
         check_config(config)
@@ -432,7 +433,8 @@ def one_line_errors() -> Iterator[None]:
         folders = {Path(__file__).parent, Path(madiff_diffusers.__file__).parent}
         ours = not folders.isdisjoint(Path(calls[-1].filename).parents)
         training = any(call.name in ("batches", "finish_micro_batch", "finish") for call in calls)
-        if not ours and (training or not isinstance(error, OSError)):
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not ours and not is_full and (training or not isinstance(error, OSError)):
             raise  # no bad input: where it happened is worth knowing
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)

@@ -55,7 +55,14 @@ class RunLog:
         """Write `args.yaml` and `environment.yaml`, and say what changed where a run `goes_on`: it is no longer what its first
         options say, which nobody should overlook."""
         path = self.folder / "args.yaml"
-        before = yaml.safe_load(path.read_text()) if goes_on and path.exists() else {}
+        before: Any = {}
+        if goes_on and path.exists():
+            with contextlib.suppress(yaml.YAMLError, UnicodeError):  # of what a power failure left
+                before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                before = {}
+            if not before:
+                print(f"{path} cannot be read: what has changed since the last start is not told", file=sys.stderr)
         for name, value in yaml.safe_load(yaml.safe_dump(dataclasses.asdict(self.options))).items():
             if name in before and before[name] != value:
                 print(f"changed since the last start: {name} was {before[name]!r}, is {value!r}", file=sys.stderr)

@@ -62,6 +62,8 @@ def end_loaders_at_exit() -> None:
     ignore it."""
 
     def end() -> None:
+        if hasattr(signal, "SIGCHLD"):  # by which torch would report, in a traceback, that they were killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             process.kill()
 

@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
@@ -423,12 +424,21 @@ class Trainer:
             temporary = self.folder / f"writing_{self.part}"
             final = self.folder / self.part
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(self.checkpoints.saved()[-1] / self.part, temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            if complete is not None:
-                complete(self.folder)
-            write_card(self.folder, self.part, self.options)
+            last = self.checkpoints.saved()[-1]
+            try:
+                shutil.copytree(last / self.part, temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+                if complete is not None:
+                    complete(self.folder)
+                write_card(self.folder, self.part, self.options)
+            except (OSError, SafetensorError) as error:  # as of a full disk
+                shutil.rmtree(temporary, ignore_errors=True)
+                reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # one of its many
+                raise ValueError(
+                    f"`output_dir`: the result cannot be written in {self.folder}: {reason}. It is in {last}; the same command writes it "
+                    "once that is mended, and trains nothing a second time."
+                ) from error
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self._signals.restore()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..files import check_outputs
+from ..files import check_outputs, is_clutter
 from ..image_io import image_format
 from .decoding import Source
 from .encoding import usual_codecs
@@ -86,7 +86,9 @@ def check_folder(folder: Path) -> None:
         raise VideoError(
             f"{folder} is a link or a mounted disk, which cannot be replaced as a whole; name a folder inside it"
         )
-    if folder.is_dir() and not all(re.fullmatch(r"\d{8}\.png", path.name) for path in folder.iterdir()):
+    if folder.is_dir() and not all(
+        re.fullmatch(r"\d{8}\.png", path.name) or is_clutter(path.name) for path in folder.iterdir()
+    ):
         raise VideoError(f"{folder} holds other files than frames that were written before")
 
 

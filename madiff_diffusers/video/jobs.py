@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import av
 import numpy as np
 
-from ..files import UnwritableError, held, unwritable, write_text
+from ..files import UnwritableError, held, is_empty, unwritable, write_text
 from ..pipeline_madiff import MADiffPipeline
 from .analysis import analyse
 from .colour import ColourPath, ColourTags
@@ -143,7 +143,7 @@ class VideoJob:
         Raises:
             VideoError: if something is there that must not be lost.
         """
-        if self.output.exists() and not overwrite and not (self.output.is_dir() and not any(self.output.iterdir())):
+        if self.output.exists() and not overwrite and not (self.output.is_dir() and is_empty(self.output)):
             raise VideoError(f"{self.output} is there already; `overwrite` replaces it")
         shutil.rmtree(self._removed, ignore_errors=True)  # of work that was killed just then
         self._overwrite = overwrite
@@ -331,7 +331,7 @@ class VideoJob:
         Raises:
             VideoError: if something would be lost.
         """
-        if not output.exists() or output.is_dir() and not any(output.iterdir()):
+        if not output.exists() or output.is_dir() and is_empty(output):
             return
         if output.is_dir():
             check_folder(output)

@@ -27,6 +27,8 @@ WHOLE_BYTES = 200  # Memory for each pixel of motion hints and features, which a
 USUAL_MEMORY = 8 * 2**30  # Bytes that the process may take, where nothing else is said.
 USUAL_PIXELS = 2**21  # Of a frame: the networks that ship need less than `USUAL_MEMORY` for so many.
 MOST_PAIRS = 8  # Pairs of frames that are made at once of themselves.
+# Of torch's CPUs, on Windows too, and of Apple's GPUs.
+_NO_MEMORY = ("can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
 LARGEST_KEPT = 32 * 2**20  # Bytes: the largest block that glibc can be told to keep when larger ones are given back.
 
 
@@ -58,7 +60,7 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether an error tells that there is not enough memory: NumPy's, torch's of a GPU, or torch's of a CPU, which has no class of its own."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class ClipDataset(Dataset):
             except Unreadable as error:
                 report(error, self.options.on_unreadable)
                 unreadable, last = unreadable + 1, error
-        raise ValueError(f"`data`: 100 draws in a row met nothing that can be used, the last: {last}")
+        raise Unreadable(f"`data`: 100 draws in a row met nothing that can be used, the last: {last}")
 
     def _draw(self, rng: np.random.Generator) -> Sample:
         source = rng.choice(len(self.sources), p=self.shares)
@@ -165,7 +165,7 @@ class StreamedDataset(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
-            raise ValueError(f"`dataloader_num_workers` must be 0 or 1 with a stream, but is {worker.num_workers}.")
+            raise Unreadable(f"`dataloader_num_workers` must be 0 or 1 with a stream, but is {worker.num_workers}.")
         place, epoch, unreadable = 0, 0, 0
         while True:
             found = 0
@@ -186,7 +186,7 @@ class StreamedDataset(IterableDataset):
                 yield with_unreadable(self.transform(frames, rng), unreadable)
                 unreadable = 0
             if not found:
-                raise ValueError(f"`data`: process {self.process} of {self.processes} gets no row of {self.path!r}.")
+                raise Unreadable(f"`data`: process {self.process} of {self.processes} gets no row of {self.path!r}.")
             epoch += 1
 
 

@@ -59,7 +59,10 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         Unreadable: if the file holds no picture.
     """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:  # not by cv2.imread, which on Windows opens no name with other letters than ASCII's
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):  # not there, or empty
+        image = None
     if image is None:
         raise Unreadable(f"No picture can be read from {path}.")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -69,8 +72,13 @@ def by_name(path: Path) -> list[int | str]:
     return natural_order(path.name)
 
 
+def shown(folder: Path) -> list[Path]:
+    """What a folder holds, without hidden files, such as the `._NAME` that macOS puts beside each NAME on other file systems."""
+    return [path for path in folder.glob("*") if not path.name.startswith(".")]
+
+
 def images_in(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES), key=by_name)
+    return sorted((path for path in shown(folder) if path.suffix.lower() in IMAGE_SUFFIXES), key=by_name)
 
 
 class ImageClips:
@@ -315,7 +323,7 @@ def read_source(name: str, path: str, options: RunOptions, split: str = "train")
     if not root.is_dir():
         raise _wrong_layout(name, path, "there is no such folder")
     if name == "videos":
-        paths = sorted((p for p in root.glob("*") if p.suffix.lower() in VIDEO_SUFFIXES), key=by_name)
+        paths = sorted((p for p in shown(root) if p.suffix.lower() in VIDEO_SUFFIXES), key=by_name)
         if not paths:
             raise _wrong_layout(name, path, "there is no video file in it")
         clips = VideoClips(paths, options.cache_gib, options.on_unreadable)
@@ -328,7 +336,7 @@ def read_source(name: str, path: str, options: RunOptions, split: str = "train")
         return StillClips(images_in(root))
     if name in ("frames", "bvi-dvc"):
         parent = root / "quintuplets" if name == "bvi-dvc" else root
-        folders = sorted((p for p in parent.glob("*") if p.is_dir()), key=by_name)
+        folders = sorted((p for p in shown(parent) if p.is_dir()), key=by_name)
         lists = [frames for frames in map(images_in, folders) if frames]
         if not lists:
             raise _wrong_layout(name, path, f"there is no folder with pictures in {str(parent)!r}")
