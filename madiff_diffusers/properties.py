@@ -191,7 +191,7 @@ def found_in_image(image: ImageFile.ImageFile) -> set[str]:
         found.add("pixel aspect")
     if getattr(image, "n_frames", 1) > 1:
         found.add("pages")
-    if image.mode[0] in "IF" or ";16" in str([tile.args for tile in image.tile]):
+    if image.mode[0] in "IF" or ";16" in str([tile[3] for tile in image.tile]):
         found.add("bits")
     return found
 

@@ -98,7 +98,7 @@ def _is_for_ffmpeg(image: ImageFile.ImageFile) -> bool:
     """Whether Pillow would cut colours of more than 8 bits to 8 bits; of grey, it keeps 16 bits."""
     if image.mode[0] in "IF":
         return False
-    settings = [tile.args for tile in image.tile]
+    settings = [tile[3] for tile in image.tile]  # a plain tuple before Pillow 11
     # Of a PPM file whose values Pillow scales down, it tells the greatest value.
     is_scaled = image.format == "PPM" and any(
         isinstance(each, tuple) and isinstance(each[-1], int) and each[-1] > 255 for each in settings
