@@ -5,10 +5,11 @@ from setuptools import find_packages, setup
 
 EVAL = ["lpips>=0.1.4", "torchvision", "scikit-image>=0.22", "torch-fidelity>=0.4.0", "matplotlib>=3.9", "Jinja2>=3.1"]
 # MADiff itself does not import transformers: its design card names the package, and Diffusers' training helpers look for it.
-TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.17", "h5py>=3.11"]
+TRAIN = [*EVAL, "transformers>=5.23", "datasets>=5.2", "PyYAML>=6.0.2", "tensorboard>=2.18", "h5py>=3.11"]
 # What datasets stores its tables with needs NumPy 2, and what is compiled against NumPy a version that knows it.
 TRAIN += ["numpy>=2.0", "opencv-python-headless>=4.10", "scikit-image>=0.24"]
-ONNX = ["onnx>=1.23", "onnxscript>=0.7.2", "onnxruntime>=1.20"]
+# Older exporters stop at names of nested inputs (2.6) or at `sym_float` (2.7); between these and 2.13, none was tried.
+ONNX = ["torch>=2.13", "onnx>=1.23", "onnxscript>=0.7.2", "onnxruntime>=1.20"]
 # Their next versions may format and find otherwise.
 LINT = ["ruff~=0.17.6", "mypy~=2.4.1"]
 TEST = [
@@ -56,7 +57,7 @@ setup(
         "numpy>=1.26",
         "Pillow>=10.4",
         "opencv-python-headless>=4.9",
-        "av>=17.1",
+        "av>=17.1,<19",  # 19 has neither `metadata_errors` nor side data by names
         "tqdm>=4.66.3",
     ],
     extras_require={

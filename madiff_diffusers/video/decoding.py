@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -123,8 +124,7 @@ class Source:
             yield start, frame
 
     def _file_frames(self, skip_damage: bool) -> Iterator[tuple[int | None, av.VideoFrame]]:
-        with self.open() as container:
-            stream = main_stream(container, self.path)
+        with self.open() as container, closing_decoder(main_stream(container, self.path)) as stream:
             self.time_base = stream.time_base or Fraction(1)
             self.rate = stream.guessed_rate or stream.average_rate
             self.end = None if stream.duration is None else (stream.start_time or 0) + stream.duration
@@ -200,6 +200,20 @@ def main_stream(container: av.container.InputContainer, path: Path) -> av.video.
                 )
             return stream
     raise VideoError(f"{path} has no video")
+
+
+@contextmanager
+def closing_decoder(stream: av.video.stream.VideoStream) -> Iterator[av.video.stream.VideoStream]:
+    """
+    Have a stream's decoder stop its threads in the end, as PyAV frees it only with the GIL held.
+
+    A thread that is decoding then and has an error to log, where `av.logging` has a level (torchvision before 0.26 sets one when it is
+    imported), waits for the GIL while PyAV waits for the thread, forever.
+    """
+    try:
+        yield stream
+    finally:
+        stream.codec_context.flush_buffers()  # releases the GIL
 
 
 def is_video(path: Path) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from madiff_diffusers.files import VIDEO_SUFFIXES, natural_order
 from madiff_diffusers.scene_cuts import find_cuts
+from madiff_diffusers.video.decoding import closing_decoder
 from training.event_recordings import LAYOUT
 from training.options import RunOptions
 
@@ -177,8 +178,7 @@ def decode(path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
         Unreadable: if the file cannot be decoded.
     """
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        with av.open(str(path)) as container, closing_decoder(container.streams.video[0]) as stream:
             stream.thread_type = "AUTO" if threads else "NONE"
             start, number = 0.0, 0
             if first and stream.average_rate and stream.time_base:
