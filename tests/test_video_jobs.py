@@ -491,6 +491,11 @@ def test_a_part_that_lacks_a_picture_is_made_again(pipeline, film, tmp_path):
     next(folders[0].iterdir()).unlink()
     os.truncate(next(folders[1].iterdir()), 0)
     assert job.done() == job.parts[2:]
+    for folder in folders[2:]:
+        index_path(folder).unlink()  # as former versions left them
+    with pytest.raises(VideoError, match="another job"):
+        VideoJob(pipeline, film, tmp_path / "out", VideoOptions(steps=2)).prepare(resume=True, overwrite=False)
+    assert all(folder.is_dir() for folder in folders), "work of another job stays, whole or not"
     interpolate_video(pipeline, film, tmp_path / "out", steps=1, resume=True, progress=False)
     assert len(list((tmp_path / "out").glob("*.png"))) == 48
 

@@ -157,9 +157,7 @@ class VideoJob:
         if plan.is_file() and (resume or not overwrite):
             before = read_plan(plan)
             others = [name for name, value in identity.items() if before.get(name) != value]
-            kept_parts = any(
-                map(is_complete, self.folder.glob("part-" + 8 * "[0-9]"))
-            )  # also such as this job has not
+            kept_parts = any(self.folder.glob("part-" + 8 * "[0-9]"))  # whole or not, and such as this job has not
             if others and kept_parts and not overwrite:
                 raise VideoError(
                     f"{self.folder} holds unfinished work of another job ({', '.join(others)} differ); `overwrite` or delete it"
