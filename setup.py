@@ -57,7 +57,7 @@ setup(
         "numpy>=1.26",
         "Pillow>=10.4",
         "opencv-python-headless>=4.9",
-        "av>=17.1,<19",  # 19 has neither `metadata_errors` nor side data by names
+        "av>=17.1",
         "tqdm>=4.66.3",
     ],
     extras_require={

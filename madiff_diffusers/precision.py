@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which device the networks run on unless told otherwise, and which number type they are fastest in there."""
 
+import platform
+
 import torch
 
 
@@ -16,6 +18,13 @@ def fastest_dtype(device: str | torch.device) -> torch.dtype:
         with torch.cuda.device(torch.device(device)):
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
+
+
+def is_emulated(device: str | torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device computes in a dtype by way of another and so more slowly: bfloat16 on an x86 CPU without AMX and AVX512-BF16. Nothing is
+    known of other CPUs."""
+    is_x86 = torch.device(device).type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return is_x86 and dtype == torch.bfloat16 and fastest_dtype(device) != dtype
 
 
 def best_device() -> torch.device:

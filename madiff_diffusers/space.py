@@ -17,7 +17,7 @@ REQUIREMENTS = (
     "numpy>=1.26",
     "Pillow>=10.4",
     "opencv-python-headless>=4.9",
-    "av>=17.1,<19",
+    "av>=17.1",
     "tqdm>=4.66.3",
 )
 GRADIO = "6.31.0"  # the version that the demo's tests were run with

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 from fractions import Fraction
@@ -16,7 +17,7 @@ from PIL import Image
 from madiff_diffusers import EventGANModel, MADiffPipeline, __version__
 from madiff_diffusers.commands.madiff_cli import build_parser, main
 from madiff_diffusers.image_io import read_image, write_image
-from madiff_diffusers.precision import best_device, fastest_dtype
+from madiff_diffusers.precision import best_device, fastest_dtype, is_emulated
 from madiff_diffusers.video.formats import CODECS
 from tests.conftest import moving_picture
 from tests.processes import run_python, start_python
@@ -101,6 +102,15 @@ def test_what_is_printed_suits_where_it_goes(checkpoint, frames, tmp_path):
         )
         os.close(writer)
         assert done.returncode == 141 and "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
+    if (full := Path("/dev/full")).exists():
+        with full.open("w") as printed:
+            command = list(map(str, [sys.executable, "-m", "madiff_diffusers", *interpolate, "--overwrite"]))
+            environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+            done = subprocess.run(command, stdout=printed, stderr=subprocess.PIPE, text=True, env=environment)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+        assert done.stderr.endswith(
+            "madiff: error: all is done, but what it prints cannot be written: No space left on device\n"
+        )
 
 
 def test_half_precision(checkpoint, frames, tmp_path):
@@ -274,7 +284,18 @@ def test_the_first_line_says_where_it_computes(checkpoint, frames, tmp_path, cap
     ):
         assert main(["interpolate", *map(str, (*frames, *known, *options))]) == 0
         first = capsys.readouterr().err.splitlines()[0]
-        assert first.startswith(f"madiff: on {device}") and first.endswith(f", in {str(dtype).removeprefix('torch.')}")
+        slow = ", which this CPU does not compute in by itself: slower than fp32" if is_emulated(device, dtype) else ""
+        assert first.startswith(f"madiff: on {device}")
+        assert first.endswith(f", in {str(dtype).removeprefix('torch.')}{slow}")
+
+
+def test_bfloat16_is_emulated_on_cpus_that_have_it_in_no_form(monkeypatch):
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    for amx, avx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=amx: value)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=avx: value)
+        assert is_emulated("cpu", torch.bfloat16) == (x86 and not (amx or avx))
+        assert not is_emulated("cpu", torch.float32) and not is_emulated("mps", torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from madiff_diffusers.scene_cuts import cuts_of_changes, find_cuts
 from madiff_diffusers.video.interpolation import SourceFrame
 from madiff_diffusers.video.streaming import _with_cuts
 from tests.conftest import moving_picture
+from tests.video_files import film_clip
 from training.data.datasets import ClipDataset, StreamedDataset, build_dataset
 from training.data.sources import NoWindow, Unreadable, images_in, parse_sources, read_image, read_source
 from training.data.transforms import Augmentation, EventTransform, TripletTransform
@@ -336,6 +337,13 @@ def test_broken_videos_are_left_out_or_named(tmp_path, capfd):
         read_source("videos", str(tmp_path / "data"), RunOptions())
     source = read_source("videos", str(tmp_path / "data"), RunOptions(on_unreadable="skip"))
     assert list(source.lengths) == [9, 5] and "broken.mp4" in capfd.readouterr().err
+
+
+def test_videos_are_read_whatever_their_names_and_tags_are(tmp_path):
+    film = film_clip(tmp_path / "a:b.mp4", 5, metadata={"title": "F--te"})
+    film.write_bytes(film.read_bytes().replace(b"F--te", "Fête".encode("latin-1")))
+    source = read_source("videos", str(tmp_path), RunOptions())
+    assert list(source.lengths) == [5] and len(source.read(0, range(5))) == 5
 
 
 def test_frames_smaller_than_the_crop_and_clips_that_are_too_short_are_named(tmp_path):

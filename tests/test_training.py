@@ -907,6 +907,20 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(clips, trained, tmp_p
     assert f"from {newest.with_name(names[-2])}" in succeed(again)
 
 
+def test_a_damaged_result_does_not_take_the_place_of_one_that_is_whole(clips, trained, tmp_path):
+    shutil.copytree(trained / "unet", tmp_path / "unet")
+    runs = link("unet", trained, tmp_path)
+    newest = max((runs / "unet" / "checkpoints").glob("step_*"))
+    name = "diffusion_pytorch_model.safetensors"
+    before = (runs / "unet" / "unet" / name).read_bytes()
+    (newest / "unet" / name).write_bytes(before[: len(before) // 2])
+    again = command("unet", clips, runs, "--max_train_steps", str(int(newest.name[5:])), "--report_to", "none")
+    done = launch(again)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{name} in {newest} is damaged" in done.stderr
+    assert (runs / "unet" / "unet" / name).read_bytes() == before
+
+
 # ---- losses ----
 
 

@@ -69,6 +69,14 @@ def test_what_a_phone_says_of_itself_is_kept(pipeline, tmp_path):
         assert said.items() <= read(tmp_path / name).metadata.items()
 
 
+@pytest.mark.parametrize("suffix", ("mp4", "mkv"))
+def test_tags_that_are_not_utf8_keep_their_bytes(pipeline, tmp_path, suffix):
+    source, out = film_clip(tmp_path / f"in.{suffix}", 2, metadata={"title": "F--te"}), tmp_path / f"out.{suffix}"
+    source.write_bytes(source.read_bytes().replace(b"F--te", "Fête".encode("latin-1")))
+    run(pipeline, source, out)
+    assert "Fête".encode("latin-1") in out.read_bytes()
+
+
 def test_steps_are_as_many_as_are_asked_for(pipeline, tmp_path):
     source, calls = film_clip(tmp_path / "film.mkv", 2), []
     pipeline.unet.register_forward_hook(lambda *_: calls.append(1))

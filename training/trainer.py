@@ -30,10 +30,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from madiff_diffusers.precision import is_emulated
 from training.checkpoints import Checkpoints, lock_folder
 from training.data.loading import load_batches
 from training.hub import push, write_card
@@ -91,6 +92,11 @@ class Trainer:
             raise ValueError(
                 "`mixed_precision` fp16 with `gradient_accumulation_steps` > 1 is not supported: the loss scale of one optimiser would be "
                 "applied to the gradients of another. Use bf16."
+            )
+        if self.accelerator.mixed_precision == "bf16" and is_emulated(self.accelerator.device, torch.bfloat16):
+            self.accelerator.print(
+                "warning: this CPU does not compute in bfloat16 by itself, and trains several times slower in it: `--mixed_precision no` is for it",
+                file=sys.stderr,
             )
         if self.accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
             # What `accelerate launch --cpu --num_processes N` does where it has no MPI to start the others with.
@@ -418,6 +424,7 @@ class Trainer:
             complete: what else the main process writes, given OUTPUT, where the part lies by then.
 
         Raises:
+            ValueError: if the last checkpoint was cut off, or OUTPUT cannot be written.
             SystemExit: with a message that says how to go on, if the upload fails.
         """
         if self.accelerator.is_main_process:
@@ -427,6 +434,8 @@ class Trainer:
             last = self.checkpoints.saved()[-1]
             try:
                 shutil.copytree(last / self.part, temporary)
+                for weights in temporary.rglob("*.safetensors"):
+                    _check_weights(weights, last)  # before those of an earlier run go
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
                 if complete is not None:
@@ -489,3 +498,14 @@ class Trainer:
             return False
         self.progress.best = {"step": self.progress.step, metric: means[metric]}
         return True
+
+
+def _check_weights(path: Path, checkpoint: Path) -> None:
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"`output_dir`: {path.name} in {checkpoint} is damaged ({error}). Once that checkpoint is moved away, the same command goes on from "
+            "the one before."
+        ) from error

@@ -126,8 +126,11 @@ def say_where(device: "torch.device", dtype: "torch.dtype") -> None:
     """A command's first line."""
     import torch
 
+    from ..precision import is_emulated
+
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    print(f"madiff: on {device}{name}, in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+    slow = ", which this CPU does not compute in by itself: slower than fp32" if is_emulated(device, dtype) else ""
+    print(f"madiff: on {device}{name}, in {str(dtype).removeprefix('torch.')}{slow}", file=sys.stderr)
 
 
 def checkpoint_folder(checkpoint: str, with_code: bool = False) -> Path:

@@ -95,6 +95,21 @@ def _as_it_can(error: UnicodeError) -> tuple[str | bytes, int]:
     raise error
 
 
+def _print_no_more() -> None:
+    """Throw away what waits to be printed, which Python would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush_printed() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _print_no_more()
+        raise CommandError(f"all is done, but what it prints cannot be written: {error.strerror}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -112,9 +127,9 @@ def main(argv: list[str] | None = None) -> int:
         with _terminable():
             args.command_class(args).run()
             if sys.stdout is not None:
-                sys.stdout.flush()
+                _flush_printed()
     except BrokenPipeError:  # whoever reads what is printed has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return 128 + 13  # of SIGPIPE
     except CommandError as error:
         if args.traceback or os.environ.get("MADIFF_DEBUG", "0") not in ("", "0"):

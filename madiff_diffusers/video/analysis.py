@@ -17,7 +17,7 @@ from ..scene_cuts import change
 from .colour import ColourTags, chroma_of, is_rgb, opacity
 from .decoding import Source, main_stream
 from .errors import VideoError
-from .ffmpeg import display_matrix, turn
+from .ffmpeg import display_matrix, exact, turn
 from .options import LONGEST_PAUSE
 
 
@@ -263,7 +263,7 @@ def _pixel_aspect(source: Source) -> Fraction | None:
         except Exception:  # Pillow raises errors of any kind at unknown files, which FFmpeg has read or told of.
             return None
     with source.open() as container:
-        aspect = main_stream(container, source.path).sample_aspect_ratio
+        aspect = exact(main_stream(container, source.path).sample_aspect_ratio)
     return aspect if aspect and aspect != 1 else None
 
 
@@ -287,4 +287,6 @@ def block_change(prev: np.ndarray, next_: np.ndarray) -> float:
     """The greatest mean difference, from 0 to 255, of any block of 8x8 pixels of two frames `(H, W)` uint8."""
     difference = cv2.absdiff(prev, next_)
     height, width = difference.shape
-    return float(cv2.resize(difference, (max(1, width // 8), max(1, height // 8)), interpolation=cv2.INTER_AREA).max())
+    return float(
+        np.max(cv2.resize(difference, (max(1, width // 8), max(1, height // 8)), interpolation=cv2.INTER_AREA))
+    )

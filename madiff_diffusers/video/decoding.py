@@ -10,7 +10,7 @@ import av
 
 from ..files import IMAGE_SUFFIXES
 from .errors import VideoError
-from .ffmpeg import file_url, reason
+from .ffmpeg import exact, open_file, reason
 from .images import MOST_PIXELS, find_images, image_frame, is_named
 
 
@@ -70,7 +70,7 @@ class Source:
             VideoError: if it cannot be read.
         """
         try:
-            return av.open(file_url(self.path), metadata_errors="replace")
+            return open_file(self.path)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot read {self.path} as a video: {reason(error)}") from error
 
@@ -125,8 +125,8 @@ class Source:
 
     def _file_frames(self, skip_damage: bool) -> Iterator[tuple[int | None, av.VideoFrame]]:
         with self.open() as container, closing_decoder(main_stream(container, self.path)) as stream:
-            self.time_base = stream.time_base or Fraction(1)
-            self.rate = stream.guessed_rate or stream.average_rate
+            self.time_base = exact(stream.time_base) or Fraction(1)
+            self.rate = exact(stream.guessed_rate or stream.average_rate)
             self.end = None if stream.duration is None else (stream.start_time or 0) + stream.duration
             self.told_end = self.end
             if self.end is None and (
@@ -219,7 +219,7 @@ def closing_decoder(stream: av.video.stream.VideoStream) -> Iterator[av.video.st
 def is_video(path: Path) -> bool:
     """Whether FFmpeg finds moving pictures in a file, whatever its name is."""
     try:
-        with av.open(file_url(path), metadata_errors="replace") as container:
+        with open_file(path) as container:
             # FFmpeg reads images and text too.
             if container.format.name.endswith("_pipe") or container.format.name in ("image2", "tty"):
                 return False

@@ -1,15 +1,16 @@
-"""FFmpeg by way of PyAV: names of files, reasons of errors, and the side data of frames."""
+"""FFmpeg by way of PyAV: files and their names, reasons of errors, and the side data of frames."""
 
-from collections.abc import Iterable
 from fractions import Fraction
 from math import atan2, degrees
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import av
 import numpy as np
-from av.sidedata.sidedata import SideData
 
+
+# Settings of files by which tags that are not UTF-8 keep their bytes, as lone surrogates. From PyAV 19 on, they do by themselves.
+TAG_SETTINGS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 # FFmpeg's number of the display matrix among the kinds of side data; and a number that is greater than those of all kinds.
 _DISPLAY_MATRIX, _SIDE_DATA_KINDS = 6, 64
@@ -18,6 +19,21 @@ _DISPLAY_MATRIX, _SIDE_DATA_KINDS = 6, 64
 def file_url(path: Path) -> str:
     """The URL by which FFmpeg opens a file whatever its name is; a name with a colon alone would mean a protocol."""
     return f"file:{path}"
+
+
+def open_file(path: Path) -> av.container.InputContainer:
+    """
+    Open a file to read, whatever its name is and in whichever encoding its tags are.
+
+    Raises:
+        av.FFmpegError, OSError, ValueError: if FFmpeg cannot.
+    """
+    return av.open(file_url(path), **TAG_SETTINGS)
+
+
+def exact(ratio: Any) -> Fraction | None:
+    """A ratio of PyAV's as a fraction; None if FFmpeg does not know it. From PyAV 19 on, ratios are of a type whose products are rounded."""
+    return Fraction(ratio.numerator, ratio.denominator) if ratio else None
 
 
 def reason(error: Exception) -> str:
@@ -56,8 +72,8 @@ def side_data(frame: av.VideoFrame, kind: int) -> bytes | None:
     nodes += [graph.add("sidedata", f"mode=delete:type={other}") for other in range(_SIDE_DATA_KINDS) if other != kind]
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()
     graph.push(frame)
-    # PyAV's annotation tells of a dictionary, but this is a sequence of the data.
-    return next((bytes(data) for data in cast(Iterable[SideData], graph.pull().side_data)), None)
+    found: Any = graph.pull().side_data  # PyAV's annotations do not tell that it has an order
+    return bytes(found[0]) if len(found) else None
 
 
 def has_side_data(frame: av.VideoFrame, kind: int) -> bool:

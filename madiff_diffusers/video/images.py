@@ -12,7 +12,7 @@ from ..image_io import upright
 from ..image_processor import rgb_of_image, rgba_of_transparent
 from .colour import opacity
 from .errors import VideoError
-from .ffmpeg import display_matrix, file_url, reason, turn
+from .ffmpeg import display_matrix, open_file, reason, turn
 
 
 # The most pixels of a frame, 8192x8192, so that a damaged header cannot fill the memory.
@@ -75,7 +75,7 @@ def image_frame(path: Path) -> av.VideoFrame:
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise VideoError(f"cannot read {path} as an image: {reason(error)}") from error
     try:
-        with av.open(file_url(path)) as container:
+        with open_file(path) as container:
             frame = next(container.decode(video=0))
     except (av.FFmpegError, OSError, ValueError, IndexError, StopIteration) as error:
         raise VideoError(f"cannot read {path} as an image: {reason(error)}") from error

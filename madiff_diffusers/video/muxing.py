@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 from .analysis import Analysis
 from .decoding import Source, main_stream
 from .encoding import Encoding
-from .ffmpeg import file_url
+from .ffmpeg import TAG_SETTINGS, file_url
 from .gif import FOR_EVER, assemble_gif, loops_of
 from .parts import joined_packets
 from .streams import AudioTranscoder, StreamRemuxer
@@ -169,7 +169,7 @@ def _open(output: Path, encoding: Encoding) -> av.container.OutputContainer:
     # AVI has no times, but would begin with empty frames if sound begins before 0.
     if encoding.container.format == "avi":
         options["avoid_negative_ts"] = "disabled"
-    return av.open(file_url(output), "w", format=encoding.container.format, container_options=options)
+    return av.open(file_url(output), "w", format=encoding.container.format, container_options=options, **TAG_SETTINGS)
 
 
 class Muxer:

@@ -14,6 +14,7 @@ import numpy as np
 from madiff_diffusers.files import VIDEO_SUFFIXES, natural_order
 from madiff_diffusers.scene_cuts import find_cuts
 from madiff_diffusers.video.decoding import closing_decoder
+from madiff_diffusers.video.ffmpeg import open_file
 from training.event_recordings import LAYOUT
 from training.options import RunOptions
 
@@ -157,7 +158,7 @@ def measure(path: Path) -> tuple[int, float]:
         Unreadable: if the file holds no video.
     """
     try:
-        with av.open(str(path)) as container:
+        with open_file(path) as container:
             stream = container.streams.video[0]
             count = stream.frames
             if not count:
@@ -167,7 +168,7 @@ def measure(path: Path) -> tuple[int, float]:
                 count = round(seconds * float(stream.average_rate or 25))
             count = count or sum(1 for _ in container.decode(stream))
             return count, float(count) * stream.width * stream.height * 3
-    except (av.FFmpegError, IndexError, OSError) as error:
+    except (av.FFmpegError, IndexError, OSError, ValueError) as error:
         raise Unreadable(f"No video can be read from {path}: {error}.") from error
 
 
@@ -178,7 +179,7 @@ def decode(path: Path, first: int, threads: bool) -> Iterator[np.ndarray]:
         Unreadable: if the file cannot be decoded.
     """
     try:
-        with av.open(str(path)) as container, closing_decoder(container.streams.video[0]) as stream:
+        with open_file(path) as container, closing_decoder(container.streams.video[0]) as stream:
             stream.thread_type = "AUTO" if threads else "NONE"
             start, number = 0.0, 0
             if first and stream.average_rate and stream.time_base:
