@@ -21,7 +21,7 @@ SILENT_PIECE = 10  # seconds of silence in memory at once
 
 COARSE_CLOCK = Fraction(1, 1000)  # Matroska's, in seconds: packets of sound may be shorter.
 
-# Seconds of sound that decoders need before the sound that is heard.
+# Seconds of sound that decoders need before the sound that is heard, at least.
 PRIMING = Fraction(1, 10)
 
 
@@ -45,6 +45,9 @@ class StreamRemuxer:
             kind,
             format_name,
         )
+        # Players of Matroska leave out as much as the file tells. From PyAV 19 on, that is all that an edit list cuts off.
+        told = getattr(stream.codec_context, "initial_padding", 0) if format_name in ("matroska", "webm") else 0
+        self._priming = max(PRIMING, Fraction(told, getattr(stream.codec_context, "sample_rate", None) or 1))
         # The time of the last packet in the result, and in the source's own units.
         self._last: int | None = None
         self._before: int | None = None
@@ -61,7 +64,7 @@ class StreamRemuxer:
             and packet.pts is not None
         ):
             # AVI, which has no times, begins with it, so that it gets no more than one packet.
-            priming = (packet.duration or 0) * packet.time_base if self._format_name == "avi" else PRIMING
+            priming = (packet.duration or 0) * packet.time_base if self._format_name == "avi" else self._priming
             if packet.pts * packet.time_base - self._begin < -priming:
                 return []
         unit = self.stream.time_base
