@@ -25,11 +25,11 @@ from madiff_diffusers.motion_hints import FlowHints
 from madiff_diffusers.warping import warp
 from tests.conftest import REPOSITORY, build_pipeline, excite, moving_picture
 from tests.processes import layout_script, run_python, run_two_ranks
-from tests.test_metrics import random_backbone_file, random_lpips
+from tests.test_metrics import backbone_file, random_backbone_file, random_lpips
 from tests.video_files import drifting, write_video
 from training.crop_cache import CropCache, compressed, write_crops
 from training.frame_bank import FrameBank, augment, composed
-from training.losses import gram_loss
+from training.losses import gram_loss, part_of_both
 from training.train_sampler import SamplerNetwork, distance, disturbed, easiness
 
 
@@ -507,6 +507,33 @@ def test_gram_matrices_count_late(config, clips, tmp_path):
     assert [bool(row.get("gram")) for row in rows] == [False, False, True, True]
     done = train(config, clips, tmp_path / "none", "--gram_weight", "2")
     assert done.returncode == 2 and "--gram_weight must be 0 with --lpips_net none" in done.stderr
+
+
+def test_lpips_by_vgg_counts_beside_that_by_alexnet(config, clips, tmp_path):
+    alex = random_backbone_file(tmp_path / "alexnet.safetensors", 0)
+    vgg = backbone_file(tmp_path / "vgg.safetensors", random_lpips("vgg"))
+    flags = ["--lpips_net", "alex", "--lpips_backbone", alex, "--resolution", "64", "--scales", "[1.0]"]
+    flags += ["--lpips_from", "0.5", "--max_train_steps", "2", "--two_step_share", "0"]
+    weights = []
+    for name, more in (("alone", []), ("both", ["--lpips_vgg_weight", "2", "--lpips_vgg_backbone", vgg])):
+        done = train(config, clips, tmp_path / name, *flags, *more)
+        assert done.returncode == 0, done.stderr
+        with (tmp_path / name / "summary.csv").open() as file:
+            rows = [*csv.DictReader(file)]
+        assert [bool(row.get("lpips_vgg")) for row in rows] == [False, name == "both"]
+        weights.append(MADiffPipeline.from_pretrained(tmp_path / name / "pipeline").vqvae.decoder.head.conv_out.weight)
+    assert not torch.equal(*weights)
+
+
+def test_a_part_is_cut_from_the_same_place_of_both():
+    frames, generator = torch.arange(2.0 * 3 * 20 * 30).view(2, 3, 20, 30), torch.Generator().manual_seed(0)
+    corners = set()
+    for _ in range(20):
+        sample, truth = part_of_both(frames, frames + 1, 16, generator)
+        assert sample.shape == (2, 3, 16, 16) and torch.equal(sample + 1, truth)
+        corners.add(sample[0, 0, 0, 0].item())
+    assert len(corners) > 10
+    assert part_of_both(frames, frames, 96, generator)[0].shape == frames.shape
 
 
 def test_it_trains_on_kept_crops(config, clips, tmp_path):

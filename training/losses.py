@@ -27,6 +27,18 @@ def lpips_loss(options: RunOptions, device: torch.device) -> nn.Module | None:
     return build_lpips(options.lpips_net, options.lpips_backbone or None).to(device)
 
 
+def part_of_both(
+    sample: torch.Tensor, truth: torch.Tensor, side: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same square of frames `(B, C, H, W)` and of true ones, somewhere, of `side` pixels or what there is of them."""
+    places = []
+    for size in sample.shape[-2:]:
+        most = max(size - side, 0)
+        begin = int(torch.randint(most + 1, (1,), generator=generator, device=generator.device))
+        places.append(slice(begin, begin + side))
+    return sample[..., places[0], places[1]], truth[..., places[0], places[1]]
+
+
 def gram_loss(lpips: nn.Module, sample: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """How far the textures of frames `(B, 3, H, W)` in [-1, 1] are apart, `(B,)`: the squared distance of the Gram matrices of the features
     that LPIPS compares, over that of the truth to zero, in the mean of the layers. FILM's style loss (Reda et al., 2022, eq. 7) but for

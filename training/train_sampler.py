@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import SchedulerMixin, UNet2DModel
 
+from madiff_diffusers.evaluation.metrics import build_lpips
 from madiff_diffusers.frame_coding import EncodedFrames, FrameCoder
 from madiff_diffusers.motion_flow import MotionHintModel, RIFEFlowModel
 from madiff_diffusers.motion_hints import HintSource
@@ -40,7 +41,7 @@ from training.codes import CodeUsage
 from training.crop_cache import CropCache
 from training.data.sources import parse_sources
 from training.frame_bank import FrameBank, augment, composed
-from training.losses import gram_loss, lpips_loss
+from training.losses import gram_loss, lpips_loss, part_of_both
 from training.options import (
     RunOptions,
     as_configured,
@@ -54,6 +55,8 @@ from training.options import (
 from training.trainer import Trainer
 from training.validation import image_scores, panel, to_frames, to_image, validation_windows
 
+
+VGG_SIDE = 96  # pixels of the part of a frame that VGG sees
 
 # Options of the other stages' loader and loop, which this one has not.
 UNUSED = (
@@ -114,6 +117,10 @@ class SamplerOptions(RunOptions):
     corrupted_share: float = option(0.2, "share of samples whose hints are disturbed", least=0, most=1)
     lpips_weight: float = option(0.4, "of LPIPS", least=0)
     lpips_from: float = option(0.12, "share of the training after which LPIPS counts", least=0, most=1)
+    lpips_vgg_weight: float = option(
+        0.0, "of LPIPS by VGG beside it, of half of the samples, in a part of 96x96 pixels …", least=0
+    )
+    lpips_vgg_backbone: str = option("", "… safetensors file with VGG's weights; downloaded by torchvision if empty")
     gram_weight: float = option(0.0, "of the Gram matrices of LPIPS's features …", least=0)
     gram_from: float = option(0.5, "… from this share of the training on", least=0, most=1)
     easiness_power: float = option(
@@ -530,6 +537,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     network, optimizer = trainer.prepare(bare, optimizer, compiles=False)
     lpips = lpips_loss(options, device)
+    vgg = build_lpips("vgg", options.lpips_vgg_backbone or None).to(device) if options.lpips_vgg_weight > 0 else None
     teacher = Teacher(options.teacher, device, options.compile) if options.teacher else None
     if options.compile:  # a part at a time
         bare.compile_parts()
@@ -678,6 +686,13 @@ def main(argv: list[str] | None = None) -> None:
                 each = lpips(found["sample"].clamp(-1.1, 1.1), batch["frame_mid"]).float().view(-1)
                 losses["lpips"] = (share * each).mean()
             loss = loss + options.lpips_weight * losses["lpips"]
+        if vgg is not None and passed >= options.lpips_from:
+            half = math.ceil(count / 2)  # any, for a batch is drawn at random: VGG takes as long as all else
+            made_part, true_part = part_of_both(found["sample"][:half], batch["frame_mid"][:half], VGG_SIDE, generator)
+            with trainer.accelerator.autocast():
+                each = vgg(made_part.clamp(-1.1, 1.1), true_part).float().view(-1)
+                losses["lpips_vgg"] = (share[:half] * each).mean()
+            loss = loss + options.lpips_vgg_weight * losses["lpips_vgg"]
         if lpips is not None and options.gram_weight > 0 and passed >= options.gram_from:
             with trainer.accelerator.autocast():
                 losses["gram"] = (
