@@ -687,7 +687,7 @@ def main(argv: list[str] | None = None) -> None:
                 losses["lpips"] = (share * each).mean()
             loss = loss + options.lpips_weight * losses["lpips"]
         if vgg is not None and passed >= options.lpips_from:
-            half = math.ceil(count / 2)  # any, for a batch is drawn at random: VGG takes as long as all else
+            half = math.ceil(count / 2)  # any, for a batch is drawn at random; VGG takes long
             made_part, true_part = part_of_both(found["sample"][:half], batch["frame_mid"][:half], VGG_SIDE, generator)
             with trainer.accelerator.autocast():
                 each = vgg(made_part.clamp(-1.1, 1.1), true_part).float().view(-1)
