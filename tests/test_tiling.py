@@ -70,7 +70,7 @@ def test_fast_motion_is_followed_across_the_borders_of_tiles(name):
     whole = error()
     pipeline.enable_tiling(256 * 256)
     assert len(pipeline.tiling.tiles(320, 640)[1]) > 2
-    assert 10 * np.log10(error() / whole) <= 0.35, "dB lost to tiles"
+    assert error() - whole <= 1.6, "squared grey levels that tiles add, whatever whole frames lack"
 
 
 @pytest.mark.parametrize("name", bundled_checkpoints())
