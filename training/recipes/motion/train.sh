@@ -12,10 +12,13 @@
 # (torchrun --nproc_per_node 2), on the same crops, their flow smoothed at its end (summary_smooth.csv), then with a fifth of them
 # composed (summary_composed.csv; crop_cache --composed_share 0.2), then 12,800 samples more (summary_further.csv). At last, frames
 # sampled by cubic convolution, the two finest scales and the last warp alone (summary_cubic.csv: --trained
-# vqvae.decoder.warps.2,vqvae.decoder.warps.3,vqvae.decoder.head): the mean of before and after is madiff-fast's.
+# vqvae.decoder.warps.2,vqvae.decoder.warps.3,vqvae.decoder.head), the mean of before and after; and from that, the same parts
+# with LPIPS of both networks (summary_both.csv: --lpips_weight 1.5 --lpips_vgg_weight 1.05 --easiness_power 0.35
+# --latent_shares "[0,0.02,0.98]" --latent_weight 0 --flow_weight 0 --flow_weight_end 0; its lpips is AlexNet's and .7 of VGG's),
+# the mean of before and after once more, which is madiff-fast's.
 # Flags are those of training.train_sampler: on a GPU, --mixed_precision bf16 --train_batch_size 160 --learning_rate 1.2e-3.
 set -eu
-[ $# -ge 4 ] || { sed -n 2,16p "$0" | cut -c3- >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n 2,19p "$0" | cut -c3- >&2; exit 2; }
 recipe=$(cd "$(dirname "$0")" && pwd)
 case $1 in
     crops:*) data=crops:$(realpath "${1#crops:}") ;;
