@@ -19,6 +19,7 @@ from madiff_diffusers.video.decoding import IMAGE_RATE, Source
 from madiff_diffusers.video.destinations import check_output
 from madiff_diffusers.video.encoding import analogous_format
 from madiff_diffusers.video.errors import VideoError
+from madiff_diffusers.video.ffmpeg import open_file
 from madiff_diffusers.video.formats import CODECS, CONTAINERS
 from madiff_diffusers.video.jobs import VideoJob
 from madiff_diffusers.video.memory import USUAL_MEMORY
@@ -75,6 +76,23 @@ def test_tags_that_are_not_utf8_keep_their_bytes(pipeline, tmp_path, suffix):
     source.write_bytes(source.read_bytes().replace(b"F--te", "Fête".encode("latin-1")))
     run(pipeline, source, out)
     assert "Fête".encode("latin-1") in out.read_bytes()
+
+
+def test_attachments_whose_names_are_not_utf8_are_kept(pipeline, tmp_path):
+    source, film, out = tmp_path / "in.mkv", film_clip(tmp_path / "film.mkv", 2), tmp_path / "out.mkv"
+    with av.open(str(film)) as container, av.open(str(source), "w") as file:
+        stream = file.add_stream_from_template(container.streams.video[0])
+        for name in ("F-te.ttf", "other.ttf"):
+            file.add_attachment(name, "font/ttf", 10 * name.encode())
+        for packet in container.demux(video=0):
+            packet.stream = stream
+            file.mux([packet] if packet.size else [])
+    name = "Fête.ttf".encode("latin-1")
+    source.write_bytes(source.read_bytes().replace(b"F-te.ttf", name))
+    assert run(pipeline, source, out).notes == []
+    with open_file(out) as container:
+        attached = {stream.metadata["filename"]: stream.data for stream in container.streams.attachments}
+    assert attached == {name.decode(errors="surrogateescape"): 10 * name, "other.ttf": 10 * b"other.ttf"}
 
 
 def test_steps_are_as_many_as_are_asked_for(pipeline, tmp_path):

@@ -257,11 +257,9 @@ class Muxer:
             self.notes.append(f"{name} is left out, as asked")
             return
         if isinstance(stream, AttachmentStream) and stream.type in kinds and format_name == "matroska":
-            file.add_attachment(
-                stream.metadata.get("filename", "attachment"),
-                stream.mimetype or "application/octet-stream",
-                stream.data,
-            )
+            attached = file.add_attachment("attachment", stream.mimetype or "application/octet-stream", stream.data)
+            # Afterwards, for as an argument PyAV takes no name whose bytes are not UTF-8.
+            attached.metadata["filename"] = stream.metadata.get("filename", "attachment")
             return
         slowed = self._slow_motion != 1
         if (
