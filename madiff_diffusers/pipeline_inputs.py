@@ -96,8 +96,11 @@ def check_instants(num_frames: Any, times: Any) -> None:
     given = list(times) if listed else []
 
     def is_instant(time: Any) -> bool:
-        # The networks are told it in float32, and the odds of it, which must be finite; NaN fails, too.
-        return isinstance(time, Real) and bool(LEAST_TIME <= np.float32(float(time)) < 1)
+        # The networks are told it in float32, and the odds of it, which must be finite; NaN fails, too. What is far out of the range may be
+        # too large for a float.
+        return isinstance(time, Real) and bool(
+            time < 1 and not time <= 0 and LEAST_TIME <= np.float32(float(time)) < 1
+        )
 
     if not given or not all(map(is_instant, given)):
         raise ValueError(

@@ -595,6 +595,7 @@ def image(width: int = 32, height: int = 32) -> PIL.Image.Image:
         ),
         ({"times": [1e-46]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": [Fraction(1, 10**400)]}, r"`times` must be a list of numbers between 0 and 1"),
+        ({"times": [10**400]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": [float("nan")]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": ["0.5"]}, r"`times` must be a list of numbers between 0 and 1"),
         ({"times": 0.5}, r"`times` must be a list of numbers between 0 and 1"),

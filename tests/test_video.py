@@ -671,6 +671,7 @@ def test_options_are_found_wrong_before_anything_is_read(pipeline, tmp_path):
         ({"fps": "1/0"}, "a fraction"),
         ({"cut_ratio": "x"}, "`cut_ratio`"),
         ({"cut_threshold": float("nan")}, "`cut_threshold`"),
+        ({"cut_ratio": "1e999"}, "`cut_ratio` must be a number that floating point can hold"),
         ({"image_fps": float("inf")}, "`image_fps`"),
         ({"slow_motion": 2, "audio": "keep"}, "`audio`"),
     ):

@@ -164,6 +164,8 @@ def _read(name: str, value: Any) -> Any:
         return str(value) if name == "preset" else value  # some encoders' presets are numbers
     except ValueError as error:
         raise VideoError(f"`{name}` must be {error}, but is {value!r}") from None
+    except OverflowError:
+        raise VideoError(f"`{name}` must be a number that floating point can hold, but is {value!r}") from None
 
 
 def read_number(value: Number) -> Fraction:
