@@ -28,6 +28,7 @@ from PIL import Image
 
 from madiff_diffusers import MADiffPipeline, interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
+from madiff_diffusers.hub_repository import CHECKPOINT_FOLDER
 from madiff_diffusers.motion_hints import EventHints, FlowHints, NullHints, StackedHints
 from madiff_diffusers.video.destinations import check_folder, partial_path
 from madiff_diffusers.video.errors import VideoError
@@ -436,6 +437,25 @@ def test_a_network_that_is_offloaded_layer_by_layer_makes_videos(pipeline, film,
     fast.vqvae.news_rms.mul_(3)
     assert pipeline_digest(fast) != digest_before
     assert interpolate_video(pipeline, film, tmp_path / "out.mkv", steps=1, progress=False).frames == 48
+
+
+def test_a_checkpoint_is_known_again_in_another_process_and_place(tmp_path):
+    """`madiff-compact` lacks settings that came later: Diffusers tells those in another order from process to process."""
+    (tmp_path / "elsewhere").symlink_to(CHECKPOINT_FOLDER / "madiff-compact")
+    code = (
+        "import sys; from madiff_diffusers import MADiffPipeline; from madiff_diffusers.video.planning import pipeline_digest;"
+        "print(pipeline_digest(MADiffPipeline.from_pretrained(sys.argv[1])))"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(checkpoint)],
+            stdout=subprocess.PIPE,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+        ).stdout
+        for seed, checkpoint in ((1, "madiff-compact"), (2, "madiff-compact"), (1, tmp_path / "elsewhere"))
+    }
+    assert len(digests) == 1
 
 
 def test_work_that_was_done_is_not_mixed_with_other_weights(pipeline, film, tmp_path):

@@ -157,7 +157,7 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
     def add(name: str, value: Any) -> None:
         """Take in a network, with its weights, or settings."""
         if isinstance(value, ModelMixin):
-            add(name, dict(value.config))
+            add(f"{name} {type(value).__qualname__}", value.config)
             weights = value.state_dict()
             if any(tensor.is_meta for tensor in weights.values()):  # offloaded one by one: they lie beside the network
                 weights |= get_state_dict_offloaded_model(value)  # which leaves out those of the network as a whole
@@ -165,18 +165,20 @@ def pipeline_digest(pipeline: MADiffPipeline) -> str:
                 digest.update(f"{name}.{key}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         else:
-            digest.update(f"{name} {json.dumps(value, sort_keys=True, default=str)}".encode())
+            # Of what Diffusers notes beside them, the place on this machine and the order of default values change from start to start.
+            settings = {key: each for key, each in value.items() if not key.startswith("_")}
+            digest.update(f"{name} {json.dumps(settings, sort_keys=True, default=str)}".encode())
 
     def add_hints(source: HintSource) -> None:
-        add(f"{type(source).__module__}.{type(source).__qualname__}", dict(getattr(source, "config", None) or {}))
+        add(f"{type(source).__module__}.{type(source).__qualname__}", getattr(source, "config", None) or {})
         for name, value in sorted(vars(source).items()):
             if isinstance(value, ModelMixin):
                 add(name, value)
         for each in getattr(source, "sources", []):
             add_hints(each)
 
-    add("pipeline", {name: value for name, value in pipeline.config.items() if not name.startswith("_")})
-    add("scheduler", dict(pipeline.scheduler.config))
+    add("pipeline", pipeline.config)
+    add(f"scheduler {type(pipeline.scheduler).__qualname__}", pipeline.scheduler.config)
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, ModelMixin):
             add(name, component)
