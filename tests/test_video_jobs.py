@@ -527,6 +527,8 @@ def test_a_plan_that_is_cut_off_is_told(pipeline, film, tmp_path):
     for options in ({}, {"resume": True}, {"resume": True, "preview": tmp_path / "strip.png"}):
         with pytest.raises(VideoError, match=r"job.json does not tell whose parts these are; `overwrite` or delete"):
             interpolate_video(pipeline, film, tmp_path / "out.mp4", progress=False, **options)
+    options = {"resume": True, "overwrite": True, "preview": tmp_path / "strip.png"}
+    assert interpolate_video(pipeline, film, tmp_path / "out.mp4", steps=1, progress=False, **options).made == 23
 
 
 def test_what_is_done_is_passed_over_no_longer_than_somebody_waits(pipeline, tmp_path):

@@ -32,7 +32,10 @@ def read_plan(path: Path) -> dict[str, Any]:
         VideoError: if it says nothing, as after a power failure.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(plan, dict):
+            raise ValueError("no plan")
+        return plan
     except ValueError as error:
         raise VideoError(f"{path} does not tell whose parts these are; `overwrite` or delete {path.parent}") from error
 
@@ -50,8 +53,8 @@ def outputs_of(
     written += [(partial_path(output), overwrite or begun)] if keep_partial else []
     if preview is None:
         return written
-    own = begun and read_plan(job).get("preview") == str(preview.absolute())
-    return [*written, (preview, overwrite or own)]
+    own = overwrite or (begun and read_plan(job).get("preview") == str(preview.absolute()))
+    return [*written, (preview, own)]
 
 
 def what_stays(output: Path, keep_partial: bool) -> Path | None:

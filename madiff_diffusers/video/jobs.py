@@ -155,7 +155,12 @@ class VideoJob:
         limits = {"max_memory": self.options.max_memory, "batch": self.options.batch}
         shown = None if preview is None else str(preview.absolute())  # which may be replaced when the job goes on
         if plan.is_file() and (resume or not overwrite):
-            before = read_plan(plan)
+            try:
+                before = read_plan(plan)
+            except VideoError:
+                if not overwrite:
+                    raise
+                before = {}  # whosever the parts are, they may go
             others = [name for name, value in identity.items() if before.get(name) != value]
             kept_parts = any(self.folder.glob("part-" + 8 * "[0-9]"))  # whole or not, and such as this job has not
             if others and kept_parts and not overwrite:
