@@ -525,6 +525,21 @@ def test_lpips_by_vgg_counts_beside_that_by_alexnet(config, clips, tmp_path):
     assert not torch.equal(*weights)
 
 
+def test_vgg_sees_composed_scenes_too(config, tmp_path):
+    """Clips that stand still are decoded as they are by new networks, so that all that VGG tells is of composed scenes."""
+    (tmp_path / "still").mkdir()
+    write_video(tmp_path / "still" / "a.mkv", 3 * [moving_picture(0)], range(3), Fraction(1, 25), "ffv1", "bgr0")
+    vgg = backbone_file(tmp_path / "vgg.safetensors", random_lpips("vgg"))
+    flags = ["--resolution", "64", "--scales", "[1.0]", "--max_train_steps", "1", "--two_step_share", "0"]
+    flags += ["--train_batch_size", "4", "--composed_share", "0.5", "--corrupted_share", "0"]
+    flags += ["--lpips_from", "0", "--lpips_vgg_weight", "1", "--lpips_vgg_backbone", vgg]
+    done = train(config, tmp_path / "still", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["lpips_vgg"]) > 1e-3
+
+
 def test_a_part_is_cut_from_the_same_place_of_both():
     frames, generator = torch.arange(2.0 * 3 * 20 * 30).view(2, 3, 20, 30), torch.Generator().manual_seed(0)
     corners = set()
