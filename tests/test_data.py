@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -239,6 +240,19 @@ def test_animation_on_twos_to_fours_is_motion(each):
     levels = [round(float(each.frame.mean()) * 255) for each in stream]
     expected = cuts_of_changes([abs(b - a) / 255 for a, b in zip(levels, levels[1:])])
     assert [number for number, starts in enumerate(given) if starts] == expected, "the same from a stream"
+
+
+def test_a_stream_without_end_takes_no_more_memory():
+    held = []
+    tracemalloc.start()
+    try:
+        frames = (SourceFrame(np.full((36, 64, 3), number % 7 / 7, np.float32)) for number in range(5000))
+        for number, _ in enumerate(_with_cuts(frames, 0.08, 3.0)):
+            if number in (1000, 4900):
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert held[1] - held[0] < 20_000
 
 
 @pytest.mark.parametrize("cache", [1.0, 0.0])
