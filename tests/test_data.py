@@ -354,8 +354,8 @@ def test_broken_videos_are_left_out_or_named(tmp_path, capfd):
 
 
 def test_videos_are_read_whatever_their_names_and_tags_are(tmp_path, monkeypatch):
-    film = film_clip(tmp_path / "a:b.mp4", 5, metadata={"title": "F--te"})
-    film.write_bytes(film.read_bytes().replace(b"F--te", "Fête".encode("latin-1")))
+    film = film_clip(tmp_path / "a:b.mp4", 5, metadata={"title": "F-te"})
+    film.write_bytes(film.read_bytes().replace(b"F-te", "Fête".encode("latin-1")))
     monkeypatch.chdir(tmp_path)  # so that the name alone, up to its colon, could be a protocol
     source = read_source("videos", ".", RunOptions())
     assert list(source.lengths) == [5] and len(source.read(0, range(5))) == 5

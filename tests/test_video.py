@@ -72,8 +72,8 @@ def test_what_a_phone_says_of_itself_is_kept(pipeline, tmp_path):
 
 @pytest.mark.parametrize("suffix", ("mp4", "mkv"))
 def test_tags_that_are_not_utf8_keep_their_bytes(pipeline, tmp_path, suffix):
-    source, out = film_clip(tmp_path / f"in.{suffix}", 2, metadata={"title": "F--te"}), tmp_path / f"out.{suffix}"
-    source.write_bytes(source.read_bytes().replace(b"F--te", "Fête".encode("latin-1")))
+    source, out = film_clip(tmp_path / f"in.{suffix}", 2, metadata={"title": "F-te"}), tmp_path / f"out.{suffix}"
+    source.write_bytes(source.read_bytes().replace(b"F-te", "Fête".encode("latin-1")))
     run(pipeline, source, out)
     assert "Fête".encode("latin-1") in out.read_bytes()
 
