@@ -352,7 +352,10 @@ def launch_two(arguments: list) -> subprocess.CompletedProcess:
 
 
 def fork_two(arguments: list) -> subprocess.CompletedProcess:
-    return run_two_ranks([sys.executable, "-m", *arguments], cwd=REPOSITORY, env=ENVIRONMENT)
+    environment = dict(ENVIRONMENT)
+    if not torch.accelerator.is_available():
+        del environment["ACCELERATE_USE_CPU"]  # as torchrun starts them
+    return run_two_ranks([sys.executable, "-m", *arguments], cwd=REPOSITORY, env=environment)
 
 
 def compare_launches(run_two, stage, clips, trained, tmp_path, *flags) -> None:

@@ -81,6 +81,8 @@ class Trainer:
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(options.gradient_accumulation_steps)
         os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(options.max_grad_norm)
         self.accelerator = Accelerator(
+            # Without it, processes that torchrun starts on CPUs would know nothing of each other.
+            cpu=not torch.accelerator.is_available(),
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             mixed_precision=options.mixed_precision or None,
             log_with=None if options.report_to == "none" else options.report_to,
