@@ -112,9 +112,8 @@ def _with_cuts(
         while waiting and is_known():
             yield waiting.popleft(), starts_scene()
             number += 1
-            if (
-                number > LOOK_AHEAD + 1
-            ):  # nothing looks back as far as to the first change, and streams may have no end
+            # Streams may have no end, and nothing looks back further than this.
+            if number > LOOK_AHEAD + 1:
                 del changes[0]
                 number -= 1
     while waiting:
