@@ -255,7 +255,7 @@ class Demo:
                 raise ValueError("Both frames are needed: upload the previous and the next one.")
             for path in (prev, next_):
                 # By what the file says: a small one may take gigabytes to be decoded. What cannot be read, `open_image` tells.
-                with suppress(OSError, SyntaxError), Image.open(path) as image:
+                with suppress(OSError, SyntaxError, Image.DecompressionBombError), Image.open(path) as image:
                     self._check_size(*image.size)
             pair = rgb_of_image(open_image(prev).image, prev), rgb_of_image(open_image(next_).image, next_)
             if pair[0].shape != pair[1].shape:

@@ -8,10 +8,12 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -137,6 +139,13 @@ def test_uploads_beyond_the_limits_are_refused_before_they_cost_anything(pipelin
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert "Frames may have at most 10000 pixels here, but have 9000x9000" in said[1]
+    # So large by its header that Pillow does not open it.
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 20_000, 20_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    *_, said = demo._make_pair(str(tmp_path / "a.png"), str(tmp_path / "a.png"), 1, None)
+    assert "Cannot read a.png as an image: Image size (400000000 pixels) exceeds limit" in said[1]
 
 
 @needs_gradio
