@@ -1,6 +1,7 @@
 """Reading and writing image files."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ _TURNS = {
 
 # Results are written without loss, or with little.
 _SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+
+# The most pixels per inch that a format has room for; Pillow fails above, or writes another number.
+MOST_RESOLUTION = {"JPEG": 65535, "PNG": 5e7, "BMP": 5e7}
 
 
 class OpenedImage(NamedTuple):
@@ -65,8 +69,8 @@ def open_image(path: PathLike) -> OpenedImage:
 
 
 def _resolution(file: Image.Image, is_on_its_side: bool) -> tuple[float, float] | None:
-    if "dpi" in file.info and min(file.info["dpi"]) > 0:
-        across, down = file.info["dpi"]
+    if "dpi" in file.info and all(0 < each < math.inf for each in file.info["dpi"]):
+        across, down = map(float, file.info["dpi"])  # TIFF's are rationals
     elif (aspect := pixel_aspect(file)) is not None:  # by itself, without inches
         across, down = aspect.denominator, aspect.numerator
     else:
@@ -109,7 +113,7 @@ def write_image(
     """Write an image, whole or not at all; see `files.replacing`.
 
     Args:
-        profile, resolution: see [`OpenedImage`]; left out where the format has no place for them.
+        profile, resolution: see [`OpenedImage`]; left out where the format has no place for them, or for so large a number.
 
     Raises:
         ValueError: if the ending of `path` is no image format.
@@ -117,6 +121,8 @@ def write_image(
     """
     path = Path(path)
     format_name = image_format(path)
+    if resolution is not None and max(resolution) > MOST_RESOLUTION.get(format_name, math.inf):
+        resolution = None
     settings = {"icc_profile": profile, "dpi": resolution}
     # Not into the file itself: Pillow does not see that a full disk takes only some of the last bytes of a JPEG, BMP, TIFF or PPM.
     whole = io.BytesIO()

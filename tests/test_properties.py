@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 from av.sidedata.sidedata import Type
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from madiff_diffusers import interpolate_video
 from madiff_diffusers.commands.madiff_cli import main
@@ -176,6 +176,29 @@ def saved(path: Path, image: Image.Image, **settings) -> Path:
 
 def names(*keys: str) -> list:
     return [f"not kept: {PROPERTIES[key].name}" for key in keys]
+
+
+def test_a_resolution_that_a_format_cannot_hold(checkpoint, tmp_path, capsys):
+    """Of microscopes, say, or faulty: the work is not lost by it, and no other number takes its place."""
+    sources = {}
+    for name, across, down in (
+        ("fine", (70000, 1), (70000, 1)),
+        ("mad", (4 * 10**9, 1), (4 * 10**9, 1)),
+        ("none", (72, 1), (0, 0)),
+    ):
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[282], tags[283], tags[296] = TiffImagePlugin.IFDRational(*across), TiffImagePlugin.IFDRational(*down), 2
+        sources[name] = saved(tmp_path / f"{name}.tif", Image.fromarray(moving_picture(0, 48, 64)), tiffinfo=tags)
+    for name, suffix, kept, said in (
+        ("fine", "jpg", None, ["not kept: resolution of 70000 pixels per inch; JPEG has room for 65535"]),
+        ("fine", "png", 70000, []),
+        ("mad", "png", None, ["not kept: resolution of 4e+09 pixels per inch; PNG has room for 5e+07"]),
+        ("none", "png", None, []),
+    ):
+        output = tmp_path / f"{name}-out.{suffix}"
+        assert interpolated(checkpoint, capsys, sources[name], sources[name], output) == said
+        dpi = Image.open(output).info.get("dpi")
+        assert dpi is None if kept is None else np.allclose(dpi, kept)
 
 
 def test_an_image_keeps_its_profile_and_resolution(checkpoint, tmp_path, capsys):

@@ -69,7 +69,7 @@ class InterpolateCommand(BaseCommand):
         import torch
 
         from ..files import check_outputs
-        from ..image_io import image_format, open_image, write_image
+        from ..image_io import MOST_RESOLUTION, image_format, open_image, write_image
         from ..image_processor import rgb_of_image
         from ..pipeline_inputs import check_count, check_instants
         from ..properties import lost
@@ -84,7 +84,8 @@ class InterpolateCommand(BaseCommand):
         try:
             prev, next_ = open_image(args.prev), open_image(args.next)
             frame_prev, frame_next = rgb_of_image(prev.image, args.prev), rgb_of_image(next_.image, args.next)
-            notes = lost(prev.found | next_.found, "image", image_format(output))
+            format_name = image_format(output)
+            notes = lost(prev.found | next_.found, "image", format_name)
         except (OSError, ValueError) as error:
             raise CommandError(error) from error
         if not output.parent.is_dir():
@@ -142,6 +143,11 @@ class InterpolateCommand(BaseCommand):
                 write_image(frame, path, prev.profile, prev.resolution)
         except OSError as error:
             raise CommandError(error) from error
+        most = MOST_RESOLUTION.get(format_name)
+        if prev.resolution is not None and most is not None and max(prev.resolution) > most:
+            notes.append(
+                f"not kept: resolution of {max(prev.resolution):g} pixels per inch; {format_name} has room for {most:g}"
+            )
         if prev.profile != next_.profile:
             notes.append("PREV and NEXT have different colour profiles; the result has that of PREV, or none")
         for note in notes:
