@@ -270,6 +270,12 @@ def test_evaluate_writes_over_nothing(tmp_path):
     with pytest.raises(ValueError, match="index.html is there already, but from no evaluation"):
         evaluate("triplets", str(root), tmp_path / "other", [Baseline("average")], Scorer(["psnr"]))
     assert contents(tmp_path / "other") == {tmp_path / "other" / "index.html": b"precious"}
+    log = tmp_path / "other" / "runs" / "first" / "events.out.tfevents.1"  # TensorBoard's
+    log.parent.mkdir(parents=True)
+    log.write_text("log")
+    with pytest.raises(ValueError, match="runs is there already, but from no evaluation"):
+        evaluate("triplets", str(root), tmp_path / "other", [Baseline("average")], Scorer(["psnr"]))
+    assert contents(tmp_path / "other") == {tmp_path / "other" / "index.html": b"precious", log: b"log"}
     for _ in range(2):
         evaluate("triplets", str(root), tmp_path / "results", [Baseline("average")], Scorer(["psnr"]), gallery=0)
 

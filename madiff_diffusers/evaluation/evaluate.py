@@ -130,7 +130,10 @@ def evaluate(
         raise ValueError(f"`methods` must have different labels, but are {', '.join(labels)}.")
     state = state or this_process(torch.device("cpu"))
     triplets = find_triplets(benchmark, root, limit, skip)
-    is_ours = (output / "runs").is_dir()
+    # Not by the folder `runs` alone: TensorBoard, too, writes one of that name.
+    is_ours = any(
+        each.name == "protocol.json" or each.name.startswith("progress-") for each in output.glob("runs/*/*/*")
+    )
     check_outputs(
         [(output / name, is_ours) for name in ("runs", "frames", "gallery", *REPORT)],
         [path for triplet in triplets for path in triplet.files],
