@@ -2,6 +2,7 @@
 replace neither an input nor, unless asked to, a file that is there."""
 
 import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -84,7 +85,10 @@ def is_empty(folder: Path) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write a file under. At the end, the file takes the place of `path`; after an error, it is
     removed, and `path` is as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = os.fsencode(path.name)
+    # The longest names leave no room for more letters.
+    short = path.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()
+    temporary = path.with_name(f".{short}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -165,7 +169,7 @@ def check_outputs(written: Iterable[tuple[PathLike, bool]], read: Iterable[PathL
 
     Raises:
         ValueError: if an output is also an input, exists but must not, is written twice, or lies in another output.
-        UnwritableError: if the folder of an output cannot be written into.
+        UnwritableError: if the folder of an output cannot be written into, or a name is too long.
     """
     outputs = [(Path(path), may_be_there) for path, may_be_there in written]
     sources = [path for path in map(Path, read) if path.exists()]
@@ -176,7 +180,11 @@ def check_outputs(written: Iterable[tuple[PathLike, bool]], read: Iterable[PathL
     }
     holders = {_identity(folder): path for folder, path in folders_of.items()}
     for path, may_be_there in outputs:
-        if not os.path.lexists(path):
+        try:
+            path.lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise unwritable(path, error) from error
             continue
         if path.exists():
             source = inputs.get(_identity(path)) or (holders.get(_identity(path)) if path.is_dir() else None)

@@ -86,6 +86,15 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_text() == "third" and list(path.parent.iterdir()) == [path]
 
 
+def test_the_longest_names(tmp_path):
+    path = tmp_path / f"{'é' * 125}a.png"  # 255 bytes, of which a temporary name would take more
+    check_outputs([(path, False)], [])
+    write_image(Image.fromarray(moving_picture(0)), path)
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UnwritableError, match="too long"):
+        check_outputs([(path.with_name("a" + path.name), True)], [])
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path):
     with pytest.raises(ZeroDivisionError), filled_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("some")
