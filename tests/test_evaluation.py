@@ -615,6 +615,15 @@ def test_a_checkpoint_s_digest_is_of_weights_and_configurations(checkpoint, tmp_
     copied = shutil.copytree(checkpoint, tmp_path / "copied")
     (copied / "README.md").write_text("other words")
     assert checkpoint_digest(copied) == digest
+    # Results that lie in the folder, or a state of training, would else make the same checkpoint another one.
+    for name in ("results.json", "eval/runs/own/ucf101/protocol.json", "vqvae/old/config.json"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("{}")
+    assert checkpoint_digest(copied) == digest
+    for name in ("vqvae/config.json", "unet/diffusion_pytorch_model.safetensors"):
+        changed = shutil.copytree(checkpoint, tmp_path / name.partition("/")[0])
+        (changed / name).write_bytes((changed / name).read_bytes() + b" ")
+        assert checkpoint_digest(changed) != digest
     (copied / "model_index.json").write_text((copied / "model_index.json").read_text() + " ")
     assert checkpoint_digest(copied) != digest
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import inspect
+import json
 import os
 import sys
 import traceback
@@ -421,12 +422,14 @@ def _code_of(sources: Sequence[HintSource]) -> str | None:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a saved pipeline's configurations and weights, without variants of the weights."""
+    """SHA-256 over the names and contents of a saved pipeline's configurations and weights, without variants of the weights, and without what
+    else was put into the folder, such as results."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    for path in sorted([folder / "model_index.json", *(path for part in parts for path in folder.glob(f"{part}/*"))]):
         _, variant = weights_kind(path.name) or (None, None)
-        if path.suffix in (".json", ".safetensors") and not hidden and variant is None:
+        if path.suffix in (".json", ".safetensors") and not path.name.startswith(".") and variant is None:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()
