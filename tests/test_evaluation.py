@@ -948,6 +948,18 @@ def test_clips_of_any_names(tmp_path):
     assert (tmp_path / "out" / "index.html").is_file()
 
 
+def test_clips_by_the_way_up(tmp_path, monkeypatch):
+    """Of a folder that is named `..`, the frames that are made lie where those of other folders do."""
+    (tmp_path / "clip" / "below").mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(moving_picture(i, 40, 48)).save(tmp_path / "clip" / f"{i}.png")
+    monkeypatch.chdir(tmp_path / "clip" / "below")
+    assert find_triplets("frames", "..")[0].name == "clip/1"
+    evaluate("frames", "..", tmp_path / "out", [Baseline("average")], Scorer(["psnr"]), gallery=0)
+    made = [path for path in (tmp_path / "out" / "frames").rglob("*") if path.is_file()]
+    assert made == [tmp_path / "out" / "frames" / "average" / "frames" / "clip" / "1.png"]
+
+
 @pytest.mark.parametrize("metric, least", [("ssim", 11), ("lpips", 31)])
 def test_frames_too_small_for_a_metric_are_told_before_the_work(tmp_path, metric, least):
     own = Scorer(

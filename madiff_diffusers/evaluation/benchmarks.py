@@ -248,12 +248,14 @@ def _frames(root: Path, skip: int) -> list[Triplet]:
     found = []
     for folder in [each for each in _folders(root) if _images(each)] or [root]:
         images = _images(folder)
+        # `..` as a name would lead out of the folder that results are written into.
+        name = folder.name if folder.name not in ("", "..") else folder.resolve().name
         if 0 < len(images) < skip + 2:
             raise ValueError(
                 f"Each folder of frames must hold at least {skip + 2} images, but {folder} holds {len(images)}."
             )
         for first in range(0, len(images) - skip - 1, skip + 1):
-            found += _between(folder.name or folder.resolve().name, images[first : first + skip + 2])
+            found += _between(name, images[first : first + skip + 2])
     return found
 
 
