@@ -98,6 +98,10 @@ def peer(tmp_path) -> Path:
         "    return next.astype(np.float32)\n"
         "def nothing(prev, next):\n"
         "    return None\n"
+        "memory = np.zeros((8, 8, 3), np.uint8)\n"
+        "def buffered(prev, next):\n"
+        "    memory[...] = next\n"
+        "    return memory\n"
         "number = 3\n"
     )
     return folder
@@ -505,9 +509,13 @@ def test_functions(peer, root, tmp_path, monkeypatch):
             FunctionMethod(name)([(prev, next_)])
     with pytest.raises(ValueError, match="ucf101, 2: `method` 'peers:broken' failed"):
         evaluate("ucf101", str(root), tmp_path / "out", [FunctionMethod("peers:broken")], scorer())
+    black, white = (np.full((8, 8, 3), value, np.uint8) for value in (0, 255))
+    results = FunctionMethod("peers:buffered")([(white, black), (white, white)])
+    assert np.array_equal(results, [black, white])
+    (peer / "no_end.py").write_text("import sys\nf = print\nsys.exit(0)")
     (peer / "no_python.py").write_text("def f(:")
     (peer / "no_weights.py").write_text("raise RuntimeError('no weights here')")
-    for name in ("peers:none", "nowhere:f", "peers:number", "peers:", "no_python:f", "no_weights:f"):
+    for name in ("peers:none", "nowhere:f", "peers:number", "peers:", "no_python:f", "no_weights:f", "no_end:f"):
         with pytest.raises(ValueError, match=f"`method` '{name}'"):
             FunctionMethod(name)
 

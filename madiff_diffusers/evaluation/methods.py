@@ -108,7 +108,7 @@ class FunctionMethod:
             sys.path.insert(0, os.getcwd())
         try:
             self.function: Callable = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # whatever somebody else's module does when it is imported
+        except (Exception, SystemExit) as error:  # whatever somebody else's module does when it is imported
             raise ValueError(f"`method` {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
         if not callable(self.function):
             raise ValueError(f"`method` {name!r} must be a function, but is a {type(self.function).__name__}.")
@@ -138,7 +138,7 @@ class FunctionMethod:
             what = f"an array {result.shape}" if isinstance(result, np.ndarray) else f"a {type(result).__name__}"
             raise ValueError(f"`method` {self.label!r} must give an array {prev.shape}, but gave {what}.")
         if result.dtype == np.uint8:
-            return result
+            return result.copy()  # which the next call may write over
         if not np.issubdtype(result.dtype, np.floating) or not (result.min() >= 0 and result.max() <= 1):  # NaN, too
             raise ValueError(
                 f"`method` {self.label!r} must give uint8, or floating point in [0, 1], but gave {result.dtype} in "
