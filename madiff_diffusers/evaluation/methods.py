@@ -426,7 +426,7 @@ def checkpoint_digest(folder: Path) -> str:
     else was put into the folder, such as results."""
     digest = hashlib.sha256()
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
     for path in sorted([folder / "model_index.json", *(path for part in parts for path in folder.glob(f"{part}/*"))]):
         _, variant = weights_kind(path.name) or (None, None)
         if path.suffix in (".json", ".safetensors") and not path.name.startswith(".") and variant is None:
