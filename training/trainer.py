@@ -27,7 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast,
+    gather_object,
+    is_torch_xla_available,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
@@ -82,7 +89,7 @@ class Trainer:
         os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(options.max_grad_norm)
         self.accelerator = Accelerator(
             # Without it, processes that torchrun starts on CPUs would know nothing of each other.
-            cpu=not torch.accelerator.is_available(),
+            cpu=not (torch.accelerator.is_available() or is_torch_xla_available()),
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             mixed_precision=options.mixed_precision or None,
             log_with=None if options.report_to == "none" else options.report_to,
